@@ -1,0 +1,1 @@
+"""The native CPU module and its typed wrappers."""

@@ -1,0 +1,3 @@
+"""Sirocco: an LLM inference server."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,102 @@
+"""What the engine is told: frozen dataclasses, no pydantic, so that the engine runs without the server's packages."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+DType = Literal["auto", "f32", "f16", "bf16"]
+ModelKind = Literal["auto", "plain", "gguf"]
+
+
+@dataclass(frozen=True, slots=True)
+class DryParams:
+    """The DRY repetition penalty: multiplier * base ** (match length - allowed_length), 0 = off."""
+
+    multiplier: float = 0.0
+    base: float = 1.75
+    allowed_length: int = 2
+    sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are drawn, and when it ends.
+
+    temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off. logprobs None: none, k: the chosen token's and the
+    k best. prompt_logprobs asks for those of the prompt's tokens too (completions with echo). seed None: drawn anew.
+    max_tokens None: up to the model's context.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry: DryParams = field(default_factory=DryParams)
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+    def with_overrides(self, overrides: dict[str, Any]) -> "SamplingParams":
+        """These parameters with the given fields replaced; unknown names are an assertion, never a client's."""
+        assert set(overrides) <= {f.name for f in fields(self)}, overrides
+        return replace(self, **overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which model, and from where.
+
+    model is a hub id, a folder or a file; None is the embedded model. files are the names given with -f (kind gguf),
+    already split at ';' but not yet globbed. tokenizer is another hub id, folder or file to take the tokenizer from.
+    token_source: 'cache', 'none', 'literal:…', 'env:…' or 'path:…'.
+    """
+
+    model: str | None = None
+    kind: ModelKind = "auto"
+    files: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    revision: str | None = None
+    token_source: str = "cache"
+    hf_cache: str | None = None
+    offline: bool = False
+    chat_template: str | None = None
+    jinja_explicit: str | None = None
+    dtype: DType = "auto"
+    max_seq_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes and limits of one engine.
+
+    At most one of pool_mb, pool_fraction and pool_tokens sets the KV pool (the --pa-gpu-mem, --pa-gpu-mem-usage and
+    --pa-ctxt-len options); with none it is the smaller of a quarter of the memory that the cgroup leaves free and
+    max_seqs * context. prefix_cache_n: how many released prompts keep their blocks, 0 = no prefix cache.
+    max_batched_tokens bounds one step's tokens, prefill_chunk_tokens one request's share of it.
+    max_waiting: requests that may wait; more are refused with QueueFull. num_threads 0: the cores of the cgroup.
+    """
+
+    max_seqs: int = 32
+    max_batched_tokens: int = 2048
+    prefill_chunk_tokens: int = 512
+    block_size: int = 32
+    paged_attention: bool = True
+    prefix_cache_n: int = 1024
+    pool_mb: int | None = None
+    pool_fraction: float | None = None
+    pool_tokens: int | None = None
+    max_waiting: int = 1024
+    queue_timeout_s: float = 300.0
+    device: str = "cpu"
+    num_threads: int = 0
+    attention_backend: str = "auto"
+    seed: int | None = None
