@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from serve_app.errors import ServeError
 from serve_app.options import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -79,12 +80,16 @@ class Usage:
 
 @dataclass(slots=True)
 class Finish:
-    """Why a choice ended. usage counts this choice's output; stop_reason is the stop string or token id that hit."""
+    """Why a choice ended. usage counts this choice's output; stop_reason is the stop string or token id that hit.
+
+    error is set with reason 'error' (queue timeout, engine failure, shutdown). It never travels the token path: the
+    target raises it from the call that stays open for the request.
+    """
 
     reason: FinishReason
     usage: Usage
     stop_reason: str | int | None = None
-    error: str | None = None
+    error: ServeError | None = None
 
 
 @dataclass(slots=True)
