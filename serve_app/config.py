@@ -1,0 +1,237 @@
+"""AppConfig, the whole configuration of a server: every default, every check and every environment read of ours.
+
+pydantic stops here: the engine is given the dataclasses of serve_app.options. A config is never changed once built; it
+travels to the replicas as it is, and `to_args` gives the plain data that builds it again from a Serve config file.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from serve_app.errors import LaunchError
+from serve_app.options import DType, EngineConfig, ModelKind, ModelSource
+
+LogLevel = Literal["off", "error", "warn", "info", "debug", "trace"]
+IngressMode = Literal["pump", "handle"]
+ProxyMode = Literal["auto", "haproxy", "python"]
+
+LOG_LEVELS: dict[LogLevel, int] = {
+    "off": logging.CRITICAL + 10,
+    "error": logging.ERROR,
+    "warn": logging.WARNING,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+    "trace": 5,
+}
+
+# Ray knows the standard names only.
+RAY_LOG_LEVELS: dict[LogLevel, str] = {
+    "off": "CRITICAL",
+    "error": "ERROR",
+    "warn": "WARNING",
+    "info": "INFO",
+    "debug": "DEBUG",
+    "trace": "DEBUG",
+}
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Cpus = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class ModelConfig(Section):
+    """Which model, and from where: the fields of options.ModelSource."""
+
+    model: Text | None = None
+    kind: ModelKind = "auto"
+    files: tuple[Text, ...] = ()
+    tokenizer: Text | None = None
+    revision: Text | None = None
+    token_source: Annotated[str, Field(pattern=r"^(cache|none|(literal|env|path):.+)$", repr=False)] = "cache"
+    hf_cache: Text | None = None
+    offline: bool = False
+    chat_template: Text | None = None
+    jinja_explicit: Text | None = None
+    dtype: DType = "auto"
+    max_seq_len: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.files and self.kind == "plain":
+            raise ValueError("file names (-f) belong to the kind gguf; a plain model is a folder or a hub id (-m)")
+        if self.files and self.model is None:
+            raise ValueError("file names (-f) need the folder or hub id they are in (-m)")
+        if self.model is None and self.kind != "auto":
+            raise ValueError(f"the kind {self.kind} needs a model (-m)")
+        return self
+
+    def to_source(self) -> ModelSource:
+        return ModelSource(**dict(self))
+
+
+class EngineSettings(Section):
+    """Sizes and limits of one engine: the fields of options.EngineConfig, checked."""
+
+    max_seqs: Annotated[int, Field(gt=0, le=4096)] = 32
+    max_batched_tokens: Positive = 2048
+    prefill_chunk_tokens: Positive = 512
+    block_size: Annotated[int, Field(ge=16, le=512, multiple_of=16)] = 32
+    paged_attention: bool = True
+    prefix_cache_n: Annotated[int, Field(ge=0)] = 1024
+    pool_mb: Positive | None = None
+    pool_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    pool_tokens: Positive | None = None
+    max_waiting: Annotated[int, Field(ge=0)] = 1024
+    queue_timeout_s: Seconds = 300.0
+    device: Text = "cpu"
+    num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    attention_backend: Text = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        pools = {
+            "--pa-gpu-mem": self.pool_mb,
+            "--pa-gpu-mem-usage": self.pool_fraction,
+            "--pa-ctxt-len": self.pool_tokens,
+        }
+        given = [name for name, value in pools.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} all set the size of the KV pool: give one of them")
+        if self.max_batched_tokens < self.max_seqs:
+            raise ValueError(
+                f"a step of {self.max_batched_tokens} tokens (--max-batched-tokens) cannot hold one token for each of "
+                f"{self.max_seqs} requests (--max-seqs)"
+            )
+        return self
+
+    def to_config(self) -> EngineConfig:
+        return EngineConfig(**dict(self))
+
+
+class HttpConfig(Section):
+    """The HTTP side: address, names, keys, limits. Sizes are bytes, times seconds.
+
+    api_keys are literal keys, or references env:NAME and path:FILE that each ingress replica resolves for itself
+    (resolve_api_keys), so that a key need not stand in a process list or a config file. None of them: no key needed.
+    """
+
+    host: Text = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 1234
+    api_keys: Annotated[tuple[Text, ...], Field(repr=False)] = ()
+    served_model_name: Text | None = None
+    strict_model_name: bool = False
+    request_logging_file: Text | None = None
+    max_body_bytes: Positive = 20 * 2**20
+    max_header_bytes: Positive = 32 * 2**10
+    max_json_depth: Positive = 64
+    max_messages: Positive = 2048
+    max_prompts: Positive = 128
+    max_n: Positive = 16
+    max_stop: Positive = 16
+    max_stop_chars: Positive = 256
+    max_logit_bias: Positive = 1024
+    max_logprobs: Annotated[int, Field(ge=0)] = 20
+    body_timeout_s: Seconds = 60.0
+    idle_stream_timeout_s: Seconds = 60.0
+    max_stream_backlog: Positive = 4096
+
+    def resolve_api_keys(self) -> tuple[str, ...]:
+        """The keys themselves. Raises LaunchError if a reference leads nowhere."""
+        return tuple(key for reference in self.api_keys for key in _keys_at(reference))
+
+
+class DeploymentConfig(Section):
+    """How the application is spread over actors.
+
+    ray_address None starts a private cluster on this machine. max_target_replicas above target_replicas lets Serve
+    scale the targets between the two. The *_cpus are what a replica reserves of its node (0: nothing), not its number
+    of threads. ingress: how tokens come back, by the pump or by one handle stream a request.
+    """
+
+    ray_address: Text | None = None
+    ingress: IngressMode = "pump"
+    proxy: ProxyMode = "auto"
+    ingress_replicas: Positive = 1
+    preprocessor_replicas: Positive = 1
+    target_replicas: Positive = 1
+    max_target_replicas: Positive | None = None
+    ingress_cpus: Cpus = 0.0
+    preprocessor_cpus: Cpus = 0.0
+    target_cpus: Cpus = 0.0
+    max_ongoing_requests: Positive = 4096
+    startup_timeout_s: Seconds = 600.0
+    shutdown_timeout_s: Seconds = 8.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_target_replicas is not None and self.max_target_replicas < self.target_replicas:
+            raise ValueError(
+                f"at most {self.max_target_replicas} targets (--max-targets) is less than the {self.target_replicas} "
+                "to start with (--num-targets)"
+            )
+        return self
+
+
+class AppConfig(Section):
+    """Everything `sirocco serve` was told. The argument of serve_app.app:build_app."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineSettings = EngineSettings()
+    http: HttpConfig = HttpConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+    log: LogLevel = "info"
+
+    def to_args(self) -> dict[str, Any]:
+        """This configuration as plain data without defaults; AppConfig.model_validate takes it back."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def resolve_reference(reference: str) -> str:
+    """What `literal:TEXT`, `env:NAME` or `path:FILE` stands for; other text stands for itself.
+
+    Raises LaunchError if the variable is not set, the file cannot be read, or there is nothing in it.
+    """
+    kind, _, rest = reference.partition(":")
+    if kind == "literal":
+        return rest
+    if kind == "env":
+        value = os.environ.get(rest, "").strip()
+        if not value:
+            raise LaunchError(f"The environment variable {rest} is not set, or empty.")
+        return value
+    if kind == "path":
+        try:
+            value = Path(rest).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise LaunchError(f"The file {rest} cannot be read: {reason}.") from error
+        if not value:
+            raise LaunchError(f"The file {rest} is empty.")
+        return value
+    return reference
+
+
+def _keys_at(reference: str) -> list[str]:
+    """A file may hold several keys, one a line; a variable or a literal is one key."""
+    value = resolve_reference(reference)
+    if reference.startswith("path:"):
+        return [line.strip() for line in value.splitlines() if line.strip()]
+    return [value]
+
+
+def apply_log_level(log: LogLevel) -> None:
+    """Sets the level of our loggers in this process; called once by the program and by each replica."""
+    logging.addLevelName(LOG_LEVELS["trace"], "TRACE")
+    for name in ("serve_app", "deployments", "kernels"):
+        logging.getLogger(name).setLevel(LOG_LEVELS[log])
