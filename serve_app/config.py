@@ -124,6 +124,9 @@ class HttpConfig(Section):
 
     api_keys are literal keys, or references env:NAME and path:FILE that each ingress replica resolves for itself
     (resolve_api_keys), so that a key need not stand in a process list or a config file. None of them: no key needed.
+    max_choices bounds prompts times n. A request waits first_token_timeout_s for its first token (503) and
+    idle_stream_timeout_s between two; a client that takes nothing for slow_client_timeout_s, or leaves more than
+    max_stream_backlog deltas lying, is dropped. A stream without a token for keep_alive_s gets a comment line.
     """
 
     host: Text = "127.0.0.1"
@@ -142,8 +145,12 @@ class HttpConfig(Section):
     max_stop_chars: Positive = 256
     max_logit_bias: Positive = 1024
     max_logprobs: Annotated[int, Field(ge=0)] = 20
+    max_choices: Positive = 256
     body_timeout_s: Seconds = 60.0
-    idle_stream_timeout_s: Seconds = 60.0
+    first_token_timeout_s: Seconds = 600.0
+    idle_stream_timeout_s: Seconds = 300.0
+    slow_client_timeout_s: Seconds = 60.0
+    keep_alive_s: Seconds = 10.0
     max_stream_backlog: Positive = 4096
 
     def resolve_api_keys(self) -> tuple[str, ...]:

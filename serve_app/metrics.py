@@ -1,0 +1,5 @@
+"""Every metric, named and described once."""
+
+
+class HttpMetrics:
+    """What one ingress process counts."""
