@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from serve_app.attention.backend import PlannedAttention
     from serve_app.kv_cache.kv_pool import KvPool
 
 
@@ -21,7 +22,7 @@ class ForwardBatch:
     others (prompt log-probabilities) are returned as they are. sample_rows [S] int64: the sampler's row of each sampled
     request; sample_positions [S] int64: the position of the token to be drawn (its random number depends on it).
     Tensors live on the model's device, except the host copies max_query_len and max_context_len.
-    kv: the pool the step reads and writes.
+    kv: the pool the step reads and writes. attention: this step's plan, set by the model runner before the forward.
     """
 
     token_ids: "Tensor"
@@ -36,6 +37,7 @@ class ForwardBatch:
     max_query_len: int
     max_context_len: int
     kv: "KvPool"
+    attention: "PlannedAttention | None" = None
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,44 @@
+"""One step on the device: a batch in, token ids out, exactly one forward."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serve_app.batch import ForwardBatch
+from serve_app.engine.sampler import Sampler, StepLogprobs
+from serve_app.models.base import CausalLM
+
+if TYPE_CHECKING:
+    from serve_app.kv_cache.kv_pool import KvPool
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step computed, on the host except extra_logits.
+
+    token_ids [S] int64: the drawn token of each of batch.sample_rows. logprobs: None when no row asked for them.
+    extra_logits [L - S, vocab] float32: those wanted beyond the sampled ones, in the order of batch.logit_index;
+    None when there are none.
+    """
+
+    token_ids: NDArray[np.int64]
+    logprobs: StepLogprobs | None
+    extra_logits: Tensor | None
+
+
+class ModelRunner:
+    """Owns the model, the KV tensors and the sampler of one engine."""
+
+    def __init__(
+        self, model: CausalLM, sampler: Sampler, kv_pool: "KvPool", device: str | torch.device, attention: str = "auto"
+    ) -> None:
+        """attention: name of an attention backend, 'auto' = the first of the order that can run here."""
+        raise NotImplementedError
+
+    def execute(self, batch: ForwardBatch) -> StepResult:
+        """Runs the step: plans attention, one forward, logits where wanted, one draw per sampled row."""
+        raise NotImplementedError
