@@ -107,7 +107,7 @@ class EngineSettings(Section):
         }
         given = [name for name, value in pools.items() if value is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} all set the size of the KV pool: give one of them")
+            raise ValueError(f"{' and '.join(given)} each set the size of the KV pool: give one of them")
         if self.max_batched_tokens < self.max_seqs:
             raise ValueError(
                 f"a step of {self.max_batched_tokens} tokens (--max-batched-tokens) cannot hold one token for each of "

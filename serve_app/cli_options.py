@@ -1,0 +1,347 @@
+"""The command line's options, group by group: one dataclass a group, one field an option.
+
+Field names are those of the configuration's sections and defaults come from there, so that each is written once. An
+option without a default here says in its help what happens when it is left out.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from typer import Option
+
+from serve_app.config import DeploymentConfig, EngineSettings, HttpConfig, IngressMode, LogLevel, ModelConfig, ProxyMode
+from serve_app.options import DType
+
+# What the help shows as the type of an option that takes no value.
+_FLAG = ""
+
+_MODEL = ModelConfig()
+_ENGINE = EngineSettings()
+_HTTP = HttpConfig()
+_DEPLOYMENT = DeploymentConfig()
+
+_model_option = partial(Option, rich_help_panel="Model")
+_engine_option = partial(Option, rich_help_panel="Engine")
+_cache_option = partial(Option, rich_help_panel="KV cache")
+_http_option = partial(Option, rich_help_panel="HTTP")
+_limits_option = partial(Option, rich_help_panel="Limits of a request")
+_ray_option = partial(Option, rich_help_panel="Ray Serve")
+_chat_option = partial(Option, rich_help_panel="Chat")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, and from where."""
+
+    model: Annotated[
+        str | None,
+        _model_option(
+            "--model-id",
+            "-m",
+            help="Hub id, folder or file. Left out: the small model that comes with Sirocco.",
+            metavar="REPO_OR_PATH",
+        ),
+    ] = _MODEL.model
+    files: Annotated[
+        list[str] | None,
+        _model_option(
+            "--quantized-filename",
+            "-f",
+            help="GGUF file in the folder or repository: a name, a glob, or several shards with ';' between them.",
+            metavar="FILE",
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        _model_option(
+            "--tokenizer",
+            "-t",
+            help="Hub id, folder or file to take the tokenizer from. Left out: the model's own.",
+            metavar="REPO_OR_PATH",
+        ),
+    ] = _MODEL.tokenizer
+    dtype: Annotated[DType, _model_option("--dtype", help="Number format to compute in; auto: the model's own.")] = (
+        _MODEL.dtype
+    )
+    max_seq_len: Annotated[
+        int | None,
+        _model_option(
+            "--max-seq-len",
+            help="Longest prompt and answer together, in tokens. Left out: what the model was made for.",
+        ),
+    ] = _MODEL.max_seq_len
+    chat_template: Annotated[
+        str | None,
+        _model_option(
+            "--chat-template",
+            "-c",
+            help="Chat template to use: a .json file with chat_template in it, or the template itself.",
+            metavar="FILE_OR_TEXT",
+        ),
+    ] = _MODEL.chat_template
+    jinja_explicit: Annotated[
+        str | None,
+        _model_option(
+            "--jinja-explicit", "-j", help="A .jinja file that comes before every other chat template.", metavar="FILE"
+        ),
+    ] = _MODEL.jinja_explicit
+    token_source: Annotated[
+        str,
+        _model_option(
+            "--token-source",
+            help="The hub's access token: literal:TOKEN, env:NAME, path:FILE, cache (as the hub's own tools), or none.",
+            metavar="SOURCE",
+        ),
+    ] = _MODEL.token_source
+    revision: Annotated[
+        str | None,
+        _model_option(
+            "--revision", help="Branch, tag or commit of the hub repository. Left out: its main branch.", metavar="NAME"
+        ),
+    ] = _MODEL.revision
+    hf_cache: Annotated[
+        str | None,
+        _model_option(
+            "--hf-cache-path", help="Folder for downloads. Left out: the hub's usual cache.", metavar="FOLDER"
+        ),
+    ] = _MODEL.hf_cache
+    offline: Annotated[
+        bool,
+        _model_option("--offline", metavar=_FLAG, help="Never ask the hub; use what was downloaded before."),
+    ] = _MODEL.offline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Sizes of the engine."""
+
+    max_seqs: Annotated[int, _engine_option("--max-seqs", help="Requests that run at the same time.")] = (
+        _ENGINE.max_seqs
+    )
+    max_batched_tokens: Annotated[
+        int,
+        _engine_option("--max-batched-tokens", help="Tokens of all requests in one step."),
+    ] = _ENGINE.max_batched_tokens
+    prefill_chunk_tokens: Annotated[
+        int,
+        _engine_option(
+            "--prefill-chunk-tokens",
+            help="Prompt tokens of one request in one step: a longer prompt is taken in chunks.",
+        ),
+    ] = _ENGINE.prefill_chunk_tokens
+    max_waiting: Annotated[
+        int,
+        _engine_option("--max-waiting", help="Requests that may wait for a place; more are refused with status 429."),
+    ] = _ENGINE.max_waiting
+    queue_timeout_s: Annotated[
+        float,
+        _engine_option("--queue-timeout", help="Longest wait for a place, in seconds."),
+    ] = _ENGINE.queue_timeout_s
+    num_threads: Annotated[
+        int,
+        _engine_option("--threads", help="Computing threads; 0: the cores of the cgroup."),
+    ] = _ENGINE.num_threads
+    attention_backend: Annotated[
+        str,
+        _engine_option(
+            "--attention-backend",
+            help="Attention implementation; auto: the best that works here (see sirocco doctor).",
+            metavar="NAME",
+        ),
+    ] = _ENGINE.attention_backend
+    seed: Annotated[
+        int | None,
+        _engine_option(
+            "--seed", "-s", help="Seed of requests that bring none of their own. Left out: a new one each time."
+        ),
+    ] = _ENGINE.seed
+    prefix_cache_n: Annotated[
+        int,
+        _cache_option(
+            "--prefix-cache-n", help="Released prompts that keep their blocks for later requests; 0: no prefix cache."
+        ),
+    ] = _ENGINE.prefix_cache_n
+    no_paged_attn: Annotated[
+        bool,
+        _cache_option(
+            "--no-paged-attn", metavar=_FLAG, help="One contiguous range of the cache for each request, nothing shared."
+        ),
+    ] = not _ENGINE.paged_attention
+    pool_mb: Annotated[
+        int | None,
+        _cache_option(
+            "--pa-gpu-mem",
+            help="Size of the KV pool in MiB. Without this and the next two: a quarter of the free memory, "
+            "or less if all requests at full length need less.",
+        ),
+    ] = _ENGINE.pool_mb
+    pool_fraction: Annotated[
+        float | None,
+        _cache_option("--pa-gpu-mem-usage", help="Size of the KV pool as a fraction of the free memory."),
+    ] = _ENGINE.pool_fraction
+    pool_tokens: Annotated[
+        int | None,
+        _cache_option("--pa-ctxt-len", help="Size of the KV pool in tokens."),
+    ] = _ENGINE.pool_tokens
+    block_size: Annotated[
+        int,
+        _cache_option("--pa-blk-size", help="Tokens in a block of the KV cache, a multiple of 16."),
+    ] = _ENGINE.block_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpOptions:
+    """Address, names, keys and limits."""
+
+    host: Annotated[
+        str,
+        _http_option("--host", help="Address to listen on; 0.0.0.0: all of them.", metavar="ADDRESS"),
+    ] = _HTTP.host
+    port: Annotated[int, _http_option("--port", "-p", help="Port to listen on.")] = _HTTP.port
+    api_keys: Annotated[
+        list[str] | None,
+        _http_option(
+            "--api-key",
+            help="Key that clients must send, on every route but /health; may be repeated. env:NAME and path:FILE "
+            "(a key on each line) keep it out of the process list. Left out: no key is asked for.",
+            metavar="KEY",
+        ),
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        _http_option(
+            "--served-model-name", help="Name of the model in the API. Left out: the model's own.", metavar="NAME"
+        ),
+    ] = _HTTP.served_model_name
+    strict_model_name: Annotated[
+        bool,
+        _http_option(
+            "--strict-model-name",
+            metavar=_FLAG,
+            help="Refuse requests that name another model than the served one (or default).",
+        ),
+    ] = _HTTP.strict_model_name
+    request_logging_file: Annotated[
+        str | None,
+        _http_option(
+            "--request-logging-file",
+            help="Append each request and its answer, tokens and times to this file, as JSON lines.",
+            metavar="FILE",
+        ),
+    ] = _HTTP.request_logging_file
+    first_token_timeout_s: Annotated[
+        float, _http_option("--first-token-timeout", help="Longest wait of a request for its first token, in seconds.")
+    ] = _HTTP.first_token_timeout_s
+    idle_stream_timeout_s: Annotated[
+        float,
+        _http_option("--idle-stream-timeout", help="Longest wait of a stream for its next token, in seconds."),
+    ] = _HTTP.idle_stream_timeout_s
+    slow_client_timeout_s: Annotated[
+        float,
+        _http_option("--slow-client-timeout", help="How long a client may take nothing of its stream, in seconds."),
+    ] = _HTTP.slow_client_timeout_s
+    max_body_bytes: Annotated[int, _limits_option("--max-body-bytes", help="Size of a request's body.")] = (
+        _HTTP.max_body_bytes
+    )
+    max_header_bytes: Annotated[int, _limits_option("--max-header-bytes", help="Size of its headers together.")] = (
+        _HTTP.max_header_bytes
+    )
+    max_messages: Annotated[int, _limits_option("--max-messages", help="Messages of a chat.")] = _HTTP.max_messages
+    max_prompts: Annotated[int, _limits_option("--max-prompts", help="Prompts of a completion.")] = _HTTP.max_prompts
+    max_n: Annotated[int, _limits_option("--max-n", help="Choices of a request (n).")] = _HTTP.max_n
+    max_choices: Annotated[int, _limits_option("--max-choices", help="Prompts times choices of a request.")] = (
+        _HTTP.max_choices
+    )
+    max_stop: Annotated[int, _limits_option("--max-stop", help="Stop strings of a request.")] = _HTTP.max_stop
+    max_logit_bias: Annotated[int, _limits_option("--max-logit-bias", help="Entries of logit_bias.")] = (
+        _HTTP.max_logit_bias
+    )
+    max_logprobs: Annotated[int, _limits_option("--max-logprobs", help="Alternatives to each token.")] = (
+        _HTTP.max_logprobs
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentOptions:
+    """How the application is spread over Ray's actors."""
+
+    ray_address: Annotated[
+        str | None,
+        _ray_option(
+            "--ray-address",
+            help="Join the Ray cluster at this address (auto: the one of this machine). Left out: a private one is "
+            "started, and ended with the server.",
+            metavar="ADDRESS",
+        ),
+    ] = _DEPLOYMENT.ray_address
+    ingress_replicas: Annotated[int, _ray_option("--num-ingress", help="Replicas that speak HTTP.")] = (
+        _DEPLOYMENT.ingress_replicas
+    )
+    preprocessor_replicas: Annotated[
+        int,
+        _ray_option("--num-preprocessors", help="Replicas that render templates and tokenise."),
+    ] = _DEPLOYMENT.preprocessor_replicas
+    target_replicas: Annotated[int, _ray_option("--num-targets", help="Replicas with the model.")] = (
+        _DEPLOYMENT.target_replicas
+    )
+    max_target_replicas: Annotated[
+        int | None,
+        _ray_option(
+            "--max-targets",
+            help="Let Serve start up to so many replicas of the model under load. Left out: their number is fixed.",
+        ),
+    ] = _DEPLOYMENT.max_target_replicas
+    ingress: Annotated[
+        IngressMode,
+        _ray_option(
+            "--ingress",
+            help="How tokens come back: pump, one message a step for all requests; handle, one Serve stream each.",
+        ),
+    ] = _DEPLOYMENT.ingress
+    proxy: Annotated[
+        ProxyMode,
+        _ray_option("--proxy", help="Serve's HTTP proxy; auto: what is faster here."),
+    ] = _DEPLOYMENT.proxy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogOptions:
+    """What is logged."""
+
+    log: Annotated[LogLevel, Option("--log", help="How much is logged, by Sirocco and by Ray.")] = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How `sirocco chat` begins; each can be changed in the conversation."""
+
+    system: Annotated[str | None, _chat_option("--system", help="System message.", metavar="TEXT")] = None
+    temperature: Annotated[
+        float | None,
+        _chat_option(
+            "--temperature",
+            help="0: always the likeliest token. Left out, here and below: as the model's makers say.",
+            min=0.0,
+            max=100.0,
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        _chat_option("--top-k", help="Draw from the k likeliest; 0: all.", min=0),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        _chat_option("--top-p", help="Draw from the likeliest that make up this probability.", min=0.0, max=1.0),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        _chat_option("--max-tokens", help="Longest answer. Left out: up to the model's context.", min=1),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorOptions:
+    """How `sirocco doctor` reports."""
+
+    as_json: Annotated[bool, Option("--json", metavar=_FLAG, help="Print JSON for programs.")] = False
