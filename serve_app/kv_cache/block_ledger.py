@@ -1,0 +1,103 @@
+"""What the scheduler knows of a block pool: one face for the paged and the contiguous ledger."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from serve_app.kv_cache.block_hash import BlockHasher
+
+NO_BLOCK = -1
+
+
+class Fork(NamedTuple):
+    """A second choice's block table, and the (source, destination) blocks that KvPool copies before the next step."""
+
+    block_ids: list[int]
+    copies: list[tuple[int, int]]
+
+
+class Peek(NamedTuple):
+    """What match() would find: the number of blocks, and what num_free would be afterwards."""
+
+    num_matched: int
+    num_free_after: int
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Since the start, in blocks: looked up at admission, found, and hashed blocks that were overwritten."""
+
+    lookups: int = 0
+    hits: int = 0
+    evictions: int = 0
+
+
+class BlockLedger(Protocol):
+    """Hands out the blocks of a KV pool and takes them back; all calls on one thread, the engine's.
+
+    A block table is a list of block ids in chain order. Every id that a call returned is given back by release()
+    exactly once for each time that it was returned.
+    """
+
+    @property
+    def num_total(self) -> int:
+        """Blocks in the pool."""
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that allocate() could return now; those that only the prefix cache keeps count as free."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+
+    @property
+    def is_contiguous(self) -> bool:
+        """True: a request's blocks are one range. It allocates all it can ever need at admission and never grows."""
+
+    @property
+    def hasher(self) -> BlockHasher | None:
+        """Makes the hashes for match() and publish(); None where nothing is ever found again: skip the hashing."""
+
+    @property
+    def counters(self) -> CacheCounters:
+        """Of the prefix cache."""
+
+    def peek(self, hashes: Sequence[bytes]) -> Peek:
+        """What match(hashes) would do, without doing it."""
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest run of hashes, from the first on, that is cached; they are then held as allocated
+        ones are, but must not be written."""
+
+    def allocate(self, n: int) -> list[int] | None:
+        """n blocks, or None (and nothing changed) when fewer are free."""
+
+    def publish(self, block_id: int, block_hash: bytes, parent_id: int = NO_BLOCK) -> bool:
+        """Lets others find a block whose tokens are all computed and accepted; it must not be written any more.
+
+        parent_id: the block before it in the request's table; NO_BLOCK only for the first one. Call it in chain order.
+        False where the block stays private: its hash is published by another block, the prefix cache is off, or its
+        K and V stem from before a flush.
+        """
+
+    def fork(self, block_ids: Sequence[int], num_tokens: int) -> Fork | None:
+        """A block table for another choice with the same first num_tokens computed tokens.
+
+        Full blocks are shared where the ledger can share; the partial tail is a new block and a copy. Blocks past
+        num_tokens are not taken over. None (and nothing changed) when too few blocks are free.
+        """
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Gives up a request's whole table, in chain order: it finished, was aborted or preempted. Its published
+        blocks stay findable as one released prompt until they are needed or too many prompts were released since."""
+
+    def flush(self) -> None:
+        """Forgets every hash: K and V of the same tokens have changed. Only between two steps. Running requests keep
+        their blocks, and what they compute on top of them is never published."""
+
+    def check(self) -> None:
+        """Asserts the ledger's invariants; slow, for tests."""
+
+    def close(self) -> None:
+        """Gives everything back to the owner; no block may be held."""

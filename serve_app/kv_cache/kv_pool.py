@@ -1,0 +1,138 @@
+"""The K and V tensors of all layers, as views over an arena."""
+
+import math
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serve_app.kv_cache.arena import Arena
+
+# A page apart from the data, which then starts page-aligned.
+HEADER_BYTES = 4096
+_HEADER = struct.Struct("<8sIQIIII16s")
+_MAGIC = b"siroccKV"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """What two processes must agree on before they share a pool."""
+
+    num_blocks: int
+    block_size: int
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of one block in all layers, K and V."""
+        elements = self.n_layers * 2 * self.block_size * self.n_kv_heads * self.head_dim
+        return elements * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the arena."""
+        return HEADER_BYTES + self.num_blocks * self.bytes_per_block
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole pool: [layer, K or V, block, slot in block, head, dimension]."""
+        return (self.n_layers, 2, self.num_blocks, self.block_size, self.n_kv_heads, self.head_dim)
+
+    def header(self) -> bytes:
+        """These facts as they stand at the head of the arena."""
+        name = str(self.dtype).removeprefix("torch.").encode()
+        sizes = (self.num_blocks, self.block_size, self.n_layers, self.n_kv_heads, self.head_dim)
+        return _HEADER.pack(_MAGIC, _VERSION, *sizes, name)
+
+
+class KvPool:
+    """K and V of every block: k[layer] and v[layer] are [num_blocks, block_size, n_kv_heads, head_dim].
+
+    Slot s of the pool (slot = block id * block_size + offset) is row s of k[layer].view(-1, n_kv_heads, head_dim).
+    The pool owns its arena. The views are contiguous and zero at first.
+    """
+
+    def __init__(self, arena: Arena, geometry: KvGeometry) -> None:
+        """Lays the views over an arena whose header was checked. Use create() and attach()."""
+        count = math.prod(geometry.shape)
+        flat = torch.frombuffer(arena.buffer(), dtype=geometry.dtype, count=count, offset=HEADER_BYTES)
+        self.geometry = geometry
+        self._arena: Arena | None = arena
+        self._data = flat.view(geometry.shape)
+        self.k: list[Tensor] = [self._data[layer, 0] for layer in range(geometry.n_layers)]
+        self.v: list[Tensor] = [self._data[layer, 1] for layer in range(geometry.n_layers)]
+
+    @classmethod
+    def create(
+        cls,
+        arena_factory: Callable[[int], Arena],
+        num_blocks: int,
+        block_size: int,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> "KvPool":
+        """A zeroed pool; arena_factory takes the number of bytes (PosixShmArena.create)."""
+        geometry = KvGeometry(num_blocks, block_size, n_layers, n_kv_heads, head_dim, dtype)
+        arena = arena_factory(geometry.num_bytes)
+        header = geometry.header()
+        arena.buffer()[: len(header)] = header
+        return cls(arena, geometry)
+
+    @classmethod
+    def attach(cls, arena: Arena, geometry: KvGeometry) -> "KvPool":
+        """The pool that another process created in arena; ValueError if it is of another geometry."""
+        header = geometry.header()
+        if arena.num_bytes != geometry.num_bytes or bytes(arena.buffer()[: len(header)]) != header:
+            raise ValueError(f"the arena does not hold a KV pool of {geometry}")
+        return cls(arena, geometry)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self.geometry.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.geometry.block_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of K and V."""
+        return self.geometry.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the arena."""
+        return self.geometry.num_bytes
+
+    @staticmethod
+    def bytes_per_block(block_size: int, n_layers: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that one block takes in all layers together."""
+        return KvGeometry(1, block_size, n_layers, n_kv_heads, head_dim, dtype).bytes_per_block
+
+    def copy_block(self, src: int, dst: int) -> None:
+        """Copies K and V of a block in all layers."""
+        self._data[:, :, dst].copy_(self._data[:, :, src])
+
+    def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Does the (source, destination) copies of a Fork."""
+        for src, dst in copies:
+            self.copy_block(src, dst)
+
+    def close(self) -> None:
+        """Drops the views and lets go of the arena; memory that somebody still views goes with the last view."""
+        if self._arena is None:
+            return
+        self.k, self.v = [], []
+        self._data = torch.empty(0, dtype=self.dtype)
+        self._arena.close()
+        self._arena = None
