@@ -1,0 +1,67 @@
+"""How many blocks the KV pool gets."""
+
+import math
+
+from serve_app.errors import LaunchError
+from serve_app.kv_cache.free_memory import free_memory_bytes
+from serve_app.options import EngineConfig
+
+DEFAULT_FRACTION = 0.25
+_OPTIONS = {"pool_mb": "--pa-gpu-mem", "pool_fraction": "--pa-gpu-mem-usage", "pool_tokens": "--pa-ctxt-len"}
+
+
+def num_pool_blocks(
+    config: EngineConfig, bytes_per_block: int, context_tokens: int, free_bytes: int | None = None
+) -> int:
+    """Blocks of the pool: what the options ask for, else the smaller of a quarter of the free memory and
+    max_seqs * context.
+
+    bytes_per_block is KvPool.bytes_per_block's; context_tokens the longest request that the model allows; free_bytes
+    what may be taken on the pool's device (None: the main memory that the cgroup leaves). No request can be longer
+    than blocks * block_size tokens: the engine limits the context to that. Raises LaunchError, naming the option, for
+    contradictory or impossible sizes.
+    """
+    free = free_memory_bytes() if free_bytes is None else free_bytes
+    if config.block_size < 16 or config.block_size % 16:
+        raise LaunchError(f"--pa-blk-size must be a multiple of 16, not {config.block_size}")
+    _check_options(config)
+    per_context = math.ceil(context_tokens / config.block_size)
+    if config.pool_mb is not None:
+        blocks = config.pool_mb * 2**20 // bytes_per_block
+    elif config.pool_fraction is not None:
+        blocks = int(free * config.pool_fraction) // bytes_per_block
+    elif config.pool_tokens is not None:
+        blocks = math.ceil(config.pool_tokens / config.block_size)
+    else:
+        blocks = min(int(free * DEFAULT_FRACTION) // bytes_per_block, config.max_seqs * per_context)
+    _check_fit(config, blocks, bytes_per_block, free)
+    return blocks
+
+
+def _given(config: EngineConfig) -> list[str]:
+    return [option for name, option in _OPTIONS.items() if getattr(config, name) is not None]
+
+
+def _check_options(config: EngineConfig) -> None:
+    given = _given(config)
+    if len(given) > 1:
+        raise LaunchError(f"{' and '.join(given)} contradict each other: give only one of them")
+    if config.pool_mb is not None and config.pool_mb <= 0:
+        raise LaunchError(f"--pa-gpu-mem must be a positive number of MB, not {config.pool_mb}")
+    if config.pool_fraction is not None and not 0 < config.pool_fraction <= 1:
+        raise LaunchError(f"--pa-gpu-mem-usage must be over 0 and at most 1, not {config.pool_fraction}")
+    if config.pool_tokens is not None and config.pool_tokens <= 0:
+        raise LaunchError(f"--pa-ctxt-len must be a positive number of tokens, not {config.pool_tokens}")
+
+
+def _check_fit(config: EngineConfig, blocks: int, bytes_per_block: int, free: int) -> None:
+    asked = next(iter(_given(config)), None)
+    if blocks < 1:
+        reason = f"{asked} is too small" if asked else f"{_mb(free)} of free memory are too few"
+        raise LaunchError(f"{reason}: one block of {config.block_size} tokens takes {_mb(bytes_per_block)}")
+    if blocks * bytes_per_block > free:
+        raise LaunchError(f"{asked} asks for a KV pool of {_mb(blocks * bytes_per_block)}, but {_mb(free)} are free")
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MB"
