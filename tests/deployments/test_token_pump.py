@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import msgpack
 import pytest
+
 from deployments.pump_receiver import TokenReceiver
 from deployments.pump_sender import TokenSender
 from deployments.token_pump import (
