@@ -1,0 +1,56 @@
+"""What a model's files hold, whichever format they are in."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.formats import BlockFormat
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it lies in its file: data is mapped, one-dimensional and read-only; shape outermost first.
+
+    name and file are those that an error message shows. row_order [shape[0]] int64: where rows must be gathered from
+    to come in the order that the Hugging Face checkpoint has, None where they do already.
+    """
+
+    file: str
+    name: str
+    form: BlockFormat
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    row_order: Tensor | None = None
+
+
+class Checkpoint(Protocol):
+    """The tensors of one model's files."""
+
+    @property
+    def label(self) -> str:
+        """The file, or the first of several, as errors name it."""
+        ...
+
+    def find(self, name: str) -> StoredTensor | None:
+        """The tensor of a Hugging Face checkpoint's name; None where the files do not hold it."""
+        ...
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls, or would call, that tensor."""
+        ...
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """All tensors in the order of their stored names, row_order left out."""
+        ...
+
+
+def num_elements(shape: Sequence[int]) -> int:
+    """The product of the dimensions."""
+    total = 1
+    for dim in shape:
+        total *= dim
+    return total

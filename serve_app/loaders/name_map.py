@@ -1,0 +1,64 @@
+"""GGUF's tensor names for those of Hugging Face checkpoints, and the order of its q and k rows.
+
+Names: gguf's tensor-name table for the Llama-like architectures.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+_GLOBAL = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_OF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+# Architectures whose q and k rows GGUF keeps in pairs: rows 2i and 2i + 1 of a head belong together, not i and
+# i + head_dim / 2.
+_PAIRED_ROTARY = frozenset({"llama"})
+
+
+def gguf_name(name: str) -> str:
+    """ "model.layers.0.self_attn.q_proj.weight" → "blk.0.attn_q.weight"; a name without a rule stays as it is."""
+    stem, dot, kind = name.rpartition(".")
+    if stem in _GLOBAL:
+        return f"{_GLOBAL[stem]}{dot}{kind}"
+    match = _LAYER.fullmatch(stem)
+    if match and match[2] in _OF_LAYER:
+        return f"blk.{match[1]}.{_OF_LAYER[match[2]]}{dot}{kind}"
+    return name
+
+
+def rotary_heads(architecture: str, name: str, n_heads: int, n_kv_heads: int) -> int | None:
+    """How many heads the rows of this tensor hold in GGUF's paired order; None where its rows need no reordering."""
+    if architecture not in _PAIRED_ROTARY:
+        return None
+    if ".self_attn.q_proj." in name:
+        return n_heads
+    if ".self_attn.k_proj." in name:
+        return n_kv_heads
+    return None
+
+
+def half_split_order(num_rows: int, heads: int) -> Tensor:
+    """[num_rows] int64: gathering paired rows in this order gives each head's first components, then its second ones.
+
+    The rotary embedding turns component i with i + head_dim / 2 in Hugging Face's order; GGUF has the two side by side.
+    ValueError where the rows are no whole, even number for every head.
+    """
+    if heads < 1 or num_rows % (2 * heads):
+        raise ValueError(f"{num_rows} rows cannot be split into {heads} heads of even size")
+    return torch.arange(num_rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)

@@ -1,0 +1,98 @@
+"""Builds the tensors and weights that a family asks for out of a checkpoint's stored ones."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.reference.quant import dequantize
+from serve_app.errors import ModelFileError
+from serve_app.loaders.checkpoint import Checkpoint, StoredTensor, num_elements
+from serve_app.loaders.pages import as_tensor, drop_pages
+from serve_app.quant.packed import PackedWeight, fuse
+from serve_app.quant.weight import DenseWeight, Weight
+
+SMALL_MODEL_BYTES = 64 << 20
+"""Models whose weights take at most this much in float32 are kept decoded too: at that size decoding at every step
+would cost more than anything else, and the copy is small beside the process."""
+
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class CheckpointSource:
+    """The WeightSource (serve_app.models.base) over a checkpoint.
+
+    A matrix whose stored type is the compute dtype is a view of the mapped file; one in a wider plain type is
+    converted, its pages given back; every other stays packed. Remembers which tensors were asked for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+        self._taken: set[str] = set()
+        num_weights = sum(num_elements(t.shape) for t in checkpoint.stored())
+        self._keep_decoded = num_weights * 4 <= SMALL_MODEL_BYTES
+
+    def has(self, name: str) -> bool:
+        """See WeightSource."""
+        return self._checkpoint.find(name) is not None
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See WeightSource."""
+        stored = self._take(name, shape)
+        rows = self._rows(stored, shape[0] if len(shape) > 1 else 1)
+        values = dequantize(stored.form, rows).view(shape)
+        if stored.row_order is not None:
+            values = values[stored.row_order]
+        drop_pages(stored.data)
+        return values.to(self._device)
+
+    def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
+        """See WeightSource."""
+        return fuse([self._matrix(name, (out, in_features)) for name, out in zip(names, out_features, strict=True)])
+
+    def unused(self) -> list[str]:
+        """Stored names of tensors that nothing asked for."""
+        return [t.name for t in self._checkpoint.stored() if t.name not in self._taken]
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        stored = self._checkpoint.find(name)
+        if stored is None:
+            raise ModelFileError(f"{self._checkpoint.label}: tensor {self._checkpoint.stored_name(name)!r} is missing")
+        where = f"{stored.file}: tensor {stored.name!r}"
+        if stored.shape != shape:
+            raise ModelFileError(f"{where} has shape {list(stored.shape)}, the model needs {list(shape)}")
+        if not stored.form.is_decodable:
+            raise ModelFileError(f"{where} has type {stored.form.name}, which cannot be a weight")
+        self._taken.add(stored.name)
+        return stored
+
+    def _rows(self, stored: StoredTensor, num_rows: int) -> Tensor:
+        """The bytes as [num_rows, bytes per row], still those of the file."""
+        return as_tensor(stored.data).view(num_rows, -1)
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> Weight:
+        stored = self._take(name, shape)
+        rows = self._rows(stored, shape[0])
+        if stored.row_order is not None:
+            rows = rows[stored.row_order]
+            drop_pages(stored.data)
+        plain = PLAIN_DTYPES.get(stored.form.name)
+        if plain == self._dtype:
+            return DenseWeight(self._placed(_view(rows, plain)))
+        if plain is not None and (plain.itemsize >= self._dtype.itemsize or self._keep_decoded):
+            dense = _view(rows, plain).to(self._dtype)
+            drop_pages(stored.data)
+            return DenseWeight(self._placed(dense))
+        return PackedWeight(stored.form, self._placed(rows), self._dtype, keep_decoded=self._keep_decoded)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
+
+
+def _view(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers; copied only where the file has them at an address that is no multiple of their size."""
+    if rows.data_ptr() % dtype.itemsize:
+        rows = rows.clone()
+    return rows.view(dtype)

@@ -1,0 +1,116 @@
+"""The matrices of linear layers and embeddings, whatever form they are kept in."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+FUSED_COPY_BYTES = 4 << 20
+"""Fused parts up to this size are copied into one matrix: one product instead of several, for little memory."""
+
+
+class Weight(Protocol):
+    """A matrix [out, in] that multiplies activations; never written after loading, so threads may share it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations in and out."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the matrix takes, those of mapped files included."""
+        ...
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [T, in] → x W^T [T, out], both of `dtype`."""
+        ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows ids [N] int64 → [N, in] of `dtype`: an embedding's gather."""
+        ...
+
+    def dequantize(self) -> Tensor:
+        """The whole matrix [out, in] of `dtype`; a copy where it is packed."""
+        ...
+
+
+class DenseWeight:
+    """A matrix of plain numbers. The tensor may be a view of a mapped file: it is never written."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self._tensor.shape[0], self._tensor.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the tensor."""
+        return self._tensor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self._tensor.nbytes
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """See Weight."""
+        return functional.linear(x, self._tensor)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """See Weight."""
+        return functional.embedding(ids, self._tensor)
+
+    def dequantize(self) -> Tensor:
+        """The tensor itself."""
+        return self._tensor
+
+
+class FusedWeight:
+    """Matrices over the same input, one below the other, each kept as it is."""
+
+    def __init__(self, parts: Sequence[Weight]) -> None:
+        self._parts = tuple(parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(sum of outs, in)."""
+        return sum(p.shape[0] for p in self._parts), self._parts[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parts."""
+        return self._parts[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(p.nbytes for p in self._parts)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """See Weight."""
+        return torch.cat([p.matmul(x) for p in self._parts], dim=-1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """See Weight."""
+        out = torch.empty(len(ids), self.shape[1], dtype=self.dtype, device=ids.device)
+        start = 0
+        for part in self._parts:
+            here = (ids >= start) & (ids < start + part.shape[0])
+            out[here] = part.rows(ids[here] - start)
+            start += part.shape[0]
+        return out
+
+    def dequantize(self) -> Tensor:
+        """See Weight."""
+        return torch.cat([p.dequantize() for p in self._parts])
