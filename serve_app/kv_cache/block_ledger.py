@@ -1,19 +1,12 @@
 """What the scheduler knows of a block pool: one face for the paged and the contiguous ledger."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from serve_app.kv_cache.block_hash import BlockHasher
 
+# The parent of a request's first block.
 NO_BLOCK = -1
-
-
-class Fork(NamedTuple):
-    """A second choice's block table, and the (source, destination) blocks that KvPool copies before the next step."""
-
-    block_ids: list[int]
-    copies: list[tuple[int, int]]
 
 
 class Peek(NamedTuple):
@@ -21,15 +14,6 @@ class Peek(NamedTuple):
 
     num_matched: int
     num_free_after: int
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """Since the start, in blocks: looked up at admission, found, and hashed blocks that were overwritten."""
-
-    lookups: int = 0
-    hits: int = 0
-    evictions: int = 0
 
 
 class BlockLedger(Protocol):
@@ -56,12 +40,24 @@ class BlockLedger(Protocol):
         """True: a request's blocks are one range. It allocates all it can ever need at admission and never grows."""
 
     @property
-    def hasher(self) -> BlockHasher | None:
-        """Makes the hashes for match() and publish(); None where nothing is ever found again: skip the hashing."""
+    def is_caching(self) -> bool:
+        """False: nothing is ever found again, so hashing is for nothing."""
 
     @property
-    def counters(self) -> CacheCounters:
-        """Of the prefix cache."""
+    def hasher(self) -> BlockHasher:
+        """Makes the hashes for match() and publish(), with the key that all who share the blocks use."""
+
+    @property
+    def num_lookups(self) -> int:
+        """Blocks asked for by match(), since the start."""
+
+    @property
+    def num_hits(self) -> int:
+        """Blocks found by match(), since the start."""
+
+    @property
+    def num_evictions(self) -> int:
+        """Blocks with a hash that were taken for something else, since the start, by all who share them."""
 
     def peek(self, hashes: Sequence[bytes]) -> Peek:
         """What match(hashes) would do, without doing it."""
@@ -73,19 +69,21 @@ class BlockLedger(Protocol):
     def allocate(self, n: int) -> list[int] | None:
         """n blocks, or None (and nothing changed) when fewer are free."""
 
-    def publish(self, block_id: int, block_hash: bytes, parent_id: int = NO_BLOCK) -> bool:
+    def publish(self, block_id: int, block_hash: bytes, parent_id: int | None = None) -> bool:
         """Lets others find a block whose tokens are all computed and accepted; it must not be written any more.
 
-        parent_id: the block before it in the request's table; NO_BLOCK only for the first one. Call it in chain order.
+        Call it in chain order. parent_id: the block before it in the request's table, NO_BLOCK for the first one. It
+        only matters after a flush: without it nothing is published until all blocks from before the flush are released.
         False where the block stays private: its hash is published by another block, the prefix cache is off, or its
         K and V stem from before a flush.
         """
 
-    def fork(self, block_ids: Sequence[int], num_tokens: int) -> Fork | None:
-        """A block table for another choice with the same first num_tokens computed tokens.
+    def fork(self, block_ids: Sequence[int], tail: tuple[int, int] | None = None) -> None:
+        """Counts another holder of blocks that are held already: a further choice shares the prompt's full blocks.
 
-        Full blocks are shared where the ledger can share; the partial tail is a new block and a copy. Blocks past
-        num_tokens are not taken over. None (and nothing changed) when too few blocks are free.
+        Shared blocks must be full: nobody writes them any more. The partial last block is not shared: the new choice
+        allocates its own and KvPool.copy_block fills it. tail names this (source, copy), so that a copy of content
+        from before a flush counts as such.
         """
 
     def release(self, block_ids: Sequence[int]) -> None:

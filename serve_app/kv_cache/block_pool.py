@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from serve_app.kv_cache.block_hash import BlockHasher
-from serve_app.kv_cache.block_ledger import NO_BLOCK, CacheCounters, Fork, Peek
+from serve_app.kv_cache.block_ledger import Peek
 from serve_app.kv_cache.owner import CacheOwner
 
 MAX_LEASE = 256
@@ -20,12 +20,13 @@ class BlockPool:
         attachment = owner.attach(fingerprint, prefix_cache_n)
         self._owner = owner
         self._client = attachment.client
-        self._caches = prefix_cache_n > 0
-        self.hasher = BlockHasher(attachment.hash_key, fingerprint) if self._caches else None
+        self.is_caching = prefix_cache_n > 0
+        self.hasher = BlockHasher(attachment.hash_key, fingerprint)
         self.block_size = block_size
         self.num_total = owner.num_total
         self.is_contiguous = False
-        self._counters = CacheCounters()
+        self.num_lookups = 0
+        self.num_hits = 0
         self._batch = max(1, min(MAX_LEASE, owner.num_total // 16))
         self._reserve: list[int] = []
         self._refs = [0] * owner.num_total
@@ -40,12 +41,11 @@ class BlockPool:
         return len(self._reserve) + self._owner.num_free
 
     @property
-    def counters(self) -> CacheCounters:
-        self._counters.evictions = self._owner.stats().num_evictions
-        return self._counters
+    def num_evictions(self) -> int:
+        return self._owner.num_evictions
 
     def peek(self, hashes: Sequence[bytes]) -> Peek:
-        if not self._caches:
+        if not self.is_caching:
             return Peek(0, self.num_free)
         found = self._owner.lookup(self._client, hashes)
         refs, owner = self._refs, self._owner
@@ -53,7 +53,7 @@ class BlockPool:
         return Peek(len(found), self.num_free - leaving)
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
-        if not self._caches or not hashes:
+        if not self.is_caching or not hashes:
             return []
         self._notice_flush()
         refs, generation = self._refs, self._generation
@@ -71,8 +71,8 @@ class BlockPool:
         blocks = [block for block, _ in found]
         for block in blocks:
             refs[block] += 1
-        self._counters.lookups += len(hashes)
-        self._counters.hits += len(blocks)
+        self.num_lookups += len(hashes)
+        self.num_hits += len(blocks)
         return blocks
 
     def allocate(self, n: int) -> list[int] | None:
@@ -95,13 +95,11 @@ class BlockPool:
         self._num_held += n
         return blocks
 
-    def publish(self, block_id: int, block_hash: bytes, parent_id: int = NO_BLOCK) -> bool:
-        if not self._caches:
+    def publish(self, block_id: int, block_hash: bytes, parent_id: int | None = None) -> bool:
+        if not self.is_caching:
             return False
         self._notice_flush()
-        if self._outdated and (block_id in self._outdated or parent_id in self._outdated):
-            # Its K and V rest on a prefix from before the flush, and so will its successors'.
-            self._outdated.add(block_id)
+        if self._outdated and self._rests_on_outdated(block_id, parent_id):
             return False
         if self._is_published[block_id]:
             return True
@@ -111,22 +109,13 @@ class BlockPool:
         self._is_published[block_id] = 1
         return True
 
-    def fork(self, block_ids: Sequence[int], num_tokens: int) -> Fork | None:
-        num_full, num_tail = divmod(num_tokens, self.block_size)
-        shared = list(block_ids[:num_full])
-        copies: list[tuple[int, int]] = []
-        if num_tail:
-            tail = self.allocate(1)
-            if tail is None:
-                return None
-            copies.append((block_ids[num_full], tail[0]))
-            if block_ids[num_full] in self._outdated:
-                self._outdated.add(tail[0])
+    def fork(self, block_ids: Sequence[int], tail: tuple[int, int] | None = None) -> None:
         refs = self._refs
-        for block in shared:
-            assert refs[block] > 0, block
+        for block in block_ids:
+            assert refs[block] > 0, f"block {block} is shared, but nobody holds it"
             refs[block] += 1
-        return Fork(shared + [copy for _, copy in copies], copies)
+        if tail and tail[0] in self._outdated:
+            self._outdated.add(tail[1])
 
     def release(self, block_ids: Sequence[int]) -> None:
         refs, is_published, reserve = self._refs, self._is_published, self._reserve
@@ -145,7 +134,7 @@ class BlockPool:
                     reserve.append(block)
         self._num_held -= num_left
         if self._outdated:
-            self._outdated = {block for block in self._outdated if refs[block]}
+            self._outdated.difference_update([block for block in block_ids if not refs[block]])
         if chain:
             self._owner.unpin(self._client, chain)
         self._trim()
@@ -182,6 +171,16 @@ class BlockPool:
         if num_flushes != self._flushes_seen:
             self._flushes_seen = num_flushes
             self._outdated = {block for block, count in enumerate(self._refs) if count}
+
+    def _rests_on_outdated(self, block: int, parent: int | None) -> bool:
+        """A request that began before the flush holds an outdated block to its end: its first. So with an unknown
+        parent it is enough to wait until there are none; with a known one the successors are marked one by one."""
+        if parent is None:
+            return True
+        if block in self._outdated or parent in self._outdated:
+            self._outdated.add(block)
+            return True
+        return False
 
     def check(self) -> None:
         """Asserts that this replica's view is the owner's."""

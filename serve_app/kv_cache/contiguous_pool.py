@@ -1,8 +1,10 @@
 """The ledger without paging: one range of blocks for each request, nothing shared, nothing cached."""
 
+import secrets
 from collections.abc import Sequence
 
-from serve_app.kv_cache.block_ledger import NO_BLOCK, CacheCounters, Fork, Peek
+from serve_app.kv_cache.block_hash import BlockHasher
+from serve_app.kv_cache.block_ledger import Peek
 
 
 class ContiguousPool:
@@ -17,8 +19,9 @@ class ContiguousPool:
         self.num_free = num_blocks
         self.block_size = block_size
         self.is_contiguous = True
-        self.hasher = None
-        self.counters = CacheCounters()
+        self.is_caching = False
+        self.hasher = BlockHasher(secrets.token_bytes(32), b"")
+        self.num_lookups = self.num_hits = self.num_evictions = 0
         self._free_lengths = {0: num_blocks}
         self._free_ends = {num_blocks: 0}
         self._taken: dict[int, int] = {}
@@ -43,16 +46,11 @@ class ContiguousPool:
         self.num_free -= n
         return list(range(start, start + n))
 
-    def publish(self, block_id: int, block_hash: bytes, parent_id: int = NO_BLOCK) -> bool:
+    def publish(self, block_id: int, block_hash: bytes, parent_id: int | None = None) -> bool:
         return False
 
-    def fork(self, block_ids: Sequence[int], num_tokens: int) -> Fork | None:
-        """As BlockLedger.fork, but a range as long as the whole table: the new choice cannot grow either."""
-        copied = self.allocate(len(block_ids))
-        if copied is None:
-            return None
-        num_used = -(-num_tokens // self.block_size)
-        return Fork(copied, list(zip(block_ids[:num_used], copied, strict=False)))
+    def fork(self, block_ids: Sequence[int], tail: tuple[int, int] | None = None) -> None:
+        raise AssertionError("a contiguous range is one request's alone; further choices compute the prompt themselves")
 
     def release(self, block_ids: Sequence[int]) -> None:
         if not block_ids:

@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -122,11 +122,6 @@ class KvPool:
     def copy_block(self, src: int, dst: int) -> None:
         """Copies K and V of a block in all layers."""
         self._data[:, :, dst].copy_(self._data[:, :, src])
-
-    def copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
-        """Does the (source, destination) copies of a Fork."""
-        for src, dst in copies:
-            self.copy_block(src, dst)
 
     def close(self) -> None:
         """Drops the views and lets go of the arena; memory that somebody still views goes with the last view."""

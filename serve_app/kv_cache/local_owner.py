@@ -35,7 +35,7 @@ class LocalOwner:
         self._spaces: dict[bytes, Space] = {}
         self._clients: dict[int, _Client] = {}
         self._last_client = NO_CLIENT
-        self._num_evictions = 0
+        self.num_evictions = 0
         self._num_retired = 0
 
     @property
@@ -65,7 +65,7 @@ class LocalOwner:
         for _ in range(need - len(leased)):
             block, space = queue.pop_cached()
             self._drop_hash(block, space)
-            self._num_evictions += 1
+            self.num_evictions += 1
             leased.append(block)
         for block in leased:
             generation[block] += 1
@@ -154,7 +154,7 @@ class LocalOwner:
             num_cached=self._queue.num_cached,
             num_clients=len(self._clients),
             num_released_prompts=sum(len(space.released) for space in self._spaces.values()),
-            num_evictions=self._num_evictions,
+            num_evictions=self.num_evictions,
             num_retired_prompts=self._num_retired,
         )
 

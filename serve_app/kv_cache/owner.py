@@ -52,6 +52,10 @@ class CacheOwner(Protocol):
         """Blocks in the free queue, those with a hash included."""
 
     @property
+    def num_evictions(self) -> int:
+        """Blocks whose hash was dropped to lease them, since the start."""
+
+    @property
     def is_short(self) -> bool:
         """True after a lease failed: clients give back what they lease in reserve."""
 
