@@ -1,21 +1,17 @@
-"""The command line: argv → Invocation. Grammar: `sirocco [COMMAND] [OPTIONS] [KIND] [OPTIONS]`.
+"""argv → Invocation: each mistake is a LaunchError with one sentence. The grammar is in cli_grammar.py."""
 
-COMMAND is serve (also when left out), chat, config or doctor; KIND is gguf, plain or run. Options stand before or after
-the kind, as users of mistralrs-server write them. Every mistake ends as one sentence in a LaunchError.
-"""
-
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from pydantic import ValidationError
 from typer.core import TyperCommand
 
 from serve_app import __version__
+from serve_app.cli_grammar import COMMANDS, GROUPS, Command, Kind, option_names, take_apart
 from serve_app.cli_options import (
     ChatOptions,
     DeploymentOptions,
@@ -27,49 +23,6 @@ from serve_app.cli_options import (
 )
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
-
-Command = Literal["serve", "chat", "config", "doctor"]
-Kind = Literal["gguf", "plain", "run"]
-
-COMMANDS: tuple[Command, ...] = get_args(Command)
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-# Kinds that the seed's and mistral.rs's users know, and that this version does not serve.
-LATER_KINDS = (
-    "diffusion",
-    "embedding",
-    "ggml",
-    "lora",
-    "lora-ggml",
-    "lora-gguf",
-    "lora-plain",
-    "multimodal-plain",
-    "speculative",
-    "speech",
-    "toml",
-    "vision-plain",
-    "x-lora",
-    "x-lora-ggml",
-    "x-lora-gguf",
-    "x-lora-plain",
-)
-
-# Other programs' names for options of ours.
-ALIASES = {
-    "--model": "--model-id",
-    "--quantized-model-id": "--model-id",
-    "--quantized-file": "--quantized-filename",
-    "--tok-model-id": "--tokenizer",
-    "--max-num-batched-tokens": "--max-batched-tokens",
-    "--serve-ip": "--host",
-}
-
-GROUPS: dict[Command, tuple[type, ...]] = {
-    "serve": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
-    "config": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
-    "chat": (ModelOptions, EngineOptions, ChatOptions, LogOptions),
-    "doctor": (DoctorOptions,),
-}
 
 ABOUT: dict[Command, str] = {
     "serve": "Serve a model over OpenAI's HTTP API.",
@@ -93,6 +46,18 @@ explains each.
 Without a kind and a model, a tiny storyteller that comes with Sirocco is served."""
 
 
+# The configuration's section that a group of options fills.
+_SECTIONS: dict[type, str] = {
+    ModelOptions: "model",
+    EngineOptions: "engine",
+    HttpOptions: "http",
+    DeploymentOptions: "deployment",
+}
+
+# Typer's own copy of click in new versions, click itself in older ones.
+_USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation:
     """What the command line asks for. chat is set for the command chat."""
@@ -103,24 +68,15 @@ class Invocation:
     as_json: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Words:
-    """A command line taken apart: the two words, and the options in their order."""
-
-    command: Command | None
-    kind: Kind | None
-    options: list[str]
-
-
 def parse(argv: Sequence[str]) -> Invocation | None:
     """What argv (without the program's name) asks for; None when it was answered here (--help, --version).
 
     Raises LaunchError with one sentence.
     """
-    words = _take_apart(argv)
+    words = take_apart(argv)
     name = words.command or "serve"
     command = _click_command(name, words.kind)
-    program = f"sirocco {words.command or f'[{"|".join(COMMANDS)}]'}"
+    program = "sirocco " + (words.command or f"[{'|'.join(COMMANDS)}]")
     try:
         result = command.main(words.options, prog_name=program, standalone_mode=False)
     except Exception as error:
@@ -128,90 +84,6 @@ def parse(argv: Sequence[str]) -> Invocation | None:
             raise
         raise LaunchError(f"{_sentence(error.format_message())} See sirocco {name} --help.") from error
     return result if isinstance(result, Invocation) else None
-
-
-# Typer's own copy of click in new versions, click itself in older ones.
-_USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
-
-
-# The configuration's section that a group of options fills.
-_SECTIONS: dict[type, str] = {
-    ModelOptions: "model",
-    EngineOptions: "engine",
-    HttpOptions: "http",
-    DeploymentOptions: "deployment",
-}
-
-
-def option_names(group: type) -> dict[str, tuple[str, ...]]:
-    """Field → option names of one group, e.g. port → ('--port', '-p')."""
-    hints = get_type_hints(group, include_extras=True)
-    names = {}
-    for field in fields(group):
-        info = hints[field.name].__metadata__[0]
-        names[field.name] = (info.default, *(info.param_decls or ()))
-    return names
-
-
-def _take_apart(argv: Sequence[str]) -> _Words:
-    """Finds command and kind among the options: options may stand on both sides of either."""
-    takes_value = _known_options()
-    command: Command | None = None
-    kind: Kind | None = None
-    options: list[str] = []
-    rest = iter(argv)
-    for word in rest:
-        if word.startswith("-") and word != "-":
-            name, equals, value = word.partition("=")
-            if not name.startswith("--") and len(name) > 2:
-                name, equals, value = word[:2], "=", word[2:].removeprefix("=")
-            name = ALIASES.get(name, name)
-            if name not in takes_value:
-                raise LaunchError(_no_such_option(name, takes_value))
-            options += [name]
-            if equals and not takes_value[name]:
-                raise LaunchError(f"The option {name} takes no value.")
-            if takes_value[name]:
-                options += [value if equals else _value_of(name, rest)]
-        elif word in COMMANDS and command is None and kind is None:
-            command = word
-        elif word in KINDS and kind is None:
-            kind = word
-        elif word in LATER_KINDS:
-            raise LaunchError(f"The model kind {word} is not part of this version, which serves gguf, plain and run.")
-        else:
-            raise LaunchError(_unexpected(word, kind))
-    if command == "doctor" and kind is not None:
-        raise LaunchError(f"The command doctor looks at the machine, not at a model: leave out {kind}.")
-    return _Words(command, kind, options)
-
-
-def _known_options() -> dict[str, bool]:
-    """Every option name of every command → whether a value follows."""
-    known = {"--help": False, "-h": False, "--version": False}
-    for group in {group for groups in GROUPS.values() for group in groups}:
-        hints = get_type_hints(group)
-        for field, names in option_names(group).items():
-            known.update(dict.fromkeys(names, hints[field] is not bool))
-    return known
-
-
-def _value_of(name: str, rest: Any) -> str:
-    value: str | None = next(rest, None)
-    if value is None:
-        raise LaunchError(f"The option {name} needs a value.")
-    return value
-
-
-def _no_such_option(name: str, known: dict[str, bool]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"There is no option {name}" + (f"; did you mean {near[0]}?" if near else ".")
-
-
-def _unexpected(word: str, kind: str | None) -> str:
-    if kind is not None:
-        return f"Only options may follow the kind {kind}, not {word!r}."
-    return f"{word!r} is neither a command ({', '.join(COMMANDS)}) nor a model kind ({', '.join(KINDS)})."
 
 
 def _sentence(text: str) -> str:
@@ -267,11 +139,11 @@ def _callback(command: Command, kind: Kind | None) -> Callable[..., Invocation]:
 def _parameters(group: type, kind: Kind | None) -> Iterator[tuple[str, Any, Any]]:
     """Name, default and annotation of each option; the kind plain knows no -f and hides it."""
     hints = get_type_hints(group, include_extras=True)
-    for field in fields(group):
-        annotation = hints[field.name]
-        if field.name == "files" and kind == "plain":
+    for option in fields(group):
+        annotation = hints[option.name]
+        if option.name == "files" and kind == "plain":
             annotation = Annotated[list[str] | None, typer.Option("--quantized-filename", "-f", hidden=True)]
-        yield field.name, field.default, annotation
+        yield option.name, option.default, annotation
 
 
 def _print_version(asked: bool) -> None:
@@ -338,12 +210,13 @@ def _folder_of(files: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors(include_url=False, include_input=False)[0]
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    names = {section: option_names(group) for group, section in _SECTIONS.items()}
+    if fault["type"] == "string_pattern_mismatch":
+        message = "has none of the forms that its help lists"
+    if fault["type"] == "string_too_short":
+        message = "must not be empty"
     match fault["loc"]:
-        case (str(section), str(field), *_) if section in names:
-            option = names[section].get(field, (field,))[0]
-            if fault["type"] == "string_pattern_mismatch":
-                message = "does not have one of the forms that its help lists"
-            return f"The option {option} {message}."
+        case (str(section), str(name), *_):
+            groups = [group for group, filled in _SECTIONS.items() if filled == section]
+            return f"The option {option_names(groups[0])[name][0]} {message}."
         case _:
             return _sentence(message)

@@ -1,0 +1,144 @@
+"""The grammar of the command line: `sirocco [COMMAND] [OPTIONS] [KIND] [OPTIONS]`.
+
+COMMAND is serve (also when left out), chat, config or doctor; KIND is gguf, plain or run. Options stand before or after
+the kind, as users of mistralrs-server write them, so that the two words have to be found among options and values.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+from serve_app.cli_options import (
+    ChatOptions,
+    DeploymentOptions,
+    DoctorOptions,
+    EngineOptions,
+    HttpOptions,
+    LogOptions,
+    ModelOptions,
+)
+from serve_app.errors import LaunchError
+
+Command = Literal["serve", "chat", "config", "doctor"]
+Kind = Literal["gguf", "plain", "run"]
+
+COMMANDS: tuple[Command, ...] = get_args(Command)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Kinds that the seed's and mistral.rs's users know, and that this version does not serve.
+LATER_KINDS = (
+    "diffusion",
+    "embedding",
+    "ggml",
+    "lora",
+    "lora-ggml",
+    "lora-gguf",
+    "lora-plain",
+    "multimodal-plain",
+    "speculative",
+    "speech",
+    "toml",
+    "vision-plain",
+    "x-lora",
+    "x-lora-ggml",
+    "x-lora-gguf",
+    "x-lora-plain",
+)
+
+# Other programs' names for options of ours.
+ALIASES = {
+    "--model": "--model-id",
+    "--quantized-model-id": "--model-id",
+    "--quantized-file": "--quantized-filename",
+    "--tok-model-id": "--tokenizer",
+    "--max-num-batched-tokens": "--max-batched-tokens",
+    "--serve-ip": "--host",
+}
+
+GROUPS: dict[Command, tuple[type, ...]] = {
+    "serve": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
+    "config": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
+    "chat": (ModelOptions, EngineOptions, ChatOptions, LogOptions),
+    "doctor": (DoctorOptions,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A command line taken apart: the two words, and the options in their order."""
+
+    command: Command | None
+    kind: Kind | None
+    options: list[str]
+
+
+def take_apart(argv: Sequence[str]) -> Words:
+    """Finds command and kind among the options: options may stand on both sides of either."""
+    takes_value = _known_options()
+    command: Command | None = None
+    kind: Kind | None = None
+    options: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word.startswith("-") and word != "-":
+            name, equals, value = word.partition("=")
+            if not name.startswith("--") and len(name) > 2:
+                name, equals, value = word[:2], "=", word[2:].removeprefix("=")
+            name = ALIASES.get(name, name)
+            if name not in takes_value:
+                raise LaunchError(_no_such_option(name, takes_value))
+            options += [name]
+            if equals and not takes_value[name]:
+                raise LaunchError(f"The option {name} takes no value.")
+            if takes_value[name]:
+                options += [value if equals else _value_of(name, rest)]
+        elif word in COMMANDS and command is None and kind is None:
+            command = word
+        elif word in KINDS and kind is None:
+            kind = word
+        elif word in LATER_KINDS:
+            raise LaunchError(f"The model kind {word} is not part of this version, which serves gguf, plain and run.")
+        else:
+            raise LaunchError(_unexpected(word, kind))
+    if command == "doctor" and kind is not None:
+        raise LaunchError(f"The command doctor looks at the machine, not at a model: leave out {kind}.")
+    return Words(command, kind, options)
+
+
+def _known_options() -> dict[str, bool]:
+    """Every option name of every command → whether a value follows."""
+    known = {"--help": False, "-h": False, "--version": False}
+    for group in {group for groups in GROUPS.values() for group in groups}:
+        hints = get_type_hints(group)
+        for option, names in option_names(group).items():
+            known.update(dict.fromkeys(names, hints[option] is not bool))
+    return known
+
+
+def _value_of(name: str, rest: Iterator[str]) -> str:
+    value = next(rest, None)
+    if value is None:
+        raise LaunchError(f"The option {name} needs a value.")
+    return value
+
+
+def _no_such_option(name: str, known: dict[str, bool]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"There is no option {name}" + (f"; did you mean {near[0]}?" if near else ".")
+
+
+def _unexpected(word: str, kind: str | None) -> str:
+    if kind is not None:
+        return f"Only options may follow the kind {kind}, not {word!r}."
+    return f"{word!r} is neither a command ({', '.join(COMMANDS)}) nor a model kind ({', '.join(KINDS)})."
+
+
+def option_names(group: type) -> dict[str, tuple[str, ...]]:
+    """Field → option names of one group, e.g. port → ('--port', '-p')."""
+    hints = get_type_hints(group, include_extras=True)
+    names = {}
+    for option in fields(group):
+        info = hints[option.name].__metadata__[0]
+        names[option.name] = (info.default, *(info.param_decls or ()))
+    return names

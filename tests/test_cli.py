@@ -1,0 +1,232 @@
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from serve_app import __main__, cli
+from serve_app.cli import Invocation
+from serve_app.cli_grammar import ALIASES, COMMANDS, GROUPS, KINDS, LATER_KINDS, Command, option_names
+from serve_app.config import AppConfig
+from serve_app.errors import LaunchError
+
+
+def parsed(line: str) -> Invocation:
+    invocation = cli.parse(line.split())
+    assert invocation is not None
+    return invocation
+
+
+def test_nothing_means_serving_the_embedded_model() -> None:
+    assert parsed("") == Invocation(command="serve", config=AppConfig())
+    assert parsed("").config.http.port == 1234
+    assert parsed("").config.http.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "serve --port 8080 --max-seqs 16 gguf -m org/repo -f a.gguf --no-paged-attn",
+        "gguf -m org/repo -f a.gguf --port 8080 --max-seqs 16 --no-paged-attn",
+        "--port=8080 --max-seqs=16 --no-paged-attn -morg/repo -fa.gguf gguf",
+        "-p8080 gguf --quantized-model-id org/repo --no-paged-attn --quantized-file a.gguf --max-seqs 16",
+        "-p 8080 serve --max-seqs 16 --no-paged-attn -m org/repo -f a.gguf",
+    ],
+)
+def test_options_stand_on_both_sides_of_command_and_kind(line: str) -> None:
+    config = parsed(line).config
+    assert config.to_args() == {
+        "http": {"port": 8080},
+        "engine": {"max_seqs": 16, "paged_attention": False},
+        "model": {"model": "org/repo", "kind": "gguf", "files": ["a.gguf"]},
+    }
+
+
+def test_the_line_of_the_specification() -> None:
+    config = parsed(
+        "--port 8080 --host 0.0.0.0 --log info --max-seqs 16 --prefix-cache-n 16 --no-paged-attn "
+        "--token-source env:HF_TOKEN --request-logging-file requests.jsonl gguf -m REPO_OR_DIR -f FILE"
+    ).config
+    assert (config.http.host, config.http.request_logging_file) == ("0.0.0.0", "requests.jsonl")
+    assert (config.engine.prefix_cache_n, config.model.token_source) == (16, "env:HF_TOKEN")
+
+
+def test_a_value_that_looks_like_a_kind_or_command_stays_a_value() -> None:
+    config = parsed("--served-model-name gguf plain -m serve").config
+    assert (config.http.served_model_name, config.model.kind, config.model.model) == ("gguf", "plain", "serve")
+    chat = parsed("chat --system --json")
+    assert chat.chat.system == "--json"
+
+
+def test_kinds() -> None:
+    assert parsed("plain -m x").config.model.kind == "plain"
+    assert parsed("run -m x").config.model.kind == "auto"
+    assert parsed("-m x").config.model.kind == "auto"
+    assert parsed("run").config.model.model is None
+    assert parsed("-m x -f y.gguf").config.model.kind == "gguf"
+
+
+def test_file_names() -> None:
+    assert parsed("gguf -m d -f a;b -f *.gguf").config.model.files == ("a", "b", "*.gguf")
+    local = parsed("gguf -f models/a-1.gguf;models/a-2.gguf").config.model
+    assert (local.model, local.files) == ("models", ("a-1.gguf", "a-2.gguf"))
+
+
+def test_repeated_keys_and_last_value_wins() -> None:
+    config = parsed("--api-key one --port 1 --api-key env:TWO --port 2").config
+    assert config.http.api_keys == ("one", "env:TWO")
+    assert config.http.port == 2
+
+
+def test_chat_and_doctor_have_options_of_their_own() -> None:
+    chat = parsed("chat --temperature 0 --top-k 5 --max-tokens 7 --system hello --seed 3 plain -m x")
+    assert (chat.chat.temperature, chat.chat.top_k, chat.chat.max_tokens, chat.chat.system) == (0.0, 5, 7, "hello")
+    assert chat.config.engine.seed == 3
+    assert parsed("doctor --json").as_json
+    assert not parsed("doctor").as_json
+
+
+def test_every_option_reaches_the_configuration() -> None:
+    """Each option of serve, given a value other than its default, changes the configuration."""
+    flags = {"--offline", "--no-paged-attn", "--strict-model-name"}
+    values = {
+        "--dtype": "f16",
+        "--token-source": "none",
+        "--ingress": "handle",
+        "--proxy": "python",
+        "--log": "debug",
+        "--pa-gpu-mem-usage": "0.5",
+        "--pa-blk-size": "64",
+        "--max-targets": "7",
+        "--max-batched-tokens": "4096",
+    }
+    for group in GROUPS["serve"]:
+        for names in option_names(group).values():
+            words = [] if names[0] in flags else [values.get(names[0], "17")]
+            config = cli.parse(["-m", "x", names[0], *words])
+            assert config is not None
+            assert config.config != parsed("-m x").config, names
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_names_that_other_programs_use(alias: str) -> None:
+    value = "4096" if "tokens" in alias else "1.2.3.4"
+    assert cli.parse(["-m", "x", alias, value]) == cli.parse(["-m", "x", ALIASES[alias], value])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--isq Q4K plain -m x", "no option --isq"),
+        ("--prot 80", "did you mean --port"),
+        ("-q", "no option -q"),
+        ("bench", "neither a command"),
+        ("gguf plain -m x", "may follow the kind gguf"),
+        ("gguf -m x y.gguf", "may follow the kind gguf"),
+        ("serve chat", "neither a command"),
+        ("gguf", "needs a model"),
+        ("plain", "needs a model"),
+        ("plain -m x -f y", "belongs to the kind gguf"),
+        ("gguf -m x -f ;", "names no file"),
+        ("gguf -f a/x.gguf;b/x.gguf", "several folders"),
+        ("--revision main", "--revision"),
+        ("-m", "needs a value"),
+        ("--offline=yes", "takes no value"),
+        ("--port zero", "--port"),
+        ("--port 70000", "--port"),
+        ("--dtype f8", "--dtype"),
+        ("--log loud", "--log"),
+        ("--max-seqs 0", "--max-seqs"),
+        ("--pa-blk-size 24", "--pa-blk-size"),
+        ("--pa-gpu-mem 5 --pa-ctxt-len 5", "--pa-gpu-mem and --pa-ctxt-len"),
+        ("--token-source hunter2", "--token-source"),
+        ("--num-targets 3 --max-targets 2", "--max-targets"),
+        ("--max-seqs 64 --max-batched-tokens 32", "--max-batched-tokens"),
+        ("chat --port 80", "--port"),
+        ("chat --temperature -1", "--temperature"),
+        ("doctor gguf", "doctor"),
+        ("doctor --log info", "--log"),
+        *((f"{kind} -m x", f"The model kind {kind} ") for kind in LATER_KINDS),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_code_2(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sirocco: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_a_wrong_token_source_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["--token-source", "hunter2"]) == 2
+    assert "hunter2" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("doctor", ""), *((c, k) for c in COMMANDS if c != "doctor" for k in ("", *KINDS))]
+)
+def test_help_explains_every_option(
+    command: Command, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.parse([command, *kind.split(), "--help"]) is None
+    text = capsys.readouterr().out
+    for group in GROUPS[command]:
+        for names in option_names(group).values():
+            assert (names[0] in text) == (kind != "plain" or names[0] != "--quantized-filename")
+    if command in ("serve", "config"):
+        assert "[default: 1234]" in text
+        assert "─ Limits of a request ─" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("sirocco ")
+
+
+def test_options_are_grouped_in_one_place_each() -> None:
+    for groups in GROUPS.values():
+        names = sorted(name for group in groups for option in option_names(group).values() for name in option)
+        assert not [name for name, following in pairwise(names) if name == following]
+
+
+def test_help_is_quick_and_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from serve_app.__main__ import main; code = main(['--help']); "
+        "heavy = {'torch', 'ray', 'numpy', 'fastapi', 'transformers'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "--port" in done.stdout
+    # About 0.5 s when measured; the margin is for a busy machine.
+    assert min(times) < 1.5
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "serve_app", "--pa-blk-size", "24"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "sirocco: The option --pa-blk-size should be a multiple of 16.\n"
+
+
+def test_a_foreign_kernels_package_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(__main__.kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
+    assert __main__.main(["--version"]) == 2
+    assert "another distribution's" in capsys.readouterr().err
+
+
+def test_a_stale_kernels_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(__main__.kernels, "ABI", __main__.EXPECTED_ABI + 1)
+    with pytest.raises(LaunchError, match="install Sirocco again"):
+        __main__.check_kernels()

@@ -1,0 +1,121 @@
+import dataclasses
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from serve_app.config import (
+    LOG_LEVELS,
+    AppConfig,
+    DeploymentConfig,
+    EngineSettings,
+    HttpConfig,
+    ModelConfig,
+    Section,
+    apply_log_level,
+    resolve_reference,
+)
+from serve_app.errors import LaunchError
+from serve_app.options import EngineConfig, ModelSource
+
+
+@pytest.mark.parametrize(("section", "target"), [(ModelConfig, ModelSource), (EngineSettings, EngineConfig)])
+def test_sections_repeat_the_engine_options_field_for_field(section: type[Section], target: type) -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(target)}
+    assert {name: field.default for name, field in section.model_fields.items()} == fields
+
+
+def test_sections_convert_to_the_engine_options() -> None:
+    source = ModelConfig(model="m", kind="gguf", files=("a", "b"), dtype="f32", max_seq_len=77).to_source()
+    assert source == ModelSource(model="m", kind="gguf", files=("a", "b"), dtype="f32", max_seq_len=77)
+    assert EngineSettings(pool_mb=5, seed=3).to_config() == EngineConfig(pool_mb=5, seed=3)
+
+
+def test_plain_data_without_defaults_builds_the_same_configuration() -> None:
+    config = AppConfig(
+        model=ModelConfig(model="m", files=("x.gguf",), kind="gguf"),
+        engine=EngineSettings(max_seqs=3, pool_fraction=0.5),
+        http=HttpConfig(port=80, api_keys=("env:KEY",)),
+        deployment=DeploymentConfig(target_replicas=2, max_target_replicas=4),
+        log="warn",
+    )
+    args = config.to_args()
+    assert args["engine"] == {"max_seqs": 3, "pool_fraction": 0.5}
+    assert args["model"]["files"] == ["x.gguf"]
+    assert AppConfig.model_validate(args) == config
+    assert AppConfig().to_args() == {}
+
+
+def test_a_configuration_cannot_be_changed_and_crosses_processes() -> None:
+    config = AppConfig(log="debug")
+    with pytest.raises(ValidationError):
+        config.log = "info"  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.http.port = 1  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"modle": {}},
+        {"http": {"prot": 1}},
+        {"http": {"port": 0}},
+        {"http": {"idle_stream_timeout_s": float("nan")}},
+        {"engine": {"block_size": 24}},
+        {"engine": {"pool_mb": 1, "pool_tokens": 1}},
+        {"engine": {"pool_fraction": 1.5}},
+        {"engine": {"max_seqs": 0}},
+        {"engine": {"max_seqs": 64, "max_batched_tokens": 32}},
+        {"model": {"token_source": "secret"}},
+        {"model": {"kind": "gguf"}},
+        {"model": {"files": ["a.gguf"]}},
+        {"model": {"kind": "plain", "model": "m", "files": ["a.gguf"]}},
+        {"deployment": {"target_replicas": 3, "max_target_replicas": 2}},
+        {"log": "loud"},
+    ],
+)
+def test_bad_settings_are_refused(data: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        AppConfig.model_validate(data)
+
+
+def test_secrets_do_not_show_when_printed() -> None:
+    config = AppConfig(http=HttpConfig(api_keys=("s3cret",)), model=ModelConfig(token_source="literal:t0ken"))
+    assert "s3cret" not in repr(config)
+    assert "t0ken" not in repr(config)
+
+
+def test_api_keys_come_from_where_they_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("A_KEY", " one ")
+    (tmp_path / "keys").write_text("two\n\n three \n")
+    config = HttpConfig(api_keys=("plain", "env:A_KEY", f"path:{tmp_path / 'keys'}", "literal:env:x"))
+    assert config.resolve_api_keys() == ("plain", "one", "two", "three", "env:x")
+
+
+@pytest.mark.parametrize("reference", ["env:NOT_SET_ANYWHERE", "path:/does/not/exist", "path:/"])
+def test_a_reference_that_leads_nowhere_is_one_sentence(reference: str) -> None:
+    with pytest.raises(LaunchError, match=r"^The .*\.$"):
+        resolve_reference(reference)
+
+
+def test_an_empty_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EMPTY_KEY", "  ")
+    (tmp_path / "keys").write_text("\n")
+    for reference in ("env:EMPTY_KEY", f"path:{tmp_path / 'keys'}"):
+        with pytest.raises(LaunchError, match="empty"):
+            resolve_reference(reference)
+
+
+def test_log_level_is_set_for_our_packages_only() -> None:
+    before = logging.getLogger().level
+    try:
+        apply_log_level("trace")
+        assert logging.getLogger("serve_app.engine").isEnabledFor(LOG_LEVELS["trace"])
+        apply_log_level("off")
+        assert not logging.getLogger("deployments").isEnabledFor(logging.CRITICAL)
+        assert logging.getLogger().level == before
+    finally:
+        apply_log_level("info")
