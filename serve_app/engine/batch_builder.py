@@ -1,0 +1,92 @@
+"""The schedule of a step → the flat tensors of a ForwardBatch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from serve_app.batch import ForwardBatch
+from serve_app.engine.request import Request
+from serve_app.engine.scheduler import Schedule
+from serve_app.kv_cache.kv_pool import KvPool
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class BatchBuilder:
+    """Builds batches in numpy, without a loop over the tokens, and hands them to the device in one place.
+
+    Keeps the block tables of running requests by row, so that a decode step only touches those that got a block.
+    """
+
+    def __init__(self, max_seqs: int, max_blocks: int, block_size: int, kv: KvPool, device: torch.device) -> None:
+        self._tables = np.zeros((max_seqs, max_blocks), np.int32)
+        self._block_size = block_size
+        self._kv = kv
+        self._device = device
+
+    def set_blocks(self, request: Request) -> None:
+        """Takes over a running request's whole block list."""
+        self._tables[request.row, : len(request.blocks)] = request.blocks
+
+    def append_block(self, request: Request) -> None:
+        """Takes over the last block of a running request's list."""
+        last = len(request.blocks) - 1
+        self._tables[request.row, last] = request.blocks[last]
+
+    def build(self, step: Schedule, wanted_logits: Sequence[tuple[int, range]] = ()) -> ForwardBatch:
+        """The batch of a step: its decodes, then its prefills, in the schedule's order.
+
+        wanted_logits: (index into step.prefill, positions) of prompt tokens whose logits are to come back besides
+        those that are sampled.
+        """
+        decode, prefill = step.decode, step.prefill
+        num_decode = len(decode)
+        counts = np.ones(num_decode + len(prefill), np.int64)
+        counts[num_decode:] = [n for _, n in prefill]
+        starts = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+
+        requests = [*decode, *(r for r, _ in prefill)]
+        rows = np.fromiter((r.row for r in requests), np.int64, len(requests))
+        computed = np.fromiter((r.num_computed for r in requests), np.int64, len(requests))
+        context = computed + counts
+        token_ids = np.empty(starts[-1], np.int64)
+        token_ids[:num_decode] = np.fromiter((r.token_ids[-1] for r in decode), np.int64, num_decode)
+        for i, (request, n) in enumerate(prefill, num_decode):
+            first = request.num_computed
+            token_ids[starts[i] : starts[i + 1]] = request.token_ids[first : first + n]
+
+        owner = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(starts[-1]) - starts[owner] + computed[owner]
+        width = -(-int(context.max()) // self._block_size)
+        tables = self._tables[rows, :width]
+        block, offset = np.divmod(positions, self._block_size)
+        slots = tables[owner, block].astype(np.int64) * self._block_size + offset
+
+        # A request is sampled when this step computes its last known token.
+        is_sampled = np.ones(len(counts), np.bool_)
+        is_sampled[num_decode:] = [r.num_computed + n == len(r.token_ids) for r, n in prefill]
+        sampled = np.flatnonzero(is_sampled)
+        logit_index = [starts[1:][sampled] - 1]
+        for i, span in wanted_logits:
+            first = starts[num_decode + i] - prefill[i][0].num_computed
+            logit_index.append(np.arange(span.start, span.stop) + first)
+        return ForwardBatch(
+            token_ids=self._to_device(token_ids),
+            positions=self._to_device(positions),
+            slot_mapping=self._to_device(slots),
+            block_tables=self._to_device(tables),
+            query_start=self._to_device(starts.astype(np.int32)),
+            context_lens=self._to_device(context.astype(np.int32)),
+            logit_index=self._to_device(np.concatenate(logit_index)),
+            sample_rows=self._to_device(rows[sampled]),
+            sample_positions=self._to_device(context[sampled]),
+            max_query_len=int(counts.max()),
+            max_context_len=int(context.max()),
+            kv=self._kv,
+        )
+
+    def _to_device(self, array: Array) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)

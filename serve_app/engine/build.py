@@ -1,0 +1,124 @@
+"""From a model's name to an engine that is ready to step."""
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from serve_app.engine.batch_builder import BatchBuilder
+from serve_app.engine.engine import Engine, EngineParts, Runner
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.outputs import OutputCollector
+from serve_app.engine.request_factory import RequestFactory
+from serve_app.engine.sampler import Sampler
+from serve_app.engine.scheduler import Scheduler
+from serve_app.errors import LaunchError
+from serve_app.kv_cache.arena import PosixShmArena
+from serve_app.kv_cache.block_ledger import BlockLedger
+from serve_app.kv_cache.block_pool import BlockPool
+from serve_app.kv_cache.contiguous_pool import ContiguousPool
+from serve_app.kv_cache.kv_pool import KvPool
+from serve_app.kv_cache.local_owner import LocalOwner
+from serve_app.kv_cache.pool_size import num_pool_blocks
+from serve_app.loaders.load import LoadedModel, load_model
+from serve_app.loaders.model_files import ModelFiles, resolve
+from serve_app.messages import TokenDelta
+from serve_app.options import EngineConfig, ModelSource, SamplingParams
+from serve_app.text.detokenizer import DetokenizerTable
+from serve_app.text.tokenizer import Tokenizer, open_tokenizer
+
+log = logging.getLogger(__name__)
+
+OnDeltas = Callable[[list[TokenDelta]], None]
+
+
+def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_deltas: OnDeltas) -> Engine:
+    """Loads a model and makes its engine; nothing runs until start() or step().
+
+    Raises ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
+    """
+    files = resolve(source) if isinstance(source, ModelSource) else source
+    torch.set_num_threads(config.num_threads or num_cores())
+    loaded = load_model(files, dtype=files.dtype, device=config.device)
+    tokenizer = open_tokenizer(files.tokenizer_source)
+    kv = _kv_pool(loaded, config, files.max_seq_len)
+    pool = ledger(config, kv.num_blocks, loaded.fingerprint)
+    eos_ids = frozenset(files.eos_ids) | frozenset(tokenizer.eos_ids)
+    sampler = Sampler(
+        loaded.args.vocab_size, config.max_seqs, config.device, sorted(eos_ids), DryBreakers(tokenizer).ids
+    )
+    runner = ModelRunner(loaded.model, sampler, kv, config.device, config.attention_backend)
+    log.info(
+        "%s: %d KV blocks of %d tokens (%.0f MB), context %d, %s",
+        files.model_name, kv.num_blocks, kv.block_size, kv.num_bytes / 1e6, files.max_seq_len, loaded.compute_dtype,
+    )  # fmt: skip
+    parts = assemble(runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults())
+    return Engine(parts, config, on_deltas)
+
+
+def assemble(
+    runner: Runner,
+    pool: BlockLedger,
+    kv: KvPool,
+    tokenizer: Tokenizer,
+    config: EngineConfig,
+    max_seq_len: int,
+    eos_ids: frozenset[int],
+    sampling_defaults: SamplingParams,
+) -> EngineParts:
+    """The parts of an engine around a runner."""
+    pool_tokens = pool.num_total * config.block_size
+    max_blocks = -(-min(max_seq_len, pool_tokens) // config.block_size)
+    factory = RequestFactory(
+        DetokenizerTable(tokenizer), eos_ids, tokenizer.vocab_size, max_seq_len, pool_tokens, config.seed
+    )
+    return EngineParts(
+        scheduler=Scheduler(pool, config),
+        builder=BatchBuilder(config.max_seqs, max_blocks, config.block_size, kv, torch.device(config.device)),
+        runner=runner,
+        factory=factory,
+        collector=OutputCollector(tokenizer, eos_ids),
+        tokenizer=tokenizer,
+        sampling_defaults=sampling_defaults,
+        kv=kv,
+    )
+
+
+def ledger(config: EngineConfig, num_blocks: int, fingerprint: bytes) -> BlockLedger:
+    """The block ledger that the options ask for."""
+    if not config.paged_attention:
+        return ContiguousPool(num_blocks, config.block_size)
+    return BlockPool(LocalOwner(num_blocks), fingerprint, config.block_size, config.prefix_cache_n)
+
+
+def num_cores() -> int:
+    """The cores that this process's affinity mask allows."""
+    return len(os.sched_getaffinity(0))
+
+
+class DryBreakers:
+    """The token ids whose text contains a DRY sequence breaker."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._found: dict[str, list[int]] = {}
+
+    def ids(self, breaker: str) -> list[int]:
+        """All tokens that contain the string; searched once for each string."""
+        if breaker not in self._found:
+            wanted = breaker.encode()
+            token_bytes = self._tokenizer.token_bytes
+            self._found[breaker] = [i for i in range(self._tokenizer.vocab_size) if wanted in token_bytes(i)]
+        return self._found[breaker]
+
+
+def _kv_pool(loaded: LoadedModel, config: EngineConfig, max_seq_len: int) -> KvPool:
+    if config.max_seqs > config.max_batched_tokens:
+        raise LaunchError(
+            f"--max-seqs {config.max_seqs} is over the {config.max_batched_tokens} tokens that a step may have"
+        )
+    args = loaded.args
+    shape = (config.block_size, args.n_layers, args.n_kv_heads, args.head_dim)
+    num_blocks = num_pool_blocks(config, KvPool.bytes_per_block(*shape, loaded.compute_dtype), max_seq_len)
+    return KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.compute_dtype)

@@ -1,0 +1,313 @@
+"""The engine: takes requests from any thread, steps on its own, hands out what each step brought."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.batch import ForwardBatch
+from serve_app.engine.batch_builder import BatchBuilder
+from serve_app.engine.model_runner import StepResult
+from serve_app.engine.outputs import OutputCollector
+from serve_app.engine.request import Request, RequestState
+from serve_app.engine.request_factory import RequestFactory
+from serve_app.engine.scheduler import Schedule, Scheduler
+from serve_app.engine.stats import EngineStats
+from serve_app.engine.throughput import DrainRate
+from serve_app.errors import EngineFailed, QueueFull, ServeError, Unavailable
+from serve_app.kv_cache.kv_pool import KvPool
+from serve_app.messages import FinishReason, GenerateRequest, TokenDelta
+from serve_app.options import EngineConfig, SamplingParams
+from serve_app.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+# An engine whose steps fail this often in a row is beyond help: it reports itself as failed.
+MAX_FAILURES_IN_A_ROW = 3
+EXPIRY_CHECK_S = 0.25
+
+
+class SamplerRows(Protocol):
+    """What the engine tells a sampler; see engine.sampler."""
+
+    def set_row(
+        self, row: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int], output_ids: Sequence[int]
+    ) -> None: ...
+    def clear_row(self, row: int) -> None: ...
+
+
+class Runner(Protocol):
+    """What executes a step; see engine.model_runner. Benchmarks of the host side put a null one in its place."""
+
+    @property
+    def sampler(self) -> SamplerRows: ...
+    def execute(self, batch: ForwardBatch) -> StepResult: ...
+
+
+@dataclass(slots=True)
+class EngineParts:
+    """What an engine is made of; built by engine.build."""
+
+    scheduler: Scheduler
+    builder: BatchBuilder
+    runner: Runner
+    factory: RequestFactory
+    collector: OutputCollector
+    tokenizer: Tokenizer
+    sampling_defaults: SamplingParams
+    kv: KvPool
+
+    def close(self) -> None:
+        """Frees the cache; the model goes with its last user."""
+        self.scheduler.pool.close()
+        self.kv.close()
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    add, abort, pause, resume and stats may be called from any thread; step only from one: the engine's own after
+    start(), or the caller's. on_deltas is called on the stepping thread, once a step, with everything it brought.
+    """
+
+    def __init__(
+        self, parts: EngineParts, config: EngineConfig, on_deltas: Callable[[list[TokenDelta]], None]
+    ) -> None:
+        self.parts = parts
+        self.config = config
+        self.is_failed = False
+        self._scheduler = parts.scheduler
+        self._on_deltas = on_deltas
+        self._inbox: deque[Callable[[list[TokenDelta]], None]] = deque()
+        self._num_incoming = 0
+        self._wake = threading.Event()
+        self._live: dict[str, list[Request]] = {}
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+        self._steps = self._failures = 0
+        self._drain = DrainRate()
+        self._next_expiry_check_s = 0.0
+
+    # -- from any thread ------------------------------------------------------------------------------------------
+
+    def add(self, source: GenerateRequest) -> None:
+        """Queues a request. Raises ContextTooLong, InvalidRequest, QueueFull, or Unavailable when it is stopping."""
+        if self._is_stopping or self.is_failed:
+            raise Unavailable("the engine is shutting down" if self._is_stopping else "the engine has failed")
+        choices = self.parts.factory.make(source)
+        num_waiting = len(self._scheduler.waiting) + self._num_incoming
+        if num_waiting >= self.config.max_waiting:
+            raise QueueFull(
+                f"{num_waiting} requests are waiting already, the limit is {self.config.max_waiting}",
+                retry_after_s=self.stats().estimated_wait_s,
+            )
+        self._num_incoming += 1
+        self._post(lambda deltas: self._add(choices))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, if it still lives, before the next step; its blocks are free then."""
+        self._post(lambda deltas: self._abort(request_id, deltas))
+
+    def pause(self, request_id: str) -> None:
+        """Leaves a request out of the coming steps, for a client that does not keep up; it keeps its blocks."""
+        self._post(lambda deltas: self._set_paused(request_id, True))
+
+    def resume(self, request_id: str) -> None:
+        """Undoes pause."""
+        self._post(lambda deltas: self._set_paused(request_id, False))
+
+    def stats(self) -> EngineStats:
+        """Counters and state; every number by itself is exact, they may stem from neighbouring steps."""
+        scheduler, collector = self._scheduler, self.parts.collector
+        num_waiting = len(scheduler.waiting) + self._num_incoming
+        return EngineStats(
+            max_seqs=self.config.max_seqs,
+            num_running=len(scheduler.running),
+            num_waiting=num_waiting,
+            num_paused=sum(r.is_paused for r in list(scheduler.running)),
+            blocks_total=scheduler.pool.num_total,
+            blocks_free=scheduler.pool.num_free,
+            steps=self._steps,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            output_tokens=collector.num_output_tokens,
+            prefix_lookups=scheduler.prefix_lookups,
+            prefix_hits=scheduler.prefix_hits,
+            evictions=scheduler.pool.counters.evictions,
+            estimated_wait_s=self._drain.time_to_drain_s(num_waiting + 1),
+            is_failed=self.is_failed,
+        )
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends all requests with an error, the thread, and frees model and cache."""
+        self._is_stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        deltas = self._fail_all(Unavailable("the server is shutting down"))
+        if deltas:
+            self._on_deltas(deltas)
+        self.parts.close()
+
+    def _post(self, action: Callable[[list[TokenDelta]], None]) -> None:
+        self._inbox.append(action)
+        self._wake.set()
+
+    # -- on the stepping thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            deltas = self.step()
+            if deltas:
+                self._on_deltas(deltas)
+            elif not self._inbox:
+                # A waiting request may expire; nothing else happens by itself.
+                self._wake.wait(EXPIRY_CHECK_S if self._scheduler.waiting else None)
+                self._wake.clear()
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request is queued or running."""
+        return bool(self._live or self._inbox)
+
+    def step(self) -> list[TokenDelta]:
+        """One step: schedule → forward and sample → update. Returns what it brought, possibly nothing."""
+        deltas: list[TokenDelta] = []
+        while self._inbox:
+            self._inbox.popleft()(deltas)
+        self._expire(deltas)
+        schedule = self._scheduler.schedule()
+        try:
+            self._set_up(schedule)
+            if not schedule.is_empty:
+                wanted = self.parts.collector.wanted_logits(schedule)
+                batch = self.parts.builder.build(schedule, wanted)
+                result = self.parts.runner.execute(batch)
+                self._steps += 1
+                self.parts.collector.begin(schedule, result, wanted)
+                self._update(schedule, deltas)
+                self._failures = 0
+        except Exception as error:
+            self._recover(error, deltas)
+        return deltas
+
+    def _set_up(self, schedule: Schedule) -> None:
+        for request in schedule.admitted:
+            self.parts.builder.set_blocks(request)
+            self._set_sampler_row(request)
+        for request in schedule.new_blocks:
+            self.parts.builder.append_block(request)
+
+    def _set_sampler_row(self, request: Request) -> None:
+        self.parts.runner.sampler.set_row(
+            request.row,
+            request.params,
+            request.seed,
+            request.token_ids[: request.num_prompt],
+            request.output_ids,
+        )
+
+    def _update(self, schedule: Schedule, deltas: list[TokenDelta]) -> None:
+        """Counts what was computed, starts forks, and turns sampled tokens into deltas."""
+        scheduler, collector = self._scheduler, self.parts.collector
+        for request in schedule.decode:
+            scheduler.advance(request, 1)
+            delta = collector.collect(request)
+            deltas.append(delta)
+            if delta.finish is not None:
+                self._finish(request)
+        for request, num_tokens in schedule.prefill:
+            is_sampled = request.num_computed + num_tokens == len(request.token_ids)
+            scheduler.advance(request, num_tokens)
+            collector.collect_prompt(request)
+            if is_sampled:
+                if request.siblings:
+                    self._fork(request)
+                delta = collector.collect(request)
+                deltas.append(delta)
+                if delta.finish is not None:
+                    self._finish(request)
+
+    def _fork(self, leader: Request) -> None:
+        started, copies = self._scheduler.fork(leader)
+        for source, copy in copies:
+            self.parts.kv.copy_block(source, copy)
+        for sibling in started:
+            self.parts.builder.set_blocks(sibling)
+            self._set_sampler_row(sibling)
+
+    def _add(self, choices: list[Request]) -> None:
+        self._num_incoming -= 1
+        leader = choices[0]
+        leader.siblings = choices[1:]
+        for sibling in leader.siblings:
+            sibling.state = RequestState.FORK_PENDING
+        self._live[leader.request_id] = choices
+        self._scheduler.add(leader)
+
+    def _abort(self, request_id: str, deltas: list[TokenDelta]) -> None:
+        self._end(self._live.get(request_id, ()), "abort", None, deltas)
+
+    def _set_paused(self, request_id: str, is_paused: bool) -> None:
+        for request in self._live.get(request_id, ()):
+            request.is_paused = is_paused
+
+    def _expire(self, deltas: list[TokenDelta]) -> None:
+        now = time.monotonic()
+        if now < self._next_expiry_check_s:
+            return
+        self._next_expiry_check_s = now + EXPIRY_CHECK_S
+        timeout_s = self.config.queue_timeout_s
+        for request in self._scheduler.expired(timeout_s):
+            error = Unavailable(
+                f"the request waited {timeout_s:g} s for its turn, the limit", retry_after_s=self._drain.time_to_drain_s(1)
+            )
+            self._end(self._live.get(request.request_id, ()), "error", error, deltas)
+
+    def _end(
+        self, choices: Iterable[Request], reason: FinishReason, error: ServeError | None, deltas: list[TokenDelta]
+    ) -> None:
+        for request in list(choices):
+            deltas.append(self.parts.collector.end(request, reason, error))
+            self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        row = request.row
+        self._scheduler.finish(request)
+        if row >= 0:
+            self.parts.runner.sampler.clear_row(row)
+        self._drain.count()
+        choices = self._live[request.request_id]
+        choices.remove(request)
+        if not choices:
+            del self._live[request.request_id]
+
+    def _recover(self, error: Exception, deltas: list[TokenDelta]) -> None:
+        """A step broke: what ran is lost and told so, what waits goes on."""
+        log.exception("a step failed")
+        self._failures += 1
+        self.is_failed = self._failures >= MAX_FAILURES_IN_A_ROW
+        failure = EngineFailed(f"the engine failed in a step ({type(error).__name__})")
+        for request in list(self._scheduler.running):
+            self._end(self._live.get(request.request_id, ()), "error", failure, deltas)
+        if self.is_failed:
+            deltas += self._fail_all(failure)
+
+    def _fail_all(self, error: ServeError) -> list[TokenDelta]:
+        deltas: list[TokenDelta] = []
+        while self._inbox:
+            self._inbox.popleft()(deltas)
+        for choices in list(self._live.values()):
+            self._end(choices, "error", error, deltas)
+        return deltas
