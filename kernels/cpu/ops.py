@@ -1,0 +1,190 @@
+"""Typed wrappers of the native CPU kernels: tensors in, addresses out. Importing it fails where there is no module.
+
+Tensors are on the CPU, float32, float16 or bfloat16, contiguous unless said otherwise. Wrong shapes are our own
+mistakes and end in an AssertionError; sizes that the batch brings (slots, blocks, positions) are checked in C++.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import _native
+from kernels.formats import block_format
+
+FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The floating point types that the native module computes with, by its own numbers (csrc/jobs.h)."""
+
+
+def dequantize(type_id: int, blocks: Tensor, out: Tensor | None = None) -> Tensor:
+    """blocks uint8 [rows, bytes per row] → float32 [rows, columns], written into out if given."""
+    rows, row_bytes = blocks.shape
+    columns = block_format(type_id).row_length(row_bytes)
+    if out is None:
+        out = torch.empty((rows, columns), dtype=torch.float32)
+    assert (
+        blocks.is_contiguous() and out.is_contiguous() and out.shape == (rows, columns) and out.dtype == torch.float32
+    )
+    _native.dequantize(type_id, blocks.data_ptr(), out.data_ptr(), rows, row_bytes, columns)
+    return out
+
+
+def matmul(type_id: int, x: Tensor, blocks: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [T, in] times packed rows, uint8 [out, bytes per row] → [T, out] in x's dtype; sums are formed in float32.
+
+    out: where to write, unit stride in the last dimension (a slice of a wider result may be given).
+    """
+    tokens, in_features = x.shape
+    rows, row_bytes = blocks.shape
+    layout = block_format(type_id)
+    if out is None:
+        out = torch.empty((tokens, rows), dtype=x.dtype)
+    assert x.is_contiguous() and blocks.is_contiguous() and out.stride(1) == 1 and out.shape == (tokens, rows)
+    _native.matmul(
+        type_id,
+        blocks.data_ptr(),
+        rows,
+        row_bytes,
+        layout.block_bytes,
+        layout.block_length,
+        x.data_ptr(),
+        FLOAT_CODES[x.dtype],
+        tokens,
+        in_features,
+        out.data_ptr(),
+        FLOAT_CODES[out.dtype],
+        out.stride(0),
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [T, H], weight [H] float32 → x / rms(x) * weight, [T, H] in x's dtype."""
+    tokens, width = x.shape
+    out = torch.empty_like(x)
+    assert x.is_contiguous()
+    _native.rms_norm(x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), tokens, width, epsilon, FLOAT_CODES[x.dtype])
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Adds x to residual in place, then normalises the sum; all [T, H]."""
+    tokens, width = x.shape
+    out = torch.empty_like(x)
+    assert x.is_contiguous() and residual.is_contiguous() and residual.dtype == x.dtype
+    _native.rms_norm(
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        width,
+        epsilon,
+        FLOAT_CODES[x.dtype],
+    )
+    return out
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
+    """Rotates q [T, n_heads, head_dim] and k [T, n_kv_heads, head_dim] in place; only the first dimension is strided.
+
+    table float32 [positions, rotary_dim]: cosines of the first half, sines in the second. positions [T] int64.
+    """
+    tokens, n_heads, head_dim = q.shape
+    _native.rope(
+        q.data_ptr(),
+        k.data_ptr(),
+        q.stride(0),
+        k.stride(0),
+        n_heads,
+        k.shape[1],
+        head_dim,
+        table.shape[1] // 2,
+        table.data_ptr(),
+        table.shape[0],
+        positions.data_ptr(),
+        tokens,
+        FLOAT_CODES[q.dtype],
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2 * I] → silu(gate) * up, [T, I]."""
+    tokens, width = gate_up.shape
+    assert gate_up.is_contiguous()
+    out = torch.empty((tokens, width // 2), dtype=gate_up.dtype)
+    _native.silu_mul(gate_up.data_ptr(), out.data_ptr(), tokens, width // 2, FLOAT_CODES[gate_up.dtype])
+    return out
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of the caches [num_blocks, block_size, n_kv_heads, head_dim]."""
+    tokens, n_kv_heads, head_dim = k.shape
+    num_blocks, block_size = k_cache.shape[:2]
+    _native.kv_write(
+        k.data_ptr(),
+        v.data_ptr(),
+        k.stride(0),
+        v.stride(0),
+        n_kv_heads * head_dim,
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        slots.data_ptr(),
+        tokens,
+        num_blocks * block_size,
+        FLOAT_CODES[k.dtype],
+        FLOAT_CODES[k_cache.dtype],
+    )
+
+
+class AttentionPlan:
+    """Paged causal attention of one step; the tables are checked and cut into even pieces once for all layers."""
+
+    def __init__(
+        self,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        num_tokens: int,
+        cache_shape: tuple[int, int, int, int],
+        n_heads: int,
+    ) -> None:
+        """block_tables [R, max_blocks], query_start [R + 1], context_lens [R], all int32 and kept alive by this object."""
+        num_blocks, block_size, n_kv_heads, head_dim = cache_shape
+        assert n_heads % n_kv_heads == 0 and block_tables.stride(1) == 1 and block_tables.dtype == torch.int32
+        assert query_start.dtype == context_lens.dtype == torch.int32
+        self._tensors = (block_tables, query_start, context_lens)
+        self._plan = _native.AttentionPlan(
+            block_tables.data_ptr(),
+            block_tables.stride(0),
+            query_start.data_ptr(),
+            context_lens.data_ptr(),
+            context_lens.shape[0],
+            num_tokens,
+            num_blocks,
+            block_size,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+        )
+
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """q [T, n_heads, head_dim], only the first dimension strided → [T, n_heads * head_dim] in q's dtype."""
+        tokens, n_heads, head_dim = q.shape
+        out = torch.empty((tokens, n_heads * head_dim), dtype=q.dtype)
+        self._plan.run(
+            q.data_ptr(),
+            q.stride(0),
+            out.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            FLOAT_CODES[q.dtype],
+            FLOAT_CODES[k_cache.dtype],
+        )
+        return out
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """seeds and positions [S] int64 (seeds as bit patterns) → float64 [S] in [0, 1), Philox4x32-10."""
+    out = torch.empty(seeds.shape, dtype=torch.float64)
+    assert seeds.is_contiguous() and positions.is_contiguous()
+    _native.uniform(seeds.data_ptr(), positions.data_ptr(), out.data_ptr(), seeds.shape[0])
+    return out

@@ -1,0 +1,102 @@
+"""Which implementation of an op runs: the native one where there is one, else plain torch, and why.
+
+The choice is made when a layer is built, by `choose`; nothing is decided per call. SIROCCO_NATIVE=0 in the environment
+turns the native module off, SIROCCO_ISA names the instruction set that it must use.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import kernels
+from kernels.reference import norm, sampling
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "rms_norm": norm.rms_norm,
+    "add_rms_norm": norm.add_rms_norm,
+    "rope": norm.rope,
+    "silu_mul": norm.silu_mul,
+    "kv_write": norm.kv_write,
+    "uniform": sampling.uniform,
+}
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The implementation chosen for an op: function, its name ('native avx512', 'torch') and the reason."""
+
+    op: str
+    function: Callable[..., Any]
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NativeModule:
+    """The native module's typed wrappers, or None and the reason why there are none."""
+
+    ops: ModuleType | None
+    reason: str
+
+
+@cache
+def native() -> NativeModule:
+    """Loads the native module once. Tests that want it gone call `native.cache_clear()` or replace this function."""
+    if os.environ.get("SIROCCO_NATIVE") == "0":
+        return NativeModule(None, "turned off by SIROCCO_NATIVE=0")
+    try:
+        module = importlib.import_module("kernels.cpu._native")
+    except ImportError as error:
+        return NativeModule(None, f"the native module is not built or does not load here ({error})")
+    if getattr(module, "ABI", None) != kernels.ABI:
+        return NativeModule(None, "the native module is of another version; reinstall to build it anew")
+    if wanted := os.environ.get("SIROCCO_ISA"):
+        module.use_instruction_set(wanted)
+    return NativeModule(importlib.import_module("kernels.cpu.ops"), f"native {module.instruction_set()}")
+
+
+def choose(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
+    """The implementation of an op for tensors of this device and dtype; KeyError for an unknown op."""
+    fallback = _REFERENCE[op]
+    if torch.device(device).type != "cpu":
+        return Choice(op, fallback, "torch", f"no kernel for {torch.device(device).type} yet")
+    if dtype not in _NATIVE_DTYPES:
+        return Choice(op, fallback, "torch", f"no native kernel for {dtype}")
+    found = native()
+    if found.ops is None:
+        return Choice(op, fallback, "torch", found.reason)
+    return Choice(op, getattr(found.ops, op), found.reason, "built and usable on this CPU")
+
+
+def native_dequantize(type_id: int) -> Callable[..., torch.Tensor] | None:
+    """f(blocks uint8 [rows, bytes per row], out=None) → float32 [rows, columns] for CPU tensors; None without one."""
+    ops = native().ops
+    if ops is None or not ops._native.can_decode(type_id):
+        return None
+    return lambda blocks, out=None: ops.dequantize(type_id, blocks, out)  # type: ignore[no-any-return]
+
+
+def native_matmul(type_id: int) -> Callable[..., torch.Tensor] | None:
+    """f(x [T, in], blocks uint8 [out, bytes per row], out=None) → [T, out] in x's dtype, decoding as it multiplies.
+
+    x contiguous, float32, float16 or bfloat16, on the CPU. None without one. Equal rows of x give equal rows of the
+    result, whatever T is.
+    """
+    ops = native().ops
+    if ops is None or not ops._native.can_decode(type_id):
+        return None
+    return lambda x, blocks, out=None: ops.matmul(type_id, x, blocks, out)  # type: ignore[no-any-return]
+
+
+def set_num_threads(count: int) -> None:
+    """How many threads the kernels of this process use, torch's operators included. 1 at first for native ones."""
+    torch.set_num_threads(count)
+    if (ops := native().ops) is not None:
+        ops._native.set_num_threads(count)

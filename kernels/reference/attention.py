@@ -1,0 +1,66 @@
+"""Paged causal attention in plain torch: the oracle of all backends, and what runs without native code.
+
+Shapes: T tokens of R requests, N heads, K KV heads, D head_dim, B blocks of a request's table, S slots a block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def paged_attention(
+    q_TND: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables_RB: Tensor,
+    query_start: Sequence[int],
+    context_lens: Sequence[int],
+) -> Tensor:
+    """Each query attends over its request's tokens up to its own: the last query is the context's last token.
+
+    Caches [num_blocks, S, K, D]; query_start (R + 1 numbers) and context_lens (R) on the host. Returns [T, N * D] in
+    q's dtype; scores, softmax and sums are formed in float32. Query head h reads KV head h // (N // K).
+    """
+    out = torch.empty_like(q_TND)
+    for r, context in enumerate(context_lens):
+        begin, end = query_start[r], query_start[r + 1]
+        if begin == end:
+            continue
+        num_blocks = -(-context // k_cache.shape[1])
+        blocks = block_tables_RB[r, :num_blocks].long()
+        k_CKD = k_cache[blocks].flatten(0, 1)[:context]
+        v_CKD = v_cache[blocks].flatten(0, 1)[:context]
+        rows = torch.arange(context - (end - begin), context, device=q_TND.device)
+        visible_QC = torch.arange(context, device=q_TND.device) <= rows.unsqueeze(1)
+        out[begin:end] = _attend(q_TND[begin:end], k_CKD, v_CKD, visible_QC)
+    return out.flatten(1)
+
+
+def _attend(q_QND: Tensor, k_CKD: Tensor, v_CKD: Tensor, visible_QC: Tensor) -> Tensor:
+    queries, n_heads, head_dim = q_QND.shape
+    n_kv_heads = k_CKD.shape[1]
+    q_KGQD = q_QND.float().view(queries, n_kv_heads, n_heads // n_kv_heads, head_dim).permute(1, 2, 0, 3)
+    scores = q_KGQD @ k_CKD.float().permute(1, 2, 0).unsqueeze(1) * head_dim**-0.5
+    scores = scores.masked_fill(~visible_QC, float("-inf"))
+    out_KGQD = scores.softmax(-1) @ v_CKD.float().transpose(0, 1).unsqueeze(1)
+    return out_KGQD.permute(2, 0, 1, 3).reshape(queries, n_heads, head_dim).to(q_QND.dtype)
+
+
+def paged_decode(
+    q_RND: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables_RB: Tensor, context_lens: Tensor
+) -> Tensor:
+    """paged_attention where every request has exactly one query: all of them at once, without a loop.
+
+    context_lens [R] on the device. Returns [R, N * D].
+    """
+    requests, n_heads, head_dim = q_RND.shape
+    n_kv_heads = k_cache.shape[2]
+    k_RCKD = k_cache[block_tables_RB.long()].flatten(1, 2).float()
+    v_RCKD = v_cache[block_tables_RB.long()].flatten(1, 2).float()
+    q_RKGD = q_RND.float().view(requests, n_kv_heads, n_heads // n_kv_heads, head_dim)
+    scores_RKGC = q_RKGD @ k_RCKD.permute(0, 2, 3, 1) * head_dim**-0.5
+    hidden_RC = torch.arange(k_RCKD.shape[1], device=q_RND.device) >= context_lens.unsqueeze(1)
+    scores_RKGC = scores_RKGC.masked_fill(hidden_RC[:, None, None], float("-inf"))
+    out_RKGD = scores_RKGC.softmax(-1) @ v_RCKD.transpose(1, 2)
+    return out_RKGD.reshape(requests, n_heads * head_dim).to(q_RND.dtype)

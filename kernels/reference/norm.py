@@ -1,0 +1,51 @@
+"""The small operations between the matrix products in plain torch: the oracle, and what runs without native code.
+
+They run on any device. Sums, squares and rotations are formed in float32 whatever the dtype.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [T, H], weight [H] float32 → x / rms(x) * weight, [T, H] in x's dtype."""
+    return functional.rms_norm(x.float(), weight.shape, weight, epsilon).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Adds x to residual in place, then normalises the sum; all [T, H]."""
+    residual += x
+    return rms_norm(residual, weight, epsilon)
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
+    """Rotates q [T, n_heads, head_dim] and k [T, n_kv_heads, head_dim] in place, first half against second half.
+
+    table float32 [positions, rotary_dim]: cosines of the first half, sines in the second. positions [T] int64.
+    Elements past rotary_dim stay. Source: Su et al. 2021, in the half-split order of Hugging Face checkpoints.
+    """
+    half = table.shape[1] // 2
+    cosine, sine = table.index_select(0, positions).unsqueeze(1).split(half, dim=-1)
+    for x in (q, k):
+        first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+        x[..., :half] = first * cosine - second * sine
+        x[..., half : 2 * half] = second * cosine + first * sine
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2 * I] → silu(gate) * up, [T, I]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of the caches [num_blocks, block_size, n_kv_heads, head_dim]."""
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k.to(k_cache.dtype))
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v.to(v_cache.dtype))
+
+
+def rotary_table(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
+    """positions [P], inverse_frequencies [rotary_dim / 2] float32 → float32 [P, rotary_dim]: cosines, then sines."""
+    angles = positions.to(torch.float32).unsqueeze(1) * inverse_frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1)

@@ -1,0 +1,62 @@
+"""Random numbers and the draw from filtered distributions, in plain torch on any device, for all rows at once."""
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The four random words of each counter. All int64 tensors of one shape holding 32-bit words.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The products wrap around modulo 2**64, which leaves their bits as they should be.
+        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (b >> 32) & _LOW ^ c1 ^ k0, b & _LOW, (a >> 32) & _LOW ^ c3 ^ k1, a & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """u(seed, position) in [0, 1), float64 [S]: the first word of Philox with the seed as key, the position as counter.
+
+    seeds and positions [S] int64; seeds are 64-bit patterns.
+    """
+    zero = torch.zeros_like(positions)
+    counter = (positions & _LOW, (positions >> 32) & _LOW, zero, zero)
+    word = philox4x32_10(counter, (seeds & _LOW, (seeds >> 32) & _LOW))[0]
+    return word.double() * 2.0**-32
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """The index drawn from each row by inverting its cumulated weights at u.
+
+    weights [S, C], not negative, any sum above 0; u [S] float64 in [0, 1) with at most 32 bits, so that u * sum stays
+    below the sum. An index of weight 0 is never drawn. Returns int64 [S].
+    """
+    cumulated = weights.cumsum(dim=-1, dtype=torch.float64)
+    target = u.unsqueeze(1) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, target, right=True).squeeze(1)
+
+
+def filter_sorted(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Zeroes what top-k, then top-p, then min-p take away; the first entry of a row always stays.
+
+    probabilities [S, C] in descending order, shares of the whole vocabulary's sum (which may exceed theirs); top_k [S]
+    int64 (0 = off), top_p and min_p [S]. top-p counts within what top-k left and keeps the entry that crosses p;
+    min-p drops what lies below min_p times the largest.
+    """
+    rank = torch.arange(probabilities.shape[1], device=probabilities.device)
+    limit = torch.where(top_k > 0, top_k, probabilities.shape[1]).unsqueeze(1)
+    kept = torch.where(rank < limit, probabilities, 0.0)
+    whole = torch.where(top_k > 0, kept.sum(dim=-1, dtype=torch.float64), 1.0).unsqueeze(1)
+    before = kept.cumsum(dim=-1, dtype=torch.float64) - kept
+    is_kept = (before < top_p.unsqueeze(1) * whole) & (kept >= min_p.unsqueeze(1) * kept[:, :1])
+    is_kept[:, 0] = True
+    return torch.where(is_kept, kept, 0.0)
