@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from pydantic import ValidationError
 from typer.core import TyperCommand
 
 from serve_app import __version__
@@ -21,7 +20,7 @@ from serve_app.cli_options import (
     LogOptions,
     ModelOptions,
 )
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, SettingError, build_config
 from serve_app.errors import LaunchError
 
 ABOUT: dict[Command, str] = {
@@ -174,9 +173,12 @@ def _config(kind: Kind | None, groups: dict[type, Any]) -> AppConfig:
     if "http" in sections:
         sections["http"]["api_keys"] = sections["http"]["api_keys"] or ()
     try:
-        return AppConfig.model_validate({**sections, "log": groups[LogOptions].log})
-    except ValidationError as error:
-        raise LaunchError(_first_fault(error)) from None
+        return build_config({**sections, "log": groups[LogOptions].log})
+    except SettingError as error:
+        if error.section is None or error.name is None:
+            raise
+        group = next(group for group, section in _SECTIONS.items() if section == error.section)
+        raise LaunchError(f"The option {option_names(group)[error.name][0]} {error}.") from None
 
 
 def _model(kind: Kind | None, options: ModelOptions) -> dict[str, Any]:
@@ -205,18 +207,3 @@ def _folder_of(files: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
             "The files given with -f lie in several folders: name the one with -m, or move them together."
         )
     return folders.pop(), tuple(Path(name).name for name in files)
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors(include_url=False, include_input=False)[0]
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if fault["type"] == "string_pattern_mismatch":
-        message = "has none of the forms that its help lists"
-    if fault["type"] == "string_too_short":
-        message = "must not be empty"
-    match fault["loc"]:
-        case (str(section), str(name), *_):
-            groups = [group for group, filled in _SECTIONS.items() if filled == section]
-            return f"The option {option_names(groups[0])[name][0]} {message}."
-        case _:
-            return _sentence(message)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from serve_app.errors import LaunchError
 from serve_app.options import DType, EngineConfig, ModelKind, ModelSource
@@ -202,6 +202,37 @@ class AppConfig(Section):
     def to_args(self) -> dict[str, Any]:
         """This configuration as plain data without defaults; AppConfig.model_validate takes it back."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+class SettingError(LaunchError):
+    """A setting is wrong. section and name say which where it is a single one; the message then begins with a verb."""
+
+    def __init__(self, message: str, section: str | None = None, name: str | None = None) -> None:
+        super().__init__(message)
+        self.section = section
+        self.name = name
+
+
+def build_config(data: dict[str, Any]) -> AppConfig:
+    """A configuration from plain data; raises SettingError for the first fault, without repeating the value."""
+    try:
+        return AppConfig.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = _PLAINER_FAULTS.get(fault["type"], message)
+    match fault["loc"]:
+        case (str(section), str(name), *_):
+            raise SettingError(message, section, name)
+        case _:
+            raise SettingError(message[:1].upper() + message[1:] + ".")
+
+
+_PLAINER_FAULTS = {
+    "string_pattern_mismatch": "has none of the forms that its help lists",
+    "string_too_short": "must not be empty",
+    "extra_forbidden": "does not exist",
+}
 
 
 def resolve_reference(reference: str) -> str:

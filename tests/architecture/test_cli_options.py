@@ -1,0 +1,37 @@
+"""The command line is a promise: an option added, renamed or dropped shows here."""
+
+import pytest
+
+from serve_app.cli_grammar import COMMANDS, GROUPS, KINDS, LATER_KINDS, Command, option_names
+
+MODEL = """--chat-template -c --dtype --hf-cache-path --jinja-explicit -j --max-seq-len --model-id -m --offline
+--quantized-filename -f --revision --token-source --tokenizer -t"""
+ENGINE = """--attention-backend --max-batched-tokens --max-seqs --max-waiting --no-paged-attn --pa-blk-size
+--pa-ctxt-len --pa-gpu-mem --pa-gpu-mem-usage --prefill-chunk-tokens --prefix-cache-n --queue-timeout --seed -s
+--threads"""
+HTTP = """--api-key --first-token-timeout --host --idle-stream-timeout --max-body-bytes --max-choices
+--max-header-bytes --max-logit-bias --max-logprobs --max-messages --max-n --max-prompts --max-stop --port -p
+--request-logging-file --served-model-name --slow-client-timeout --strict-model-name"""
+RAY = "--ingress --max-targets --num-ingress --num-preprocessors --num-targets --proxy --ray-address"
+LOG = "--log"
+CHAT = "--max-tokens --system --temperature --top-k --top-p"
+DOCTOR = "--json"
+
+EXPECTED: dict[Command, tuple[str, ...]] = {
+    "serve": (MODEL, ENGINE, HTTP, RAY, LOG),
+    "config": (MODEL, ENGINE, HTTP, RAY, LOG),
+    "chat": (MODEL, ENGINE, CHAT, LOG),
+    "doctor": (DOCTOR,),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_each_command(command: Command) -> None:
+    names = {name for group in GROUPS[command] for option in option_names(group).values() for name in option}
+    assert sorted(names) == sorted(" ".join(EXPECTED[command]).split())
+
+
+def test_commands_and_kinds() -> None:
+    assert COMMANDS == ("serve", "chat", "config", "doctor")
+    assert KINDS == ("gguf", "plain", "run")
+    assert not set(COMMANDS) & {*KINDS, *LATER_KINDS}
