@@ -1,11 +1,30 @@
 """The routes: one short function per endpoint."""
 
-from collections.abc import Callable
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 
+from serve_app import __version__
+from serve_app.api.application import Application
 from serve_app.api.backend import Backend
+from serve_app.api.call import SCOPE_KEY, Call
+from serve_app.api.convert import chat_prompt, completion_prompts
+from serve_app.api.error_shape import ClientGone, error_headers, error_object
+from serve_app.api.json_body import parse_object
+from serve_app.api.later import later_routes
+from serve_app.api.limits import check_chat, check_completion, read_json_body
+from serve_app.api.model_names import find_listed, resolve
+from serve_app.api.refusals import refuse_in_chat, refuse_in_completion
+from serve_app.api.responses import Head, model_object
+from serve_app.api.run import Generation
+from serve_app.api.schema import ChatRequest, CompletionRequest, parse_request
 from serve_app.config import HttpConfig
+from serve_app.errors import NotImplementedHere, ServeError, Unavailable
 from serve_app.metrics import HttpMetrics
 
 
@@ -14,6 +33,119 @@ def build_asgi(
 ) -> FastAPI:
     """The OpenAI API over `get_backend()`, which is asked anew for each request.
 
-    metrics: where this process counts its requests and tokens; the caller merges its snapshot into Backend.metrics().
+    metrics: where this process counts its requests; the caller merges its snapshot into Backend.metrics(). Raises
+    LaunchError if a key reference or the request log is unusable. The lifespan's end closes the request log.
     """
-    raise NotImplementedError
+    return _Routes(get_backend, config, metrics or HttpMetrics()).application()
+
+
+class _Routes:
+    def __init__(self, get_backend: Callable[[], Backend], config: HttpConfig, metrics: HttpMetrics) -> None:
+        self._get_backend = get_backend
+        self._config = config
+        self._metrics = metrics
+
+    def application(self) -> FastAPI:
+        app = Application(
+            self._config,
+            self._metrics,
+            title="Sirocco",
+            version=__version__,
+            # A redirect would repeat the Host header.
+            redirect_slashes=False,
+            openapi_url=None,
+            lifespan=_lifespan,
+        )
+
+        async def on_error(request: Request, error: Exception) -> Response:
+            return app.on_error(request.scope[SCOPE_KEY], error)
+
+        for kind in (ServeError, ClientGone, HTTPException, Exception):
+            app.add_exception_handler(kind, on_error)
+        app.post("/v1/chat/completions")(self.chat_completions)
+        app.post("/v1/completions")(self.completions)
+        app.get("/v1/models")(self.list_models)
+        app.api_route("/health", methods=["GET", "HEAD"])(self.health)
+        app.get("/metrics")(self.metrics)
+        for path, methods in later_routes():
+            app.api_route(path, methods=methods)(self.not_yet)
+        app.get("/v1/models/{model_id:path}")(self.get_model)
+        return app
+
+    async def chat_completions(self, request: Request) -> Response:
+        call, fields = await self._read(request)
+        body = parse_request(ChatRequest, fields)
+        refuse_in_chat(body)
+        check_chat(body, self._config)
+        backend = self._get_backend()
+        card = resolve(body.model, await backend.models(), self._config)
+        head = Head(
+            "chat",
+            f"chatcmpl-{call.id}",
+            int(time.time()),
+            card.id,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        )
+        prompt = chat_prompt(body, head.id, call.tenant)
+        generation = Generation(call, head, [prompt], backend, self._config, self._metrics)
+        return await (generation.stream if body.stream else generation.whole)(request.receive)
+
+    async def completions(self, request: Request) -> Response:
+        call, fields = await self._read(request)
+        body = parse_request(CompletionRequest, fields)
+        refuse_in_completion(body)
+        check_completion(body, self._config)
+        backend = self._get_backend()
+        card = resolve(body.model, await backend.models(), self._config)
+        head = Head(
+            "completion",
+            f"cmpl-{call.id}",
+            int(time.time()),
+            card.id,
+            echo=bool(body.echo),
+            top_logprobs=body.logprobs,
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        )
+        prompts = completion_prompts(body, head.id, call.tenant)
+        generation = Generation(call, head, prompts, backend, self._config, self._metrics)
+        return await (generation.stream if body.stream else generation.whole)(request.receive)
+
+    async def list_models(self) -> Response:
+        cards = await self._get_backend().models()
+        return _json({"object": "list", "data": [model_object(card) for card in cards]})
+
+    async def get_model(self, model_id: str) -> Response:
+        return _json(model_object(find_listed(model_id, await self._get_backend().models())))
+
+    async def health(self) -> Response:
+        health = await self._get_backend().health()
+        if health.is_ready:
+            return _json({"status": "ok"})
+        error = Unavailable(health.reason or "No target can answer yet.")
+        body = {"status": "unavailable", "reason": error.message, **error_object(error)}
+        return Response(json.dumps(body), error.status, headers=error_headers(error), media_type="application/json")
+
+    async def metrics(self) -> Response:
+        text = await self._get_backend().metrics()
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def not_yet(self, request: Request) -> Response:
+        raise NotImplementedHere(f"{request.scope['path'][:200]} is not implemented yet.")
+
+    async def _read(self, request: Request) -> tuple[Call, dict[str, Any]]:
+        call: Call = request.scope[SCOPE_KEY]
+        body = await read_json_body(request.scope, request.receive, self._config)
+        call.body = parse_object(body, self._config.max_json_depth)
+        return call, call.body
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    assert isinstance(app, Application)
+    app.close()
+
+
+def _json(value: dict[str, Any]) -> Response:
+    return Response(json.dumps(value), media_type="application/json")

@@ -1,0 +1,95 @@
+"""Log-probabilities in the two shapes of the API.
+
+A token may be part of a character only: its text then carries the bytes that are no UTF-8 as lone surrogates
+(surrogateescape), so that the true bytes can be shown.
+"""
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from serve_app.messages import TokenLogprob
+
+# JSON has no infinity; OpenAI writes this for a token that could not be.
+_LOWEST = -9999.0
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """The logprobs object of a chat choice or chunk."""
+    content = []
+    for token in tokens:
+        top = [_chat_token(text, logprob) for (_, logprob), text in zip(token.top, _top_texts(token), strict=True)]
+        content.append({**_chat_token(token.token_text, token.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(text: str, logprob: float | None) -> dict[str, Any]:
+    raw = _raw(text)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+class LegacyLogprobs:
+    """Builds the logprobs objects of one completion choice, chunk by chunk, and keeps track of the text's offset.
+
+    text_offset counts characters from the start of the choice's text, of which an echoed prompt is a part.
+    """
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+        self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def skip(self, text: str) -> None:
+        """An echoed text that comes without its tokens."""
+        self._offset += len(text)
+
+    def take(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+        """The object for the next tokens."""
+        result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            result["tokens"].append(_legacy_text(token.token_text))
+            result["token_logprobs"].append(None if token.logprob is None else _finite(token.logprob))
+            result["top_logprobs"].append(self._top(token))
+            result["text_offset"].append(self._offset)
+            self._offset += len(self._decoder.decode(_raw(token.token_text)))
+        return result
+
+    def _top(self, token: TokenLogprob) -> dict[str, float] | None:
+        """The k best and, if it is none of them, the chosen token; None for the first token of a prompt."""
+        if token.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        for (_, logprob), text in zip(token.top[: self._top_k], _top_texts(token), strict=False):
+            # Two ids may read the same: the likelier one, which comes first, stays.
+            top.setdefault(_legacy_text(text), _finite(logprob))
+        top.setdefault(_legacy_text(token.token_text), _finite(token.logprob))
+        return top
+
+
+def joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Legacy objects one after the other as one."""
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    return {name: [item for part in parts for item in part[name]] for name in names}
+
+
+def _top_texts(token: TokenLogprob) -> list[str]:
+    return token.top_texts if len(token.top_texts) == len(token.top) else [str(token_id) for token_id, _ in token.top]
+
+
+def _raw(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _legacy_text(text: str) -> str:
+    """Bytes that are no character are written as OpenAI does: bytes:\\xe2\\x80."""
+    raw = _raw(text)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _finite(logprob: float | None) -> float:
+    if logprob is None or not logprob > _LOWEST:
+        return _LOWEST
+    return logprob
