@@ -32,7 +32,7 @@ _PAIRED_ROTARY = frozenset({"llama"})
 
 
 def gguf_name(name: str) -> str:
-    """ "model.layers.0.self_attn.q_proj.weight" → "blk.0.attn_q.weight"; a name without a rule stays as it is."""
+    """GGUF's name of a checkpoint's tensor; one without a rule ("rope_freqs.weight") stays as it is."""
     stem, dot, kind = name.rpartition(".")
     if stem in _GLOBAL:
         return f"{_GLOBAL[stem]}{dot}{kind}"

@@ -130,7 +130,7 @@ def _are_counts(values: Any) -> TypeGuard[list[int]]:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + ".."
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_overlap(path: Path, spans: list[tuple[int, int, str]]) -> None:

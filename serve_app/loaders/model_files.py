@@ -1,0 +1,126 @@
+"""From what the user named to the files of a model, and the facts about it that need no weights. No torch."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from serve_app.errors import ModelFileError
+from serve_app.gguf_file import open_gguf
+from serve_app.loaders import generation_config
+from serve_app.loaders.weight_files import Weights, find_weights, locate_tokenizer, read_json
+from serve_app.options import ModelSource, SamplingParams
+
+_GGUF_END_KEYS = ("eos", "eot", "eom")
+_SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model's files, all local, and its facts.
+
+    folder: where the weights lie, perhaps with chat templates beside them; config: of config.json (plain), metadata of
+    a GGUF; exactly one of the two is set. tokenizer_source: what text.tokenizer.open_tokenizer takes. max_seq_len:
+    tokens of prompt and output together. eos_ids: as the model's configuration has them, first the main one.
+    jinja_explicit, chat_template: the user's options as given.
+    """
+
+    kind: Literal["gguf", "plain"]
+    model_name: str
+    folder: Path
+    weight_files: tuple[Path, ...]
+    config: dict[str, Any] | None
+    gguf_metadata: dict[str, Any] | None
+    tokenizer_source: Path | Mapping[str, Any]
+    generation_config: dict[str, Any]
+    max_seq_len: int
+    eos_ids: tuple[int, ...]
+    jinja_explicit: str | None = None
+    chat_template: str | None = None
+
+    @property
+    def config_file(self) -> str:
+        """Where the arguments of the model come from, for error messages."""
+        return str(self.weight_files[0] if self.kind == "gguf" else self.folder / "config.json")
+
+    def sampling_defaults(self) -> SamplingParams:
+        """What a request that names nothing gets; see generation_config.sampling_defaults."""
+        file = str(self.folder / "generation_config.json")
+        return generation_config.sampling_defaults(self.generation_config, file)
+
+
+def resolve(source: ModelSource) -> ModelFiles:
+    """Finds, and where needed downloads, a model's files and reads everything but the weights.
+
+    Raises ModelFileError naming the file and the key at fault, LaunchError where the hub is needed and away.
+    """
+    weights = find_weights(source)
+    folder = weights.folder
+    config = metadata = None
+    if weights.kind == "gguf":
+        with open_gguf(weights.files[0] if len(weights.files) == 1 else weights.files) as file:
+            metadata = file.metadata
+            weights = replace(weights, files=file.paths)
+        length, end_ids = _gguf_facts(metadata, str(weights.files[0]))
+    else:
+        file_name = str(folder / "config.json")
+        config = read_json(folder / "config.json")
+        length = _context(config, "max_position_embeddings", file_name)
+        end_ids = generation_config.token_ids(config.get("eos_token_id"), file_name, "eos_token_id")
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    end_ids += generation_config.token_ids(generation.get("eos_token_id"), str(generation_file), "eos_token_id")
+    return ModelFiles(
+        kind=weights.kind,
+        model_name=_model_name(source, weights),
+        folder=folder,
+        weight_files=weights.files,
+        config=config,
+        gguf_metadata=metadata,
+        tokenizer_source=_tokenizer_source(source, folder, metadata),
+        generation_config=generation,
+        max_seq_len=length if source.max_seq_len is None else min(length, source.max_seq_len),
+        eos_ids=tuple(dict.fromkeys(end_ids)),
+        jinja_explicit=source.jinja_explicit,
+        chat_template=source.chat_template,
+    )
+
+
+def _model_name(source: ModelSource, weights: Weights) -> str:
+    """The hub id; else the name of the folder for SafeTensors and of the file, without shard number, for GGUF."""
+    if source.model is not None and not Path(source.model).expanduser().exists():
+        return source.model
+    if weights.kind == "gguf":
+        return _SHARD_SUFFIX.sub("", weights.files[0].name.removesuffix(".gguf"))
+    return weights.folder.resolve().name
+
+
+def _tokenizer_source(
+    source: ModelSource, folder: Path, metadata: Mapping[str, Any] | None
+) -> Path | Mapping[str, Any]:
+    if source.tokenizer is not None:
+        return locate_tokenizer(source.tokenizer, source)
+    if metadata is not None and "tokenizer.ggml.model" in metadata:
+        return metadata
+    return folder
+
+
+def _context(values: Mapping[str, Any], key: str, file: str) -> int:
+    """A context length; ModelFileError where it is missing or absurd."""
+    value = values.get(key)
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ModelFileError(f"{file}: key {key!r} is missing or no context length")
+    return value
+
+
+def _gguf_facts(metadata: Mapping[str, Any], file: str) -> tuple[int, tuple[int, ...]]:
+    """Context length and end-of-text ids of a GGUF."""
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ModelFileError(f"{file}: key 'general.architecture' is missing or no text")
+    ends: tuple[int, ...] = ()
+    for name in _GGUF_END_KEYS:
+        key = f"tokenizer.ggml.{name}_token_id"
+        ends += generation_config.token_ids(metadata.get(key), file, key)
+    return _context(metadata, f"{architecture}.context_length", file), ends
