@@ -1,7 +1,8 @@
 """Every metric, named and described once, and how the counts of many replicas become one scrape.
 
 A snapshot is plain data that crosses process borders: metric name -> label values joined by a comma -> numbers. A
-counter or gauge has one number, a histogram one per bucket (not cumulative), then the sum. Snapshots add up number by number.
+counter or gauge has one number, a histogram one per bucket (not cumulative), then the sum. Snapshots add up number by
+number.
 """
 
 from bisect import bisect_left

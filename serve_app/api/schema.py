@@ -148,11 +148,9 @@ class CompletionRequest(GenerationRequest):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt, each a text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+        prompt: Any = self.prompt
+        is_single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+        return [prompt] if is_single else list(prompt)
 
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
