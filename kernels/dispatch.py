@@ -80,7 +80,7 @@ def native_dequantize(type_id: int) -> Callable[..., torch.Tensor] | None:
     ops = native().ops
     if ops is None or not ops._native.can_decode(type_id):
         return None
-    return lambda blocks, out=None: ops.dequantize(type_id, blocks, out)  # type: ignore[no-any-return]
+    return lambda blocks, out=None: ops.dequantize(type_id, blocks, out)
 
 
 def native_matmul(type_id: int) -> Callable[..., torch.Tensor] | None:
@@ -92,7 +92,7 @@ def native_matmul(type_id: int) -> Callable[..., torch.Tensor] | None:
     ops = native().ops
     if ops is None or not ops._native.can_decode(type_id):
         return None
-    return lambda x, blocks, out=None: ops.matmul(type_id, x, blocks, out)  # type: ignore[no-any-return]
+    return lambda x, blocks, out=None: ops.matmul(type_id, x, blocks, out)
 
 
 def set_num_threads(count: int) -> None:

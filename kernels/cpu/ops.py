@@ -14,15 +14,18 @@ FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The floating point types that the native module computes with, by its own numbers (csrc/jobs.h)."""
 
 
+def _require(holds: bool) -> None:
+    assert holds, "a tensor handed to a native kernel has the wrong shape, dtype or strides"
+
+
 def dequantize(type_id: int, blocks: Tensor, out: Tensor | None = None) -> Tensor:
     """blocks uint8 [rows, bytes per row] → float32 [rows, columns], written into out if given."""
     rows, row_bytes = blocks.shape
     columns = block_format(type_id).row_length(row_bytes)
     if out is None:
         out = torch.empty((rows, columns), dtype=torch.float32)
-    assert (
-        blocks.is_contiguous() and out.is_contiguous() and out.shape == (rows, columns) and out.dtype == torch.float32
-    )
+    _require(blocks.is_contiguous() and out.is_contiguous() and out.dtype == torch.float32)
+    _require(out.shape == (rows, columns))
     _native.dequantize(type_id, blocks.data_ptr(), out.data_ptr(), rows, row_bytes, columns)
     return out
 
@@ -37,7 +40,7 @@ def matmul(type_id: int, x: Tensor, blocks: Tensor, out: Tensor | None = None) -
     layout = block_format(type_id)
     if out is None:
         out = torch.empty((tokens, rows), dtype=x.dtype)
-    assert x.is_contiguous() and blocks.is_contiguous() and out.stride(1) == 1 and out.shape == (tokens, rows)
+    _require(x.is_contiguous() and blocks.is_contiguous() and out.stride(1) == 1 and out.shape == (tokens, rows))
     _native.matmul(
         type_id,
         blocks.data_ptr(),
@@ -60,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x [T, H], weight [H] float32 → x / rms(x) * weight, [T, H] in x's dtype."""
     tokens, width = x.shape
     out = torch.empty_like(x)
-    assert x.is_contiguous()
+    _require(x.is_contiguous())
     _native.rms_norm(x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), tokens, width, epsilon, FLOAT_CODES[x.dtype])
     return out
 
@@ -69,7 +72,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
     """Adds x to residual in place, then normalises the sum; all [T, H]."""
     tokens, width = x.shape
     out = torch.empty_like(x)
-    assert x.is_contiguous() and residual.is_contiguous() and residual.dtype == x.dtype
+    _require(x.is_contiguous() and residual.is_contiguous() and residual.dtype == x.dtype)
     _native.rms_norm(
         x.data_ptr(),
         residual.data_ptr(),
@@ -109,14 +112,14 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2 * I] → silu(gate) * up, [T, I]."""
     tokens, width = gate_up.shape
-    assert gate_up.is_contiguous()
+    _require(gate_up.is_contiguous())
     out = torch.empty((tokens, width // 2), dtype=gate_up.dtype)
     _native.silu_mul(gate_up.data_ptr(), out.data_ptr(), tokens, width // 2, FLOAT_CODES[gate_up.dtype])
     return out
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of the caches [num_blocks, block_size, n_kv_heads, head_dim]."""
+    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of caches [num_blocks, block_size, n_kv_heads, head_dim]."""
     tokens, n_kv_heads, head_dim = k.shape
     num_blocks, block_size = k_cache.shape[:2]
     _native.kv_write(
@@ -147,10 +150,10 @@ class AttentionPlan:
         cache_shape: tuple[int, int, int, int],
         n_heads: int,
     ) -> None:
-        """block_tables [R, max_blocks], query_start [R + 1], context_lens [R], all int32 and kept alive by this object."""
+        """block_tables [R, max_blocks], query_start [R + 1], context_lens [R], all int32; kept alive here."""
         num_blocks, block_size, n_kv_heads, head_dim = cache_shape
-        assert n_heads % n_kv_heads == 0 and block_tables.stride(1) == 1 and block_tables.dtype == torch.int32
-        assert query_start.dtype == context_lens.dtype == torch.int32
+        _require(n_heads % n_kv_heads == 0 and block_tables.stride(1) == 1 and block_tables.dtype == torch.int32)
+        _require(query_start.dtype == context_lens.dtype == torch.int32)
         self._tensors = (block_tables, query_start, context_lens)
         self._plan = _native.AttentionPlan(
             block_tables.data_ptr(),
@@ -185,6 +188,6 @@ class AttentionPlan:
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """seeds and positions [S] int64 (seeds as bit patterns) → float64 [S] in [0, 1), Philox4x32-10."""
     out = torch.empty(seeds.shape, dtype=torch.float64)
-    assert seeds.is_contiguous() and positions.is_contiguous()
+    _require(seeds.is_contiguous() and positions.is_contiguous())
     _native.uniform(seeds.data_ptr(), positions.data_ptr(), out.data_ptr(), seeds.shape[0])
     return out

@@ -3,6 +3,7 @@
 Shapes: T tokens of R requests, N heads, K KV heads, D head_dim, B blocks of a request's table, S slots a block.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,9 +42,9 @@ def _attend(q_QND: Tensor, k_CKD: Tensor, v_CKD: Tensor, visible_QC: Tensor) -> 
     queries, n_heads, head_dim = q_QND.shape
     n_kv_heads = k_CKD.shape[1]
     q_KGQD = q_QND.float().view(queries, n_kv_heads, n_heads // n_kv_heads, head_dim).permute(1, 2, 0, 3)
-    scores = q_KGQD @ k_CKD.float().permute(1, 2, 0).unsqueeze(1) * head_dim**-0.5
+    scores = torch.matmul(q_KGQD, k_CKD.float().permute(1, 2, 0).unsqueeze(1)) * (1.0 / math.sqrt(head_dim))
     scores = scores.masked_fill(~visible_QC, float("-inf"))
-    out_KGQD = scores.softmax(-1) @ v_CKD.float().transpose(0, 1).unsqueeze(1)
+    out_KGQD = torch.matmul(scores.softmax(-1), v_CKD.float().transpose(0, 1).unsqueeze(1))
     return out_KGQD.permute(2, 0, 1, 3).reshape(queries, n_heads, head_dim).to(q_QND.dtype)
 
 
@@ -59,8 +60,8 @@ def paged_decode(
     k_RCKD = k_cache[block_tables_RB.long()].flatten(1, 2).float()
     v_RCKD = v_cache[block_tables_RB.long()].flatten(1, 2).float()
     q_RKGD = q_RND.float().view(requests, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    scores_RKGC = q_RKGD @ k_RCKD.permute(0, 2, 3, 1) * head_dim**-0.5
+    scores_RKGC = torch.matmul(q_RKGD, k_RCKD.permute(0, 2, 3, 1)) * (1.0 / math.sqrt(head_dim))
     hidden_RC = torch.arange(k_RCKD.shape[1], device=q_RND.device) >= context_lens.unsqueeze(1)
     scores_RKGC = scores_RKGC.masked_fill(hidden_RC[:, None, None], float("-inf"))
-    out_RKGD = scores_RKGC.softmax(-1) @ v_RCKD.transpose(1, 2)
+    out_RKGD = torch.matmul(scores_RKGC.softmax(-1), v_RCKD.transpose(1, 2))
     return out_RKGD.reshape(requests, n_heads * head_dim).to(q_RND.dtype)

@@ -26,7 +26,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
     Elements past rotary_dim stay. Source: Su et al. 2021, in the half-split order of Hugging Face checkpoints.
     """
     half = table.shape[1] // 2
-    cosine, sine = table.index_select(0, positions).unsqueeze(1).split(half, dim=-1)
+    cosine, sine = torch.split_with_sizes(table.index_select(0, positions).unsqueeze(1), [half, half], dim=-1)
     for x in (q, k):
         first, second = x[..., :half].float(), x[..., half : 2 * half].float()
         x[..., :half] = first * cosine - second * sine
@@ -40,7 +40,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of the caches [num_blocks, block_size, n_kv_heads, head_dim]."""
+    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of caches [num_blocks, block_size, n_kv_heads, head_dim]."""
     k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k.to(k_cache.dtype))
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v.to(v_cache.dtype))
 

@@ -1,0 +1,64 @@
+"""Rotary position embedding: plain, with linear scaling, and Llama 3's."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels.reference.norm import rotary_table
+from serve_app.batch import ForwardBatch
+from serve_app.layers.layer_ops import LayerOps
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How frequencies are stretched for longer contexts; the last three fields are Llama 3's alone."""
+
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+def inverse_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """Radians per position of each rotated pair, float32 [rotary_dim / 2] on the CPU."""
+    frequencies = 1.0 / theta ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        return _llama3(frequencies, scaling)
+    return frequencies
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Keeps short waves, divides long ones by the factor, blends between. Source: Meta's Llama 3.1 model code."""
+    wavelengths = 2 * math.pi / frequencies
+    original = scaling.original_max_position_embeddings
+    share = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = share.clamp(0.0, 1.0)
+    return (1 - share) * frequencies / scaling.factor + share * frequencies
+
+
+class Rotary:
+    """Rotates queries and keys of all layers; its table of angles grows with the longest context seen."""
+
+    def __init__(self, frequencies: Tensor, max_positions: int, ops: LayerOps) -> None:
+        """frequencies [rotary_dim / 2] float32 on the model's device; max_positions: of the model."""
+        self._frequencies = frequencies
+        self._max_positions = max_positions
+        self._ops = ops
+        self._table = rotary_table(torch.empty(0, device=frequencies.device), frequencies)
+
+    def __call__(self, q: Tensor, k: Tensor, batch: ForwardBatch) -> None:
+        """Rotates q [T, n_heads, head_dim] and k [T, n_kv_heads, head_dim] in place."""
+        if batch.max_context_len > self._table.shape[0]:
+            self._grow(batch.max_context_len)
+        self._ops.rope(q, k, batch.positions, self._table)
+
+    def _grow(self, num_positions: int) -> None:
+        size = max(num_positions, min(self._max_positions, max(512, 2 * num_positions)))
+        positions = torch.arange(size, device=self._frequencies.device)
+        self._table = rotary_table(positions, self._frequencies)

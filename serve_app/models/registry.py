@@ -1,0 +1,37 @@
+"""Architecture name → family: the one list of what is supported. Families are imported when they are asked for."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from serve_app.errors import ModelFileError
+from serve_app.models.base import CausalLM, ModelArgs, WeightSource
+
+# Names are those of config.json's `architectures` and of GGUF's `general.architecture`.
+_FAMILIES = {
+    "LlamaForCausalLM": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
+    "llama": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family's two classes: args.from_hf or args.from_gguf, then build(args, weights)."""
+
+    args: type[ModelArgs]
+    model: Any
+
+    def build(self, args: ModelArgs, weights: WeightSource) -> CausalLM:
+        """The model; ModelFileError where the weights do not fit the args."""
+        model: CausalLM = self.model(args, weights)
+        return model
+
+
+def find_family(architecture: str | None, file: str) -> Family:
+    """The family of an architecture name found in the named file; ModelFileError lists what is supported."""
+    if architecture not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        raise ModelFileError(f"{file}: architecture {architecture!r} is not supported; supported are {known}")
+    module_name, args_name, model_name = _FAMILIES[architecture]
+    module = import_module(module_name)
+    return Family(getattr(module, args_name), getattr(module, model_name))
