@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import kernels
 from serve_app import __main__, cli
 from serve_app.cli import Invocation
 from serve_app.cli_grammar import ALIASES, COMMANDS, GROUPS, KINDS, LATER_KINDS, Command, option_names
@@ -221,12 +222,12 @@ def test_the_module_is_the_command() -> None:
 def test_a_foreign_kernels_package_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(__main__.kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
     assert __main__.main(["--version"]) == 2
     assert "another distribution's" in capsys.readouterr().err
 
 
 def test_a_stale_kernels_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(__main__.kernels, "ABI", __main__.EXPECTED_ABI + 1)
+    monkeypatch.setattr(kernels, "ABI", __main__.EXPECTED_ABI + 1)
     with pytest.raises(LaunchError, match="install Sirocco again"):
         __main__.check_kernels()

@@ -1,0 +1,40 @@
+"""What Linux says of the processor."""
+
+import platform
+from pathlib import Path
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """The processor's name, or at least its architecture."""
+    fields = _cpuinfo(root)
+    return fields.get("model name") or fields.get("Model") or platform.machine()
+
+
+def cpu_flags(root: Path = Path("/")) -> frozenset[str]:
+    """The first core's flags ('flags' on x86, 'Features' on ARM)."""
+    fields = _cpuinfo(root)
+    return frozenset((fields.get("flags") or fields.get("Features") or "").split())
+
+
+def quota_cores(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that the container's cgroup (v2, then v1) allows; None without a limit."""
+    words = _read(root / "sys/fs/cgroup/cpu.max").split()
+    if len(words) == 2 and words[0].isdigit():
+        return int(words[0]) / int(words[1])
+    quota = _read(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").strip()
+    period = _read(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us").strip()
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _cpuinfo(root: Path) -> dict[str, str]:
+    """The first processor's block of /proc/cpuinfo."""
+    first = _read(root / "proc/cpuinfo").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

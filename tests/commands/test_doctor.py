@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from serve_app.commands import cpu_info, doctor
+from serve_app.commands.doctor import Finding
+
+
+def test_the_report_has_what_was_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run(as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = {title: {finding["name"]: finding for finding in findings} for title, findings in report.items()}
+    assert found["cpu"]["cores"]["value"] >= 1
+    assert isinstance(found["cpu"]["flags"]["value"], list)
+    assert found["memory"]["free_bytes"]["value"] > 2**20
+    assert found["memory"]["dev_shm_free_bytes"]["value"] > 0
+    assert found["torch"]["version"]["value"]
+    assert found["gpu"]["devices"]["note"] or found["gpu"]["devices"]["value"]
+    assert found["ray"]["ray"]["value"].startswith("2.")
+    assert not any(name == "examination" for findings in found.values() for name in findings)
+
+
+def test_attention_backends_each_have_a_reason_and_one_is_chosen() -> None:
+    findings = [finding for finding in doctor.examine()["attention"] if finding.name != "native_kernels"]
+    assert [finding.value for finding in findings].count("chosen") == 1
+    assert all(finding.note for finding in findings)
+    assert "torch" in {finding.name for finding in findings}
+
+
+def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run(as_json=False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"cpu", "memory", "torch", "gpu", "attention", "ray"} <= set(lines)
+    assert any("GiB" in line for line in lines)
+
+
+def test_a_broken_part_is_a_finding_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[Finding]:
+        raise ImportError("libfoo.so is missing")
+
+    monkeypatch.setattr(doctor, "_torch", broken)
+    report = doctor.examine()
+    assert report["torch"] == [Finding("examination", "failed", "ImportError: libfoo.so is missing")]
+    assert report["ray"]
+
+
+def test_cpu_of_x86_and_arm(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "proc" / "cpuinfo"
+    cpuinfo.parent.mkdir()
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Fast One\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t: none\n")
+    assert cpu_info.cpu_name(tmp_path) == "Fast One"
+    assert cpu_info.cpu_flags(tmp_path) == {"fpu", "avx2"}
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: asimd sve\n")
+    assert cpu_info.cpu_flags(tmp_path) == {"asimd", "sve"}
+    assert cpu_info.cpu_name(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "cores"),
+    [
+        ("cpu.max", "150000 100000\n", 1.5),
+        ("cpu.max", "max 100000\n", None),
+        ("none", "", None),
+    ],
+)
+def test_cpu_quota(tmp_path: Path, file: str, text: str, cores: float | None) -> None:
+    folder = tmp_path / "sys/fs/cgroup"
+    folder.mkdir(parents=True)
+    (folder / file).write_text(text)
+    assert cpu_info.quota_cores(tmp_path) == cores
+
+
+def test_cpu_quota_of_the_first_cgroup_version(tmp_path: Path) -> None:
+    folder = tmp_path / "sys/fs/cgroup/cpu"
+    folder.mkdir(parents=True)
+    (folder / "cpu.cfs_quota_us").write_text("200000\n")
+    (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert cpu_info.quota_cores(tmp_path) == 2.0
+    (folder / "cpu.cfs_quota_us").write_text("-1\n")
+    assert cpu_info.quota_cores(tmp_path) is None
