@@ -2,35 +2,23 @@
 
 import logging
 import os
-from collections.abc import Callable
 
 import torch
 
-from serve_app.engine.batch_builder import BatchBuilder
-from serve_app.engine.engine import Engine, EngineParts, Runner
+from serve_app.engine.assembly import assemble, ledger
+from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.model_runner import ModelRunner
-from serve_app.engine.outputs import OutputCollector
-from serve_app.engine.request_factory import RequestFactory
 from serve_app.engine.sampler import Sampler
-from serve_app.engine.scheduler import Scheduler
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.arena import PosixShmArena
-from serve_app.kv_cache.block_ledger import BlockLedger
-from serve_app.kv_cache.block_pool import BlockPool
-from serve_app.kv_cache.contiguous_pool import ContiguousPool
 from serve_app.kv_cache.kv_pool import KvPool
-from serve_app.kv_cache.local_owner import LocalOwner
 from serve_app.kv_cache.pool_size import num_pool_blocks
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles, resolve
-from serve_app.messages import TokenDelta
-from serve_app.options import EngineConfig, ModelSource, SamplingParams
-from serve_app.text.detokenizer import DetokenizerTable
+from serve_app.options import EngineConfig, ModelSource
 from serve_app.text.tokenizer import Tokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
-
-OnDeltas = Callable[[list[TokenDelta]], None]
 
 
 def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_deltas: OnDeltas) -> Engine:
@@ -55,41 +43,6 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     )  # fmt: skip
     parts = assemble(runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults())
     return Engine(parts, config, on_deltas)
-
-
-def assemble(
-    runner: Runner,
-    pool: BlockLedger,
-    kv: KvPool,
-    tokenizer: Tokenizer,
-    config: EngineConfig,
-    max_seq_len: int,
-    eos_ids: frozenset[int],
-    sampling_defaults: SamplingParams,
-) -> EngineParts:
-    """The parts of an engine around a runner."""
-    pool_tokens = pool.num_total * config.block_size
-    max_blocks = -(-min(max_seq_len, pool_tokens) // config.block_size)
-    factory = RequestFactory(
-        DetokenizerTable(tokenizer), eos_ids, tokenizer.vocab_size, max_seq_len, pool_tokens, config.seed
-    )
-    return EngineParts(
-        scheduler=Scheduler(pool, config),
-        builder=BatchBuilder(config.max_seqs, max_blocks, config.block_size, kv, torch.device(config.device)),
-        runner=runner,
-        factory=factory,
-        collector=OutputCollector(tokenizer, eos_ids),
-        tokenizer=tokenizer,
-        sampling_defaults=sampling_defaults,
-        kv=kv,
-    )
-
-
-def ledger(config: EngineConfig, num_blocks: int, fingerprint: bytes) -> BlockLedger:
-    """The block ledger that the options ask for."""
-    if not config.paged_attention:
-        return ContiguousPool(num_blocks, config.block_size)
-    return BlockPool(LocalOwner(num_blocks), fingerprint, config.block_size, config.prefix_cache_n)
 
 
 def num_cores() -> int:

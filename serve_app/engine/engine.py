@@ -30,6 +30,9 @@ MAX_FAILURES_IN_A_ROW = 3
 EXPIRY_CHECK_S = 0.25
 
 
+OnDeltas = Callable[[list[TokenDelta]], None]
+
+
 class SamplerRows(Protocol):
     """What the engine tells a sampler; see engine.sampler."""
 
@@ -73,9 +76,7 @@ class Engine:
     start(), or the caller's. on_deltas is called on the stepping thread, once a step, with everything it brought.
     """
 
-    def __init__(
-        self, parts: EngineParts, config: EngineConfig, on_deltas: Callable[[list[TokenDelta]], None]
-    ) -> None:
+    def __init__(self, parts: EngineParts, config: EngineConfig, on_deltas: OnDeltas) -> None:
         self.parts = parts
         self.config = config
         self.is_failed = False
@@ -119,6 +120,13 @@ class Engine:
         """Undoes pause."""
         self._post(lambda deltas: self._set_paused(request_id, False))
 
+    def abort_all(self) -> None:
+        """Aborts what lives, in the caller's thread; only while the engine's own does not run."""
+        assert self._thread is None
+        deltas = self._take_inbox()
+        for choices in list(self._live.values()):
+            self._end(choices, "abort", None, deltas)
+
     def stats(self) -> EngineStats:
         """Counters and state; every number by itself is exact, they may stem from neighbouring steps."""
         scheduler, collector = self._scheduler, self.parts.collector
@@ -137,7 +145,7 @@ class Engine:
             output_tokens=collector.num_output_tokens,
             prefix_lookups=scheduler.prefix_lookups,
             prefix_hits=scheduler.prefix_hits,
-            evictions=scheduler.pool.counters.evictions,
+            evictions=scheduler.pool.num_evictions,
             estimated_wait_s=self._drain.time_to_drain_s(num_waiting + 1),
             is_failed=self.is_failed,
         )
@@ -183,9 +191,7 @@ class Engine:
 
     def step(self) -> list[TokenDelta]:
         """One step: schedule → forward and sample → update. Returns what it brought, possibly nothing."""
-        deltas: list[TokenDelta] = []
-        while self._inbox:
-            self._inbox.popleft()(deltas)
+        deltas = self._take_inbox()
         self._expire(deltas)
         schedule = self._scheduler.schedule()
         try:
@@ -200,6 +206,12 @@ class Engine:
                 self._failures = 0
         except Exception as error:
             self._recover(error, deltas)
+        return deltas
+
+    def _take_inbox(self) -> list[TokenDelta]:
+        deltas: list[TokenDelta] = []
+        while self._inbox:
+            self._inbox.popleft()(deltas)
         return deltas
 
     def _set_up(self, schedule: Schedule) -> None:
@@ -271,7 +283,8 @@ class Engine:
         timeout_s = self.config.queue_timeout_s
         for request in self._scheduler.expired(timeout_s):
             error = Unavailable(
-                f"the request waited {timeout_s:g} s for its turn, the limit", retry_after_s=self._drain.time_to_drain_s(1)
+                f"the request waited {timeout_s:g} s for its turn, the limit",
+                retry_after_s=self._drain.time_to_drain_s(1),
             )
             self._end(self._live.get(request.request_id, ()), "error", error, deltas)
 
@@ -305,9 +318,7 @@ class Engine:
             deltas += self._fail_all(failure)
 
     def _fail_all(self, error: ServeError) -> list[TokenDelta]:
-        deltas: list[TokenDelta] = []
-        while self._inbox:
-            self._inbox.popleft()(deltas)
+        deltas = self._take_inbox()
         for choices in list(self._live.values()):
             self._end(choices, "error", error, deltas)
         return deltas

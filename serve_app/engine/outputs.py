@@ -73,7 +73,7 @@ class OutputCollector:
             text = detokenizer.flush()
             finish = self._finish(request, "stop", None if token_id in self._eos_ids else token_id)
         else:
-            text = detokenizer.push(token_id)
+            text = detokenizer.push(token_id, may_stop=index >= request.params.min_tokens)
             if detokenizer.stopped_by is not None:
                 finish = self._finish(request, "stop", detokenizer.stopped_by)
             elif len(request.token_ids) >= request.max_total_tokens:

@@ -56,7 +56,8 @@ class RequestFactory:
             if self.pool_tokens < limit:
                 limit, what = self.pool_tokens, "the KV cache"
             raise ContextTooLong(
-                f"the prompt has {num_prompt} tokens, but {what} holds {limit}, one of them for the answer", param="prompt"
+                f"the prompt has {num_prompt} tokens, but {what} holds {limit}, one of them for the answer",
+                param="prompt",
             )
         if min(source.prompt_ids) < 0 or max(source.prompt_ids) >= self.vocab_size:
             raise InvalidRequest(f"prompt token ids must lie in 0 … {self.vocab_size - 1}", param="prompt")
@@ -70,7 +71,9 @@ class RequestFactory:
         if source.sampling.seed is not None:
             return source.sampling.seed & 0x7FFF_FFFF_FFFF_FFFF
         if self.seed is not None:
-            digest = hashlib.blake2b(source.request_id.encode(), digest_size=8, key=self.seed.to_bytes(8, "little", signed=True))
+            digest = hashlib.blake2b(
+                source.request_id.encode(), digest_size=8, key=self.seed.to_bytes(8, "little", signed=True)
+            )
             return int.from_bytes(digest.digest(), "little") >> 1
         return secrets.randbits(63)
 

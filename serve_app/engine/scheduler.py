@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from serve_app.engine.request import Request, RequestState
-from serve_app.kv_cache.block_hash import BlockHasher
 from serve_app.kv_cache.block_ledger import NO_BLOCK, BlockLedger
 from serve_app.options import EngineConfig
 
 
 @dataclass(slots=True)
 class Schedule:
-    """One step's work. decode: requests with one pending token, which has its slot; prefill: (request, tokens now).
+    """One step's work. decode: requests that compute their last output token; prefill: (request, tokens now).
 
     admitted started to run in this step (their rows are to be set up); new_blocks: requests whose block list grew.
     """
@@ -75,7 +74,7 @@ class Scheduler:
         while i < len(self.running):
             request = self.running[i]
             i += 1
-            if request.is_paused or len(request.token_ids) - request.num_computed != 1:
+            if request.is_paused or not request.num_output or request.num_pending != 1:
                 continue
             if request.num_computed == len(request.blocks) * block_size:
                 if not self._take_block(request):
@@ -99,7 +98,8 @@ class Scheduler:
     def _schedule_prefills(self, step: Schedule, budget: int) -> int:
         for request in self.running:
             pending = request.num_pending
-            if pending > 1 and budget > 0 and not request.is_paused:
+            is_prompt = pending > 1 or not request.num_output
+            if is_prompt and budget > 0 and not request.is_paused:
                 tokens = min(pending, budget, self._config.prefill_chunk_tokens)
                 step.prefill.append((request, tokens))
                 budget -= tokens
@@ -153,14 +153,14 @@ class Scheduler:
 
     def _prompt_hashes(self, request: Request) -> list[bytes]:
         """What to look up at admission. The last token is always computed anew, so that there are logits."""
-        if self.pool.hasher is None or request.prompt_logprobs is not None:
+        if not self.pool.is_caching or request.prompt_logprobs is not None:
             return []
         num_full = (request.num_tokens - 1) // self._block_size
-        self._extend_hashes(request, self.pool.hasher, num_full)
+        self._extend_hashes(request, num_full)
         return request.block_hashes[:num_full]
 
-    def _extend_hashes(self, request: Request, hasher: BlockHasher, num_blocks: int) -> None:
-        hashes, size = request.block_hashes, self._block_size
+    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
+        hashes, size, hasher = request.block_hashes, self._block_size, self.pool.hasher
         while len(hashes) < num_blocks:
             start = len(hashes) * size
             parent = hashes[-1] if hashes else hasher.root(request.cache_salt)
@@ -180,8 +180,8 @@ class Scheduler:
         """Records that a step computed num_tokens of a request; its blocks that are now full are published."""
         request.num_computed += num_tokens
         num_full = request.num_computed // self._block_size
-        if num_full > request.num_published and self.pool.hasher is not None:
-            self._extend_hashes(request, self.pool.hasher, num_full)
+        if num_full > request.num_published and self.pool.is_caching:
+            self._extend_hashes(request, num_full)
             blocks = request.blocks
             for i in range(request.num_published, num_full):
                 self.pool.publish(blocks[i], request.block_hashes[i], blocks[i - 1] if i else NO_BLOCK)
@@ -201,12 +201,12 @@ class Scheduler:
         num_full, num_tail = divmod(num_shared, self._block_size)
         for sibling in leader.siblings:
             can_run = self._free_rows and not self.pool.is_contiguous
-            own = self.pool.allocate(1 if num_tail else 0) if can_run else None
+            own = self.pool.allocate(1) if can_run else None
             if own is None:
                 sibling.state = RequestState.WAITING
                 waiting.append(sibling)
                 continue
-            tail = (leader.blocks[num_full], own[0]) if own else None
+            tail = (leader.blocks[num_full], own[0]) if num_tail else None
             self.pool.fork(leader.blocks[:num_full], tail)
             sibling.blocks = leader.blocks[:num_full] + own
             sibling.num_computed = num_shared

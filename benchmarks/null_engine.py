@@ -1,0 +1,32 @@
+"""An engine around the null runner, with the real scheduler, ledger, tokenizer and detokenizer."""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.null_runner import NullRunner
+from serve_app.engine.assembly import assemble, ledger
+from serve_app.engine.engine import Engine, OnDeltas
+from serve_app.kv_cache.arena import PosixShmArena
+from serve_app.kv_cache.kv_pool import KvPool
+from serve_app.options import EngineConfig, SamplingParams
+from serve_app.text.tokenizer import open_tokenizer
+
+FIRST_TEXT_ID = 259
+
+
+def null_engine(
+    tokenizer_folder: Path,
+    config: EngineConfig,
+    max_seq_len: int,
+    num_blocks: int,
+    on_deltas: OnDeltas = lambda deltas: None,
+) -> Engine:
+    """No model: ids in the range of the tokenizer's text tokens come from seed and position."""
+    tokenizer = open_tokenizer(tokenizer_folder)
+    kv = KvPool.create(PosixShmArena.create, num_blocks, config.block_size, 1, 1, 1, torch.float32)
+    runner = NullRunner(config.max_seqs, FIRST_TEXT_ID, tokenizer.vocab_size - 1)
+    pool = ledger(config, num_blocks, b"null")
+    eos_ids = frozenset(tokenizer.eos_ids)
+    parts = assemble(runner, pool, kv, tokenizer, config, max_seq_len, eos_ids, SamplingParams())
+    return Engine(parts, config, on_deltas)

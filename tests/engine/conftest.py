@@ -1,0 +1,28 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.null_engine import null_engine
+from serve_app.engine.engine import Engine
+from serve_app.options import EngineConfig
+
+TOKENIZER = Path(__file__).parents[1] / "data" / "models" / "stories260K" / "hf"
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., Engine]]:
+    """Engines without a model; when the test ends, each must have given back every block."""
+    engines: list[Engine] = []
+
+    def make(config: EngineConfig, max_seq_len: int = 512, num_blocks: int = 64) -> Engine:
+        engines.append(null_engine(TOKENIZER, config, max_seq_len, num_blocks))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        pool = engine.parts.scheduler.pool
+        engine.abort_all()
+        assert pool.num_free == pool.num_total
+        pool.check()
+        engine.stop()
