@@ -53,10 +53,11 @@ def filter_sorted(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Te
     min-p drops what lies below min_p times the largest.
     """
     rank = torch.arange(probabilities.shape[1], device=probabilities.device)
-    limit = torch.where(top_k > 0, top_k, probabilities.shape[1]).unsqueeze(1)
-    kept = torch.where(rank < limit, probabilities, 0.0)
-    whole = torch.where(top_k > 0, kept.sum(dim=-1, dtype=torch.float64), 1.0).unsqueeze(1)
-    before = kept.cumsum(dim=-1, dtype=torch.float64) - kept
-    is_kept = (before < top_p.unsqueeze(1) * whole) & (kept >= min_p.unsqueeze(1) * kept[:, :1])
+    is_limited = (top_k > 0).unsqueeze(1)
+    kept = torch.where(is_limited & (rank >= top_k.unsqueeze(1)), 0.0, probabilities)
+    # Cumulated one by one, so that what is cut off beyond the last column cannot change the sums before it.
+    cumulated = kept.cumsum(dim=-1, dtype=torch.float64)
+    whole = torch.where(is_limited, cumulated[:, -1:], 1.0)
+    is_kept = (cumulated - kept < top_p.unsqueeze(1) * whole) & (kept >= min_p.unsqueeze(1) * kept[:, :1])
     is_kept[:, 0] = True
     return torch.where(is_kept, kept, 0.0)

@@ -2,14 +2,35 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntFlag
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels import dispatch
+from serve_app.engine.draw import draw_filtered, draw_unfiltered
+from serve_app.engine.dry import DryHistory
+from serve_app.engine.row_tables import PenaltyTables, RowTable, needs_penalties
 from serve_app.engine.token_mask import TokenMask
 from serve_app.options import SamplingParams
+
+Ints = NDArray[np.int64]
+GREEDY_BELOW = 1e-7
+
+
+class Need(IntFlag):
+    """What a row asks for beyond the likeliest token."""
+
+    RANDOM = 1
+    FILTER = 2
+    PENALTY = 4
+    DRY = 8
+    BIAS = 16
+    MIN_TOKENS = 32
+    MASK = 64
+    LOGPROBS = 128
 
 
 @dataclass(slots=True)
@@ -21,7 +42,7 @@ class StepLogprobs:
     """
 
     chosen: NDArray[np.float32]
-    top_ids: NDArray[np.int64]
+    top_ids: Ints
     top_logprobs: NDArray[np.float32]
 
 
@@ -29,12 +50,16 @@ class StepLogprobs:
 class Sampled:
     """token_ids [S] int64 on the host."""
 
-    token_ids: NDArray[np.int64]
+    token_ids: Ints
     logprobs: StepLogprobs | None
 
 
 class Sampler:
-    """Persistent per-row parameters and one vectorised draw for all rows of a step."""
+    """Persistent per-row parameters and one vectorised draw for all rows of a step.
+
+    The order is: DRY, presence and frequency and repetition penalties, logit bias, min_tokens and token mask,
+    temperature, top-k, top-p, min-p, draw. A temperature below 1e-7 takes the likeliest token.
+    """
 
     def __init__(
         self,
@@ -48,7 +73,27 @@ class Sampler:
 
         breaker_ids gives the token ids that a DRY sequence breaker string stands for (those whose text contains it).
         """
-        raise NotImplementedError
+        self.vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._eos_ids = tuple(eos_ids)
+        self._breaker_ids = breaker_ids
+        self._uniform = dispatch.choose("uniform").function
+        self._needs = np.zeros(max_rows, np.int64)
+        self._temperature = np.ones((max_rows, 1), np.float32)
+        self._top_k = np.zeros(max_rows, np.int64)
+        self._top_p = np.ones(max_rows)
+        self._min_p = np.zeros(max_rows)
+        # Columns: presence, frequency, repetition.
+        self._penalty = np.zeros((max_rows, 3), np.float32)
+        self._seed = np.zeros(max_rows, np.uint64)
+        self._min_until = np.zeros(max_rows, np.int64)
+        self._num_logprobs = np.zeros(max_rows, np.int64)
+        self._counts = PenaltyTables(max_rows, vocab_size, self._device)
+        self._bias = RowTable(max_rows, vocab_size, torch.float32, self._device)
+        self._too_early = RowTable(max_rows, vocab_size, torch.bool, self._device)
+        self._dry = DryHistory(max_rows, vocab_size)
+        self._masks: dict[int, TokenMask] = {}
+        self._mask_bits: NDArray[np.int32] = np.zeros((max_rows, -(-vocab_size // 32)), np.int32)
 
     def set_row(
         self,
@@ -63,20 +108,164 @@ class Sampler:
 
         seed is any integer, taken modulo 2**64. mask stands after output_ids already; the sampler advances it.
         """
-        raise NotImplementedError
+        needs = Need(0)
+        if params.temperature >= GREEDY_BELOW:
+            needs |= Need.RANDOM
+            if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+                needs |= Need.FILTER
+        self._temperature[row] = params.temperature
+        self._top_k[row] = min(params.top_k, self.vocab_size)
+        self._top_p[row] = params.top_p if params.top_p < 1 else np.inf
+        self._min_p[row] = params.min_p
+        self._seed[row] = seed & 0xFFFFFFFFFFFFFFFF
+        self._num_logprobs[row] = min(params.logprobs or 0, self.vocab_size)
+        if params.logprobs is not None:
+            needs |= Need.LOGPROBS
+        if needs_penalties(params):
+            needs |= Need.PENALTY
+            self._penalty[row] = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+            self._counts.set_row(row, prompt_ids, output_ids)
+        if params.dry.multiplier > 0:
+            needs |= Need.DRY
+            breakers = [i for text in params.dry.sequence_breakers for i in self._breaker_ids(text)]
+            self._dry.set_row(row, params.dry, [*prompt_ids, *output_ids], breakers)
+        if params.logit_bias:
+            needs |= Need.BIAS
+            self._bias.write(row, [i for i, _ in params.logit_bias], [b for _, b in params.logit_bias])
+        if params.min_tokens > 0:
+            needs |= Need.MIN_TOKENS
+            self._min_until[row] = len(prompt_ids) + params.min_tokens
+            self._too_early.write(row, [*self._eos_ids, *params.stop_token_ids], 1)
+        self._masks.pop(row, None)
+        if mask is not None:
+            needs |= Need.MASK
+            self._masks[row] = mask
+        self._needs[row] = needs
 
     def clear_row(self, row: int) -> None:
         """The row's choice ended or was preempted."""
-        raise NotImplementedError
+        self._needs[row] = 0
+        self._masks.pop(row, None)
 
     def fork_row(self, src: int, dst: int, seed: int) -> None:
         """Gives dst to another choice of src's request: same state, its own seed."""
-        raise NotImplementedError
+        arrays: tuple[NDArray[np.generic], ...] = (
+            self._needs, self._temperature, self._top_k, self._top_p, self._min_p, self._penalty, self._min_until,
+            self._num_logprobs,
+        )  # fmt: skip
+        for array in arrays:
+            array[dst] = array[src]
+        self._seed[dst] = seed & 0xFFFFFFFFFFFFFFFF
+        needs = Need(int(self._needs[src]))
+        if needs & Need.PENALTY:
+            self._counts.copy_row(src, dst)
+        if needs & Need.DRY:
+            self._dry.copy_row(src, dst)
+        self._bias.copy(src, dst)
+        self._too_early.copy(src, dst)
+        self._masks.pop(dst, None)
+        if src in self._masks:
+            self._masks[dst] = self._masks[src].fork()
 
-    def sample(self, logits: Tensor, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> Sampled:
+    def sample(self, logits: Tensor, rows: Ints, positions: Ints) -> Sampled:
         """Draws one token for each row and updates the rows' states with it.
 
         logits [S, vocab_size] float32 on the device (overwritten), rows [S] without repetition, positions [S] of the
         tokens to be drawn: the random number is a function of the row's seed and the position alone.
         """
-        raise NotImplementedError
+        needs = self._needs[rows]
+        if not needs.any():
+            return Sampled(logits.argmax(dim=-1).cpu().numpy(), None)
+        asked = np.flatnonzero(needs & Need.LOGPROBS)
+        # A copy, as logits change from here on.
+        raw = logits.index_select(0, self._tensor(asked)) if len(asked) else None
+        self._change_logits(logits, rows, positions, needs)
+        ids = self._draw(logits, rows, positions, needs)
+        token_ids = ids.cpu().numpy()
+        self._advance(rows, ids, token_ids, needs)
+        logprobs = None if raw is None else self._logprobs(raw, ids, asked, rows)
+        return Sampled(token_ids, logprobs)
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _change_logits(self, logits: Tensor, rows: Ints, positions: Ints, needs: Ints) -> None:
+        """Everything before the temperature, in place, each on the rows that asked for it."""
+        if len(who := np.flatnonzero(needs & Need.DRY)):
+            index, tokens, amounts = self._dry.penalties(rows[who])
+            at = (self._tensor(who[index]), self._tensor(tokens))
+            logits.index_put_(at, -self._tensor(amounts), accumulate=True)
+        if len(who := np.flatnonzero(needs & Need.PENALTY)):
+            some, index = rows[who], self._tensor(who)
+            changed = self._counts.apply(
+                logits.index_select(0, index), self._tensor(some), self._tensor(self._penalty[some])
+            )
+            logits.index_copy_(0, index, changed)
+        if len(who := np.flatnonzero(needs & Need.BIAS)):
+            logits.index_add_(0, self._tensor(who), self._bias.data.index_select(0, self._tensor(rows[who])))
+        is_early = (needs & Need.MIN_TOKENS > 0) & (positions < self._min_until[rows])
+        if len(who := np.flatnonzero(is_early)):
+            self._forbid(logits, who, self._too_early.data.index_select(0, self._tensor(rows[who])))
+        if len(who := np.flatnonzero(needs & Need.MASK)):
+            self._forbid(logits, who, ~self._allowed(rows[who]))
+
+    def _forbid(self, logits: Tensor, who: Ints, is_forbidden: Tensor) -> None:
+        index = self._tensor(who)
+        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(is_forbidden, float("-inf")))
+
+    def _allowed(self, rows: Ints) -> Tensor:
+        """The masks of the rows, unpacked: bool [s, vocab]. Each automaton fills its own: the only loop over rows."""
+        for row in rows.tolist():
+            self._masks[row].fill(self._mask_bits[row])
+        words = self._tensor(self._mask_bits[rows])
+        bits = torch.arange(32, dtype=torch.int32, device=self._device)
+        return (words.unsqueeze(-1) >> bits & 1).bool().flatten(1)[:, : self.vocab_size]
+
+    def _draw(self, logits: Tensor, rows: Ints, positions: Ints, needs: Ints) -> Tensor:
+        kind = needs & (Need.RANDOM | Need.FILTER)
+        if not kind.any():
+            return logits.argmax(dim=-1)
+        ids = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        if len(who := np.flatnonzero(kind == 0)):
+            ids[self._tensor(who)] = logits.index_select(0, self._tensor(who)).argmax(dim=-1)
+        if len(who := np.flatnonzero(kind == Need.RANDOM)):
+            index, temperature, u = self._random_inputs(who, rows, positions)
+            ids[index] = draw_unfiltered(logits.index_select(0, index), temperature, u)
+        if len(who := np.flatnonzero(kind == Need.RANDOM | Need.FILTER)):
+            index, temperature, u = self._random_inputs(who, rows, positions)
+            some = rows[who]
+            filters = (self._top_k[some], self._top_p[some], self._min_p[some])
+            ids[index] = draw_filtered(logits.index_select(0, index), temperature, u, *filters)
+        # Only NaNs, or a mask that allows nothing, lead beyond the last token.
+        return ids.clamp_(max=self.vocab_size - 1)
+
+    def _random_inputs(self, who: Ints, rows: Ints, positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
+        some = rows[who]
+        seeds = torch.from_numpy(self._seed[some].view(np.int64))
+        u = self._uniform(seeds, torch.from_numpy(positions[who])).to(self._device)
+        return self._tensor(who), self._tensor(self._temperature[some]), u
+
+    def _advance(self, rows: Ints, ids: Tensor, token_ids: Ints, needs: Ints) -> None:
+        """Tells what remembers tokens which were drawn."""
+        if len(who := np.flatnonzero(needs & Need.PENALTY)):
+            self._counts.add(self._tensor(rows[who]), ids.index_select(0, self._tensor(who)))
+        if len(who := np.flatnonzero(needs & Need.DRY)):
+            self._dry.add(rows[who], token_ids[who])
+        if self._masks and len(who := np.flatnonzero(needs & Need.MASK)):
+            for row, token_id in zip(rows[who].tolist(), token_ids[who].tolist(), strict=True):
+                self._masks[row].advance(token_id)
+
+    def _logprobs(self, raw: Tensor, ids: Tensor, asked: Ints, rows: Ints) -> StepLogprobs:
+        k = int(self._num_logprobs[rows[asked]].max())
+        scale = raw.logsumexp(dim=-1, keepdim=True)
+        chosen = raw.gather(1, ids.index_select(0, self._tensor(asked)).unsqueeze(1)) - scale
+        values, indices = raw.topk(k, dim=-1)
+        result = StepLogprobs(
+            np.full(len(rows), np.nan, np.float32),
+            np.full((len(rows), k), -1, np.int64),
+            np.full((len(rows), k), np.nan, np.float32),
+        )
+        result.chosen[asked] = chosen.squeeze(1).cpu().numpy()
+        result.top_ids[asked] = indices.cpu().numpy()
+        result.top_logprobs[asked] = (values - scale).cpu().numpy()
+        return result

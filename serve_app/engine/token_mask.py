@@ -18,7 +18,7 @@ class TokenMask(Protocol):
         ...
 
     def fill(self, row: NDArray[np.int32]) -> None:
-        """Writes the mask of the next token into row [ceil(vocab_size / 32)]: bit i % 32 of word i // 32 allows id i."""
+        """Writes the next token's mask into row [ceil(vocab_size / 32)]: bit i % 32 of word i // 32 allows id i."""
         ...
 
     def fork(self) -> "TokenMask":

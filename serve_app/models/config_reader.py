@@ -27,16 +27,16 @@ class ConfigReader:
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number from 1 to MAX_COUNT. A list, as GGUF has them per layer, must hold one number only."""
         value = self._values.get(key)
+        if value is None:
+            if default is None:
+                raise self.fail(key, "is missing")
+            return default
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, list):
             if not value or any(v != value[0] for v in value):
                 raise self.fail(key, "differs from layer to layer, which is not supported")
             value = value[0]
-        if value is None:
-            if default is None:
-                raise self.fail(key, "is missing")
-            return default
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
             raise self.fail(key, f"is {value!r}, not a whole number from 1 to {MAX_COUNT}")
         return value
