@@ -96,17 +96,19 @@ class OutputCollector:
         if raw is not None:
             raw.append(logits.clone())
             return
+        collected = request.prompt_logprobs
+        assert collected is not None
         scores = torch.log_softmax(logits.float(), dim=-1)
         targets = torch.tensor([request.token_ids[i + 1] for i in span], device=logits.device)
         chosen = scores.gather(1, targets[:, None])[:, 0]
         best, best_ids = scores.topk(max(request.params.logprobs or 0, 1), dim=-1)
-        if not request.prompt_logprobs:
+        if not collected:
             first = request.token_ids[0]
-            request.prompt_logprobs.append(TokenLogprob(first, None, [], self._tokenizer.token_text(first)))
+            collected.append(TokenLogprob(first, None, [], self._tokenizer.token_text(first)))
         step = StepLogprobs(chosen.numpy(force=True), best_ids.numpy(force=True), best.numpy(force=True))
         for row, position in enumerate(span):
             token_id = request.token_ids[position + 1]
-            request.prompt_logprobs.append(self._describe(token_id, request.params.logprobs or 0, row, step))
+            collected.append(self._describe(token_id, request.params.logprobs or 0, row, step))
 
     def end(self, request: Request, reason: FinishReason, error: ServeError | None) -> TokenDelta:
         """The last delta of a request that ends without a token: aborted, expired or failed."""
