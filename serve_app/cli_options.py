@@ -292,6 +292,16 @@ class DeploymentOptions:
             help="Let Serve start up to so many replicas of the model under load. Left out: their number is fixed.",
         ),
     ] = _DEPLOYMENT.max_target_replicas
+    ingress_cpus: Annotated[
+        float, _ray_option("--ingress-cpus", help="Processors that a replica for HTTP reserves on its node; 0: none.")
+    ] = _DEPLOYMENT.ingress_cpus
+    preprocessor_cpus: Annotated[
+        float, _ray_option("--preprocessor-cpus", help="The same for a replica that tokenises.")
+    ] = _DEPLOYMENT.preprocessor_cpus
+    target_cpus: Annotated[
+        float,
+        _ray_option("--target-cpus", help="The same for a replica with the model; --threads says how many it uses."),
+    ] = _DEPLOYMENT.target_cpus
     ingress: Annotated[
         IngressMode,
         _ray_option(
