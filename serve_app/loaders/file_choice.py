@@ -23,6 +23,7 @@ _SIDE_FILES = TOKENIZER_FILES | {
     "chat_template.jinja",
     "model.safetensors.index.json",
 }
+_SIDE_FOLDER = "additional_chat_templates/"
 
 
 def detect_kind(names: Iterable[str], files: Sequence[str], kind: ModelKind) -> ModelKind:
@@ -43,7 +44,7 @@ def choose_files(names: Sequence[str], files: Sequence[str], kind: ModelKind, wh
     if found == "auto":
         raise ModelFileError(f"{where}: holds neither .safetensors nor .gguf files")
     weights = choose_gguf(names, files, where) if found == "gguf" else choose_plain(names, where)
-    return [*weights, *(name for name in names if name in _SIDE_FILES)]
+    return [*weights, *(name for name in names if name in _SIDE_FILES or name.startswith(_SIDE_FOLDER))]
 
 
 def choose_gguf(names: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:

@@ -10,8 +10,10 @@ from serve_app.errors import ModelFileError
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders import generation_config
 from serve_app.loaders.weight_files import Weights, find_weights, locate_tokenizer, read_json
-from serve_app.options import ModelSource, SamplingParams
+from serve_app.options import DType, ModelSource, SamplingParams
 
+# What transformers takes for a Llama whose configuration does not say.
+_HF_CONTEXT = 2048
 _GGUF_END_KEYS = ("eos", "eot", "eom")
 _SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -23,7 +25,7 @@ class ModelFiles:
     folder: where the weights lie, perhaps with chat templates beside them; config: of config.json (plain), metadata of
     a GGUF; exactly one of the two is set. tokenizer_source: what text.tokenizer.open_tokenizer takes. max_seq_len:
     tokens of prompt and output together. eos_ids: as the model's configuration has them, first the main one.
-    jinja_explicit, chat_template: the user's options as given.
+    dtype, jinja_explicit, chat_template: the user's options as given.
     """
 
     kind: Literal["gguf", "plain"]
@@ -36,8 +38,17 @@ class ModelFiles:
     generation_config: dict[str, Any]
     max_seq_len: int
     eos_ids: tuple[int, ...]
+    dtype: DType = "auto"
     jinja_explicit: str | None = None
     chat_template: str | None = None
+
+    @property
+    def architecture(self) -> Any:
+        """What the file says it is; None where it does not."""
+        if self.gguf_metadata is not None:
+            return self.gguf_metadata.get("general.architecture")
+        named = (self.config or {}).get("architectures")
+        return named[0] if isinstance(named, list) and named else None
 
     @property
     def config_file(self) -> str:
@@ -66,7 +77,7 @@ def resolve(source: ModelSource) -> ModelFiles:
     else:
         file_name = str(folder / "config.json")
         config = read_json(folder / "config.json")
-        length = _context(config, "max_position_embeddings", file_name)
+        length = _context({"max_position_embeddings": _HF_CONTEXT, **config}, "max_position_embeddings", file_name)
         end_ids = generation_config.token_ids(config.get("eos_token_id"), file_name, "eos_token_id")
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
@@ -82,6 +93,7 @@ def resolve(source: ModelSource) -> ModelFiles:
         generation_config=generation,
         max_seq_len=length if source.max_seq_len is None else min(length, source.max_seq_len),
         eos_ids=tuple(dict.fromkeys(end_ids)),
+        dtype=source.dtype,
         jinja_explicit=source.jinja_explicit,
         chat_template=source.chat_template,
     )

@@ -13,8 +13,7 @@ from serve_app.quant.packed import PackedWeight, fuse
 from serve_app.quant.weight import DenseWeight, Weight
 
 SMALL_MODEL_BYTES = 64 << 20
-"""Models whose weights take at most this much in float32 are kept decoded too: at that size decoding at every step
-would cost more than anything else, and the copy is small beside the process."""
+"""Models that take at most this much in float32 keep a decoded copy where no native kernel multiplies packed blocks."""
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -22,8 +21,9 @@ PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 class CheckpointSource:
     """The WeightSource (serve_app.models.base) over a checkpoint.
 
-    A matrix whose stored type is the compute dtype is a view of the mapped file; one in a wider plain type is
-    converted, its pages given back; every other stays packed. Remembers which tensors were asked for.
+    A matrix whose stored type is the compute dtype is a view of the mapped file; one in another plain type that is as
+    wide or wider is converted, its pages given back; every other stays packed, float16 for a float32 model included.
+    Remembers which tensors were asked for.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class CheckpointSource:
         plain = PLAIN_DTYPES.get(stored.form.name)
         if plain == self._dtype:
             return DenseWeight(self._placed(_view(rows, plain)))
-        if plain is not None and (plain.itemsize >= self._dtype.itemsize or self._keep_decoded):
+        if plain is not None and plain.itemsize >= self._dtype.itemsize:
             dense = _view(rows, plain).to(self._dtype)
             drop_pages(stored.data)
             return DenseWeight(self._placed(dense))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.dispatch import native_dequantize, native_matmul
 from kernels.formats import BlockFormat
 from kernels.reference.quant import dequantize
 from serve_app.quant.weight import FUSED_COPY_BYTES, DenseWeight, FusedWeight, Weight
@@ -15,10 +16,12 @@ TILE_ELEMENTS = 1 << 18
 
 
 class PackedWeight:
-    """Rows of packed blocks, decoded a tile at a time where they are needed and never kept expanded.
+    """Rows of packed blocks, decoded piece by piece while they are multiplied and never kept expanded.
 
-    blocks [out, bytes per row] uint8, on any device, owned by the file mapping; dtype: of activations. keep_decoded
-    keeps an expanded copy beside the blocks, for models so small that decoding would take most of a step.
+    blocks [out, bytes per row] uint8, contiguous, on any device, owned by the file mapping; dtype: of activations. On
+    the CPU the native kernel multiplies, where it knows the type; else plain torch decodes one tile of rows at a time.
+    keep_decoded makes plain torch keep an expanded copy beside the blocks, for models so small that decoding them
+    would take most of a step.
     """
 
     def __init__(self, form: BlockFormat, blocks: Tensor, dtype: torch.dtype, *, keep_decoded: bool = False) -> None:
@@ -27,7 +30,12 @@ class PackedWeight:
         self._dtype = dtype
         self._in_features = form.row_length(blocks.shape[1])
         self._tile_rows = max(1, TILE_ELEMENTS // max(1, self._in_features))
-        self._decoded = self._decode(blocks) if keep_decoded else None
+        is_native = blocks.device.type == "cpu"
+        self._native_matmul = native_matmul(form.type_id) if is_native else None
+        self._native_dequantize = native_dequantize(form.type_id) if is_native else None
+        self._decoded: Tensor | None = None
+        if keep_decoded and self._native_matmul is None:
+            self._decoded = self._decode(blocks)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,20 +57,14 @@ class PackedWeight:
         """Bytes of the blocks and of the expanded copy."""
         return self.blocks.nbytes + (0 if self._decoded is None else self._decoded.nbytes)
 
-    def _decode(self, blocks: Tensor) -> Tensor:
-        return dequantize(self.form, blocks).to(self._dtype)
-
     def matmul(self, x: Tensor) -> Tensor:
         """See Weight. Scratch: one tile."""
+        if self._native_matmul is not None:
+            return self._native_matmul(x.contiguous(), self.blocks)
         if self._decoded is not None:
             return functional.linear(x, self._decoded)
-        if self.shape[0] <= self._tile_rows:
-            return functional.linear(x, self._decode(self.blocks))
-        out = torch.empty(x.shape[0], self.shape[0], dtype=self._dtype, device=x.device)
-        for start in range(0, self.shape[0], self._tile_rows):
-            tile = self._decode(self.blocks[start : start + self._tile_rows])
-            out[:, start : start + self._tile_rows] = functional.linear(x, tile)
-        return out
+        tiles = torch.split(self.blocks, self._tile_rows)
+        return torch.cat([functional.linear(x, self._decode(tile)) for tile in tiles], dim=-1)
 
     def rows(self, ids: Tensor) -> Tensor:
         """See Weight."""
@@ -73,6 +75,11 @@ class PackedWeight:
     def dequantize(self) -> Tensor:
         """See Weight."""
         return self._decode(self.blocks) if self._decoded is None else self._decoded
+
+    def _decode(self, blocks: Tensor) -> Tensor:
+        if self._native_dequantize is not None:
+            return self._native_dequantize(blocks).to(self._dtype)
+        return dequantize(self.form, blocks).to(self._dtype)
 
 
 def fuse(parts: Sequence[Weight]) -> Weight:

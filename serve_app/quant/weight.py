@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.dispatch import native_matmul
+from kernels.formats import BY_NAME
+
+_TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
 FUSED_COPY_BYTES = 4 << 20
 """Fused parts up to this size are copied into one matrix: one product instead of several, for little memory."""
 
@@ -43,10 +48,18 @@ class Weight(Protocol):
 
 
 class DenseWeight:
-    """A matrix of plain numbers. The tensor may be a view of a mapped file: it is never written."""
+    """A matrix of plain numbers. The tensor may be a view of a mapped file: it is never written.
+
+    On the CPU the native kernel multiplies, where there is one: unlike a library's product, its sums do not depend on
+    how many tokens a step has, so a request's logits do not depend on the other requests.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
+        """tensor [out, in], contiguous."""
         self._tensor = tensor
+        is_native = tensor.device.type == "cpu" and tensor.dtype in _TYPE_NAMES
+        self._native = native_matmul(BY_NAME[_TYPE_NAMES[tensor.dtype]].type_id) if is_native else None
+        self._bytes = tensor.view(torch.uint8)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,6 +78,8 @@ class DenseWeight:
 
     def matmul(self, x: Tensor) -> Tensor:
         """See Weight."""
+        if self._native is not None:
+            return self._native(x.contiguous(), self._bytes)
         return functional.linear(x, self._tensor)
 
     def rows(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+"""From files to a model that is ready to run."""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+
+from serve_app.errors import ModelFileError
+from serve_app.gguf_file import open_gguf
+from serve_app.loaders.checkpoint import Checkpoint
+from serve_app.loaders.fingerprint import fingerprint
+from serve_app.loaders.gguf import GgufCheckpoint
+from serve_app.loaders.model_files import ModelFiles
+from serve_app.loaders.safetensors import SafetensorsCheckpoint
+from serve_app.loaders.weight_source import CheckpointSource
+from serve_app.models.base import CausalLM, ModelArgs
+from serve_app.models.registry import find_family
+from serve_app.options import DType
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with its weights. fingerprint: 16 bytes, equal where keys and values may be shared."""
+
+    model: CausalLM
+    args: ModelArgs
+    fingerprint: bytes
+    compute_dtype: torch.dtype
+
+
+def load_model(files: ModelFiles, *, dtype: DType, device: str) -> LoadedModel:
+    """Builds the model over its mapped files; weights stay in the files where their form allows it.
+
+    dtype: of activations, keys and values; 'auto' see compute_dtype. Resident memory peaks at the files' size plus the
+    process. Raises ModelFileError naming the file and the tensor or key that is missing, misshapen or not supported.
+    """
+    family = find_family(_architecture(files), files.config_file)
+    if files.gguf_metadata is not None:
+        args = family.args.from_gguf(files.gguf_metadata, files.config_file)
+    else:
+        args = family.args.from_hf(files.config or {}, files.config_file)
+    checkpoint = open_checkpoint(files)
+    chosen = compute_dtype(dtype, checkpoint, torch.device(device))
+    source = CheckpointSource(checkpoint, chosen, torch.device(device))
+    model = family.build(args, source)
+    _report_unused(checkpoint, source)
+    facts = {"architecture": files.architecture, "args": asdict(cast(Any, args)), "dtype": str(chosen)}
+    return LoadedModel(model, args, fingerprint(facts, checkpoint.stored()), chosen)
+
+
+def open_checkpoint(files: ModelFiles) -> Checkpoint:
+    """The tensors of a model's files; ModelFileError for a bad file."""
+    if files.kind == "plain":
+        return SafetensorsCheckpoint(files.weight_files)
+    # Never closed: the weights are views of its mapping, which ends with the last of them.
+    return GgufCheckpoint(open_gguf(files.weight_files))
+
+
+def compute_dtype(dtype: DType, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The dtype named, or for 'auto' the one that suits the weights and the device.
+
+    On the CPU: bfloat16 for a bfloat16 checkpoint where the CPU multiplies it natively, else float32. Elsewhere:
+    float16 for a float16 checkpoint, else bfloat16.
+    """
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    bytes_of: dict[str, int] = {}
+    for tensor in checkpoint.stored():
+        bytes_of[tensor.form.name] = bytes_of.get(tensor.form.name, 0) + len(tensor.data)
+    main = max(bytes_of, key=lambda name: bytes_of[name], default="F32")
+    if device.type == "cpu":
+        is_native = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return torch.bfloat16 if main == "BF16" and is_native else torch.float32
+    return torch.float16 if main == "F16" else torch.bfloat16
+
+
+def _architecture(files: ModelFiles) -> str:
+    name = files.architecture
+    if not isinstance(name, str):
+        key = "general.architecture" if files.kind == "gguf" else "architectures"
+        raise ModelFileError(f"{files.config_file}: key {key!r} is missing or no text")
+    return name
+
+
+def _report_unused(checkpoint: Checkpoint, source: CheckpointSource) -> None:
+    """A tensor that nothing reads may mean that the configuration does not fit the weights: worth a line in the log."""
+    head = checkpoint.stored_name("lm_head.weight")  # a tied head is often stored all the same
+    unused = [name for name in source.unused() if name != head and not name.endswith("rotary_emb.inv_freq")]
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        logger.warning("%s: tensors that the model does not use: %s%s", checkpoint.label, ", ".join(unused[:3]), more)
