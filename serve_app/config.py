@@ -16,7 +16,7 @@ from serve_app.options import DType, EngineConfig, ModelKind, ModelSource
 
 LogLevel = Literal["off", "error", "warn", "info", "debug", "trace"]
 IngressMode = Literal["pump", "handle"]
-ProxyMode = Literal["auto", "haproxy", "python"]
+ProxyMode = Literal["auto", "direct", "haproxy", "python"]
 
 LOG_LEVELS: dict[LogLevel, int] = {
     "off": logging.CRITICAL + 10,

@@ -1,0 +1,111 @@
+"""AppConfig → what Serve is told about each deployment, and the environment its processes need. Imports no Ray."""
+
+import os
+from typing import Any
+
+from serve_app.config import RAY_LOG_LEVELS, AppConfig
+
+INGRESS = "Ingress"
+PREPROCESSOR = "Preprocessor"
+TARGET = "Target"
+
+# The ingress's own routes (health, models, metrics) must get through when every place for a request is taken.
+_SPARE_REQUESTS = 64
+_DRAIN_S = 5.0
+
+# Read by Serve in every replica.
+REPLICA_ENVIRONMENT = {
+    # Pixels and long prompts travel between replicas as one message; gRPC's default limit is 4 MiB.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),
+}
+
+
+def deployment_names() -> tuple[str, ...]:
+    """The deployments of the application, the ingress first."""
+    return INGRESS, PREPROCESSOR, TARGET
+
+
+def ingress_options(config: AppConfig) -> dict[str, Any]:
+    """Serve's options of the HTTP replica: it holds every open request, so its limit is above all others."""
+    deployment = config.deployment
+    return {
+        **_common(deployment.max_ongoing_requests + _SPARE_REQUESTS),
+        "num_replicas": deployment.ingress_replicas,
+        "ray_actor_options": _actor(deployment.ingress_cpus, num_threads=1),
+    }
+
+
+def preprocessor_options(config: AppConfig) -> dict[str, Any]:
+    """Serve's options of the tokenising replica."""
+    deployment = config.deployment
+    return {
+        **_common(deployment.max_ongoing_requests),
+        "num_replicas": deployment.preprocessor_replicas,
+        "ray_actor_options": _actor(deployment.preprocessor_cpus, num_threads=1),
+    }
+
+
+def target_options(config: AppConfig) -> dict[str, Any]:
+    """Serve's options of the engine's replica: it takes all that the engine runs or lets wait."""
+    deployment = config.deployment
+    num_requests = config.engine.max_seqs + config.engine.max_waiting
+    num_threads = config.engine.num_threads or num_cores()
+    options: dict[str, Any] = {
+        **_common(num_requests + _SPARE_REQUESTS),
+        "ray_actor_options": _actor(deployment.target_cpus, num_threads),
+    }
+    most = deployment.max_target_replicas
+    if most is None or most == deployment.target_replicas:
+        options["num_replicas"] = deployment.target_replicas
+    else:
+        options["autoscaling_config"] = {
+            "min_replicas": deployment.target_replicas,
+            "max_replicas": most,
+            "target_ongoing_requests": config.engine.max_seqs,
+        }
+    return options
+
+
+def node_environment(config: AppConfig) -> dict[str, str]:
+    """What must stand in the environment of every node before Ray starts on it, for a cluster of several nodes."""
+    environment = {**REPLICA_ENVIRONMENT, "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    if config.deployment.proxy != "python":
+        environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    return environment
+
+
+def num_cores() -> int:
+    """Cores this process may use: the smaller of its affinity mask and its cgroup's quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _common(max_ongoing_requests: int) -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": max_ongoing_requests,
+        "graceful_shutdown_timeout_s": _DRAIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 5.0,
+        "health_check_timeout_s": 30.0,
+    }
+
+
+def _actor(num_cpus: float, num_threads: int) -> dict[str, Any]:
+    # Ray would derive OMP_NUM_THREADS from num_cpus, that is 1 for 0.
+    variables = {
+        "OMP_NUM_THREADS": str(num_threads),
+        "RAYON_NUM_THREADS": str(num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {"num_cpus": num_cpus, "runtime_env": {"env_vars": variables}}
+
+
+def logging_config(config: AppConfig) -> dict[str, Any]:
+    """Serve's logging of its own processes: its news are for those who look for trouble."""
+    level = "WARNING" if config.log == "info" else RAY_LOG_LEVELS[config.log]
+    return {"log_level": level, "enable_access_log": config.log in ("debug", "trace")}

@@ -1,0 +1,61 @@
+"""A Ray cluster that others run: the application is deployed to it and taken off it again."""
+
+import logging
+import os
+from collections.abc import Callable
+
+from deployments.actor_options import node_environment
+from serve_app.config import LOG_LEVELS, AppConfig
+from serve_app.errors import LaunchError
+
+log = logging.getLogger(__name__)
+
+
+class JoinedCluster:
+    """Uses the cluster as it is: its switches hold, and are logged."""
+
+    def __init__(self, config: AppConfig) -> None:
+        self._config = config
+
+    def start(self) -> None:
+        """Raises LaunchError if the cluster cannot be reached."""
+        import ray
+        from ray import serve
+
+        address = self._config.deployment.ray_address
+        try:
+            ray.init(address=address, logging_level=LOG_LEVELS[self._config.log])
+        except Exception as error:  # Ray raises all kinds of them
+            raise LaunchError(f"The Ray cluster at {address} cannot be joined: {error}") from error
+        http = self._config.http
+        serve.start(proxy_location="EveryNode", http_options={"host": http.host, "port": http.port})
+        self._log_environment()
+
+    def _log_environment(self) -> None:
+        import ray
+
+        wanted = node_environment(self._config)
+
+        def look() -> dict[str, str | None]:
+            return {name: os.environ.get(name) for name in wanted}
+
+        found: dict[str, str | None] = ray.get(ray.remote(num_cpus=0)(look).remote())
+        for name, value in found.items():
+            shown = "not set" if value is None else value
+            remark = (
+                "" if value == wanted[name] else f" ({wanted[name]} is recommended; it must be set before Ray starts)"
+            )
+            log.info("the cluster has %s: %s%s", name, shown, remark)
+
+    def stop(self, end_streams: Callable[[float], None]) -> None:
+        """Takes the application off the cluster; Serve lets open requests end first."""
+        import ray
+        from ray import serve
+
+        from deployments.application import APPLICATION
+
+        serve.delete(APPLICATION)
+        ray.shutdown()
+
+    def kill(self) -> None:
+        """Leaves at once; the application stays, as it would if this machine failed."""

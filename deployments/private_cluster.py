@@ -1,0 +1,122 @@
+"""A Ray cluster of this machine alone, started and ended with the server."""
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from deployments.actor_options import logging_config
+from deployments.edge import Edge, private_directory, private_environment
+from serve_app.config import LOG_LEVELS, AppConfig
+from serve_app.errors import LaunchError
+
+log = logging.getLogger(__name__)
+
+# The object store carries no tensors of ours: the smallest that Ray likes.
+OBJECT_STORE_BYTES = 128 * 2**20
+START_ATTEMPTS = 2
+# Of the time for the whole shutdown, what each part may take.
+_STREAMS_SHARE, _SERVE_SHARE, _RAY_SHARE = 0.3, 0.5, 0.2
+
+
+class PrivateCluster:
+    """Starts Ray and Serve, and ends them within a deadline, whatever they do."""
+
+    def __init__(self, config: AppConfig, edge: Edge) -> None:
+        self._config = config
+        self._edge = edge
+        self._directory = private_directory()
+        self._children: dict[int, psutil.Process] = {}
+
+    def start(self) -> None:
+        """Raises LaunchError if Ray cannot be started."""
+        os.environ.update(private_environment(self._edge, self._directory))
+        import ray
+        from ray import serve
+
+        # Ray's and Serve's own news are for those who look for trouble.
+        level = logging.WARNING if self._config.log == "info" else LOG_LEVELS[self._config.log]
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                ray.init(
+                    address="local",
+                    _node_ip_address="127.0.0.1",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    logging_level=level,
+                    log_to_driver=True,
+                )
+                break
+            except Exception as error:  # Ray raises all kinds of them; a busy machine makes it miss its own deadlines
+                ray.shutdown()
+                self._end_children(time.monotonic() + 1)
+                if attempt == START_ATTEMPTS:
+                    raise LaunchError(f"Ray cannot be started on this machine: {error}") from error
+                log.warning("Ray did not start (%s): trying once more", error)
+        self._note_children()
+        serve.start(
+            proxy_location="Disabled" if self._edge is Edge.DIRECT else "HeadOnly",
+            http_options={"host": self._config.http.host, "port": self._config.http.port},
+            logging_config=logging_config(self._config),
+        )
+        self._note_children()
+
+    def stop(self, end_streams: Callable[[float], None]) -> None:
+        """Ends open streams, Serve, Ray, and what is left of our children, in shutdown_timeout_s at most."""
+        total_s = self._config.deployment.shutdown_timeout_s
+        end_s = time.monotonic() + total_s + 1
+        self._note_children()
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            _within(total_s * _STREAMS_SHARE, "ending the open streams", end_streams, total_s * _STREAMS_SHARE - 1)
+            _within(total_s * _SERVE_SHARE, "serve.shutdown", serve.shutdown)
+            self._note_children()
+            _within(total_s * _RAY_SHARE, "ray.shutdown", ray.shutdown)
+        self._end_children(end_s)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def kill(self) -> None:
+        """Ends all our children at once."""
+        self._note_children()
+        self._end_children(time.monotonic())
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _note_children(self) -> None:
+        # Noted early and often: a child whose parent is gone is no descendant of ours any more.
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process().children(recursive=True):
+                self._children[child.pid] = child
+
+    def _end_children(self, end_s: float) -> None:
+        """By pid; psutil checks that a pid still is the process it was."""
+        _, alive = psutil.wait_procs(self._children.values(), timeout=max(0.0, min(1.0, end_s - time.monotonic())))
+        for child in alive:
+            log.debug("ending process %d", child.pid)
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        psutil.wait_procs(alive, timeout=1.0)
+        self._children.clear()
+
+
+def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any) -> None:
+    """Runs a call that may hang or fail on a thread of its own, and waits only so long."""
+
+    def run() -> None:
+        try:
+            call(*args)
+        except Exception as error:  # the way down goes on, whatever a part of it says
+            log.debug("%s: %r", what, error)
+
+    thread = threading.Thread(target=run, name=what, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        log.debug("%s takes over %.1f s: not waited for", what, timeout_s)

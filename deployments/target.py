@@ -1,0 +1,176 @@
+"""The replica that owns an engine: takes requests by calls that stay open, sends their tokens through the pump."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ray import serve
+
+from deployments.actor_options import TARGET
+from deployments.handle_stream import HandleStreams
+from deployments.pump_sender import TokenSender
+from deployments.replica_process import prepare_process
+from serve_app.config import AppConfig
+from serve_app.errors import EngineFailed
+from serve_app.messages import Finish, GenerateRequest, TokenDelta
+from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot
+from serve_app.options import EngineConfig, ModelSource
+
+log = logging.getLogger(__name__)
+
+# A thread that returns from torch to Python waits this long for another one, not Python's 5 ms.
+SWITCH_INTERVAL_S = 0.0005
+
+
+class Stats(EngineCounts, Protocol):
+    """What is read of engine.stats.EngineStats besides its counts."""
+
+    @property
+    def estimated_wait_s(self) -> float: ...
+    @property
+    def is_failed(self) -> bool: ...
+
+
+class EngineLike(Protocol):
+    """What the replica asks of serve_app.engine.engine.Engine. All of it may be called from any thread."""
+
+    def add(self, source: GenerateRequest) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def pause(self, request_id: str) -> None: ...
+    def resume(self, request_id: str) -> None: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def stats(self) -> Stats: ...
+
+
+EngineBuilder = Callable[[ModelSource, EngineConfig, Callable[[list[TokenDelta]], None]], EngineLike]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStatus:
+    """A target as an ingress sees it."""
+
+    is_ready: bool
+    estimated_wait_s: float
+    num_running: int
+    num_waiting: int
+    blocks_total: int
+    blocks_free: int
+
+
+class TargetServer:
+    """One engine on its own thread, and this event loop, which never touches torch.
+
+    The constructor loads the model, and raises ModelFileError when it cannot: Serve sends no requests before.
+    """
+
+    def __init__(
+        self, config: AppConfig, replica_id: str, node_id: str, build_engine: EngineBuilder | None = None
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        build = build_engine or _engine_builder()
+        started_s = time.monotonic()
+        self._engine = build(config.model.to_source(), config.engine.to_config(), self._publish)
+        pause, resume = self._engine.pause, self._engine.resume
+        self._sender = TokenSender(replica_id, node_id, loop, pause=pause, resume=resume)
+        self._handle_streams = HandleStreams(loop, pause=pause, resume=resume)
+        self._is_stopped = False
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._engine.start()
+        log.info("the engine is ready after %.1f s", time.monotonic() - started_s)
+
+    async def generate(self, request: GenerateRequest) -> list[Finish]:
+        """Runs a request to its end while its tokens go to request.stream_to; returns one Finish per choice.
+
+        Raises ServeError. Cancelling the call aborts the request.
+        """
+        assert request.stream_to is not None
+        request_id = request.request_id
+        finished = self._sender.open(request_id, request.stream_to, request.sampling.n)
+        is_running = False
+        try:
+            self._engine.add(request)
+            is_running = True
+            finishes = await finished
+            is_running = False
+            return finishes
+        finally:
+            self._sender.close(request_id)
+            if is_running:
+                self._engine.abort(request_id)
+
+    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[list[TokenDelta]]:
+        """The same without the pump: yields what each step (or several) brought."""
+        request_id = request.request_id
+        self._handle_streams.open(request_id)
+        is_running = False
+        try:
+            self._engine.add(request)
+            is_running = True
+            async for deltas in self._handle_streams.read(request_id, request.sampling.n):
+                yield deltas
+            is_running = False
+        finally:
+            self._handle_streams.close(request_id)
+            if is_running:
+                self._engine.abort(request_id)
+
+    async def status(self) -> TargetStatus:
+        """Whether the engine works, and how busy it is."""
+        stats = self._engine.stats()
+        return TargetStatus(
+            not stats.is_failed and not self._is_stopped,
+            stats.estimated_wait_s,
+            stats.num_running,
+            stats.num_waiting,
+            stats.blocks_total,
+            stats.blocks_free,
+        )
+
+    async def snapshot(self) -> Snapshot:
+        """This engine's metrics."""
+        return engine_snapshot(self._engine.stats())
+
+    async def check_health(self) -> None:
+        """Serve asks this every few seconds and replaces the replica when it raises."""
+        if self._engine.stats().is_failed:
+            raise EngineFailed("The engine fails in every step.")
+
+    def stop(self) -> None:
+        """Ends all requests with an error, and frees model and cache."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            self._engine.stop()
+            self._sender.stop()
+
+    def _publish(self, deltas: list[TokenDelta]) -> None:
+        self._sender.publish(deltas)
+        self._handle_streams.publish(deltas)
+
+
+def _engine_builder() -> EngineBuilder:
+    # Imported here: the module is read by the driver and the ingress too, which must stay without torch.
+    from serve_app.engine.build import build_engine
+
+    return build_engine
+
+
+@serve.deployment(name=TARGET)
+class Target(TargetServer):
+    """TargetServer as a Serve replica."""
+
+    def __init__(self, config: AppConfig, is_private: bool) -> None:
+        import ray
+
+        prepare_process(config, is_private=is_private)
+        context = serve.get_replica_context()
+        super().__init__(config, context.replica_id.unique_id, ray.get_runtime_context().get_node_id())
+
+    def __del__(self) -> None:
+        # Serve calls this when it stops the replica; after a failed constructor there is nothing to stop.
+        if hasattr(self, "_is_stopped"):
+            self.stop()

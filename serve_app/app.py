@@ -1,0 +1,190 @@
+"""The composition root: which deployments make the application, and the life of the server process."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from deployments.actor_options import ingress_options, preprocessor_options, target_options
+from deployments.edge import Edge, check_port, choose_edge
+from deployments.joined_cluster import JoinedCluster
+from deployments.private_cluster import PrivateCluster
+from serve_app.api.backend import Backend
+from serve_app.api.routes import build_asgi
+from serve_app.config import AppConfig, HttpConfig
+from serve_app.errors import LaunchError, ModelFileError
+from serve_app.loaders.model_files import resolve
+from serve_app.metrics import HttpMetrics
+
+log = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+_START_POLL_S = 0.5
+_WATCH_POLL_S = 5.0
+
+
+class Cluster(Protocol):
+    """A Ray cluster, our own or one that was joined. Ray is imported by start, once its environment is set."""
+
+    def start(self) -> None: ...
+    def stop(self, end_streams: Callable[[float], None]) -> None: ...
+    def kill(self) -> None: ...
+
+
+def build_app(config: AppConfig) -> Any:
+    """The Serve application of a configuration, for a cluster that others run; `serve deploy` calls it.
+
+    config may also be the plain data of AppConfig.to_args.
+    """
+    return _application(AppConfig.model_validate(config), edge=None)
+
+
+def run(config: AppConfig) -> int:
+    """Serves until SIGINT or SIGTERM; returns the exit code.
+
+    Raises LaunchError and ModelFileError, before anything listens for all that can be seen by then.
+    """
+    config = with_absolute_paths(config)
+    config.http.resolve_api_keys()
+    files = resolve(config.model.to_source())
+    name = config.http.served_model_name or files.model_name
+    if config.deployment.ray_address is not None:
+        return _Server(config, JoinedCluster(config), edge=None, model_name=name).run()
+    check_port(config.http.host, config.http.port)
+    edge = choose_edge(config.deployment)
+    return _Server(config, PrivateCluster(config, edge), edge, name).run()
+
+
+def with_absolute_paths(config: AppConfig) -> AppConfig:
+    """The configuration for processes that run in other folders: names of local files in full."""
+    model, http = config.model, config.http
+    local = {
+        key: _absolute(value)
+        for key in ("model", "tokenizer", "chat_template", "jinja_explicit", "hf_cache", "token_source")
+        if (value := getattr(model, key)) is not None
+    }
+    keys = tuple(_absolute(key) for key in http.api_keys)
+    log_file = http.request_logging_file and str(Path(http.request_logging_file).expanduser().absolute())
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=local),
+            "http": http.model_copy(update={"api_keys": keys, "request_logging_file": log_file}),
+        }
+    )
+
+
+def _absolute(value: str) -> str:
+    """value, made absolute if it names a file or folder that is there, by itself or as `path:FILE`."""
+    prefix = "path:" if value.startswith("path:") else ""
+    try:
+        path = Path(value.removeprefix(prefix)).expanduser()
+        return prefix + str(path.absolute()) if path.exists() else value
+    except OSError:  # too long for a name: a template, say
+        return value
+
+
+def _application(config: AppConfig, edge: Edge | None) -> Any:
+    from deployments.ingress import Ingress
+    from deployments.preprocessor import Preprocessor
+    from deployments.target import Target
+
+    is_private = edge is not None
+    preprocessor = Preprocessor.options(**preprocessor_options(config)).bind(config, is_private)  # type: ignore[attr-defined]
+    target = Target.options(**target_options(config)).bind(config, is_private)  # type: ignore[attr-defined]
+    ingress = Ingress.options(**ingress_options(config))  # type: ignore[attr-defined]
+    return ingress.bind(config, is_private, _build_asgi, preprocessor, target, edge is Edge.DIRECT)
+
+
+def _build_asgi(get_backend: Callable[[], Backend], config: HttpConfig, metrics: HttpMetrics) -> Any:
+    return build_asgi(get_backend, config, metrics=metrics)
+
+
+class _Server:
+    """The server process: starts the cluster and the application, watches, and ends both."""
+
+    def __init__(self, config: AppConfig, cluster: Cluster, edge: Edge | None, model_name: str) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._edge = edge
+        self._model_name = model_name
+        self._is_started = False
+        self._stop = threading.Event()
+
+    def run(self) -> int:
+        self._take_signals()
+        try:
+            self._cluster.start()
+            # Ray puts its own handler in the place of ours.
+            self._take_signals()
+            self._is_started = True
+            return self._serve()
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        finally:
+            self._end()
+
+    def _serve(self) -> int:
+        from deployments import application
+
+        application.deploy(_application(self._config, self._edge))
+        end_s = time.monotonic() + self._config.deployment.startup_timeout_s
+        while not self._stop.wait(_START_POLL_S):
+            progress = application.progress()
+            if progress.state is application.State.RUNNING:
+                return self._watch()
+            if progress.state is application.State.FAILED:
+                raise (
+                    ModelFileError(progress.message)
+                    if progress.is_our_sentence
+                    else LaunchError(f"The application cannot be started: {progress.message}")
+                )
+            if time.monotonic() > end_s:
+                raise LaunchError(
+                    f"The application is not ready after {self._config.deployment.startup_timeout_s:g} s "
+                    "(--startup-timeout)."
+                )
+        return EXIT_OK
+
+    def _watch(self) -> int:
+        from deployments import application
+
+        http = self._config.http
+        host = f"[{http.host}]" if ":" in http.host else http.host
+        print(f"Sirocco serves {self._model_name} at http://{host}:{http.port}/v1", flush=True)
+        while not self._stop.wait(_WATCH_POLL_S):
+            try:
+                progress = application.progress()
+            except Exception as error:  # whatever Ray raises when its cluster is gone
+                log.error("The Ray cluster is lost: %s", error)
+                return EXIT_FAILED
+            if progress.state is application.State.FAILED:
+                log.warning("Serve reports: %s", progress.message)
+        return EXIT_OK
+
+    def _take_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_started or self._stop.is_set():
+            # While starting, and for who asks twice: at once.
+            raise KeyboardInterrupt
+        self._stop.set()
+
+    def _end(self) -> None:
+        from deployments import application
+
+        try:
+            if self._is_started:
+                self._cluster.stop(application.end_streams)
+            else:
+                self._cluster.kill()
+        except KeyboardInterrupt:
+            self._cluster.kill()
