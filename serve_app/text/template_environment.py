@@ -21,8 +21,13 @@ from jinja2.visitor import NodeTransformer
 from serve_app.text import template_limits as limits
 
 # No chat template needs them, and their cost is hard to bound.
-_UNWANTED_FILTERS: Final = ("pprint", "urlize", "xmlattr")
-_NUMBER_FILTERS: Final = ("batch", "center", "round", "slice", "truncate", "wordwrap")
+_UNWANTED_FILTERS: Final = ("pprint", "urlize", "wordwrap", "xmlattr")
+# They make a text of whatever they get.
+_TEXT_FILTERS: Final = (
+    "capitalize", "center", "e", "escape", "forceescape", "indent", "lower", "replace", "safe", "string", "striptags",
+    "title", "trim", "truncate", "upper", "urlencode", "wordcount",
+)  # fmt: skip
+_NUMBER_FILTERS: Final = ("batch", "center", "round", "slice", "truncate")
 
 
 class _Bounds(Extension):
@@ -35,7 +40,7 @@ class _Bounds(Extension):
 
     def concat(self, *parts: Any) -> str:
         """The ~ operator."""
-        limits.spend(sum(limits.weigh(part) for part in parts))
+        limits.spend_passing(sum(limits.weigh(part) for part in parts))
         return "".join(map(str, parts))
 
 
@@ -104,7 +109,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self._guard("format", lambda layout, *args, **_: limits.checked_binop("%", str(layout), args))
         self._guard("indent", lambda text, width=4, *_, **__: limits.checked_indent(text, width))
         self._guard("replace", lambda text, old, new, *_: limits.checked_replace(text, old, new))
-        self._guard("string", lambda value: limits.spend(limits.weigh(value)))
+        for name in _TEXT_FILTERS:
+            self._guard(name, lambda value, *_, **__: limits.weigh(value))
         self.filters["join"] = _bounded_join(self.filters["join"])
         self.globals["raise_exception"] = raise_exception
         self.globals["strftime_now"] = strftime_now
@@ -121,9 +127,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     # The odd names keep the template's own keyword arguments free.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(__obj, "__self__", None)
+        method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps str.format
+        owner = getattr(method, "__self__", None)
         if isinstance(owner, str | bytes):
-            args = limits.checked_method(owner, getattr(__obj, "__name__", ""), args, kwargs)
+            args = limits.checked_method(owner, getattr(method, "__name__", ""), args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def _guard(self, name: str, check: Callable[..., Any]) -> None:
@@ -172,7 +179,5 @@ def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """JSON as transformers' templates expect it: Jinja's own filter would escape HTML characters."""
-    weight = limits.weigh(value)
-    width = len(indent) if isinstance(indent, str) else int(indent or 0)
-    limits.spend(weight * (1 + 8 * min(max(width, 0), 1000)))
+    limits.checked_json(limits.weigh(value), indent)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

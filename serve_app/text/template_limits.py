@@ -17,6 +17,10 @@ _MAX_WIDTH: Final = 10_000
 _MAX_FIELDS: Final = 1000
 _MAX_BITS: Final = 4096
 _CLOCK_EVERY: Final = 64
+# What a part of a list counts for: looking at it costs more than a character does.
+_PART_CHARS: Final = 16
+# Values on the way to the text may be freed again; templates that grow a text piece by piece make many.
+_PASSING_SHARE: Final = 16
 _TOO_LARGE: Final = "the chat template makes too large a value"
 
 
@@ -48,6 +52,13 @@ def spend(chars: int) -> None:
         budget.spend(chars)
 
 
+def spend_passing(chars: int) -> None:
+    """For a value that is not output yet."""
+    if chars > MAX_CHARS:
+        raise SecurityError(_TOO_LARGE)
+    spend(chars // _PASSING_SHARE)
+
+
 def weigh(value: Any) -> int:
     """About how many characters str() or JSON would make of a value; SecurityError where that is too many.
 
@@ -65,7 +76,7 @@ def weigh(value: Any) -> int:
             waiting += part.values()
         elif isinstance(part, list | tuple | set | frozenset):
             waiting += part
-        total += 1
+        total += _PART_CHARS
         if total > MAX_CHARS or len(waiting) > MAX_CHARS:
             raise SecurityError(_TOO_LARGE)
     return total
@@ -75,9 +86,9 @@ def checked_binop(operator: str, left: Any, right: Any) -> None:
     """Refuses "+", "*", "**" and "%" with a huge result."""
     if isinstance(left, str) and operator == "%":
         checked_layout(left)
-        spend(weigh(right))
+        spend_passing(weigh(right))
         return
-    sizes = [len(v) for v in (left, right) if isinstance(v, str | bytes | list | tuple)]
+    sizes = [_size(v) for v in (left, right) if isinstance(v, str | bytes | list | tuple)]
     if operator == "+":
         chars = sum(sizes)
     elif sizes and operator == "*":
@@ -89,7 +100,11 @@ def checked_binop(operator: str, left: Any, right: Any) -> None:
             bits = [bits[0] * max(right, 1)]
         if sum(bits) > _MAX_BITS:
             raise SecurityError(_TOO_LARGE)
-    spend(max(chars, 0))
+    spend_passing(max(chars, 0))
+
+
+def _size(value: Any) -> int:
+    return len(value) * (1 if isinstance(value, str | bytes) else _PART_CHARS)
 
 
 def checked_method(owner: str | bytes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -101,31 +116,37 @@ def checked_method(owner: str | bytes, name: str, args: tuple[Any, ...], kwargs:
         checked_replace(owner, args[0], args[1])
     elif name in ("format", "format_map"):
         checked_layout(str(owner))
-        spend(weigh(values))
+        spend_passing(weigh(values))
     else:
         width = _widest(values)
-        spend(len(owner) + width * (1 + len(owner) if name == "expandtabs" else 1))
+        spend_passing(len(owner) + width * (1 + len(owner) if name == "expandtabs" else 1))
     return args
 
 
 def checked_parts(parts: Any, separator_chars: int) -> list[Any]:
     """The parts of a join as a list."""
     listed = list(parts) if isinstance(parts, Iterable) else []
-    spend(sum(weigh(part) + separator_chars for part in listed))
+    spend_passing(sum(weigh(part) + separator_chars for part in listed))
     return listed
 
 
 def checked_replace(text: Any, old: Any, new: Any) -> None:
     """Replacing may make a text as much longer as it finds `old`."""
     text = str(text)
-    spend(len(text) + text.count(str(old)) * len(str(new)))
+    spend_passing(len(text) + text.count(str(old)) * len(str(new)))
 
 
 def checked_indent(text: Any, width: Any) -> None:
     """Indenting puts `width`, a number or a text, before every line."""
     chars = len(width) if isinstance(width, str) else _widest((width,))
     text = str(text)
-    spend(len(text) + (text.count("\n") + 1) * chars)
+    spend_passing(len(text) + (text.count("\n") + 1) * chars)
+
+
+def checked_json(weight: int, indent: Any) -> None:
+    """Indented JSON has a line for each of its values."""
+    width = len(indent) if isinstance(indent, str) else _widest((indent,))
+    spend_passing(weight + weight // _PART_CHARS * width)
 
 
 def checked_layout(layout: str) -> None:
