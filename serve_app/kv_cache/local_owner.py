@@ -191,6 +191,7 @@ class LocalOwner:
             indexed += space.index.values()
             assert all(self._hash[block] == block_hash for block_hash, block in space.index.items())
             assert len(space.released) <= space.max_released
+            assert all(prompt.blocks for prompt in space.released), "a released prompt without blocks counts"
         assert len(indexed) == len(hashed), "a hash points to exactly one block"
         assert set(indexed) == hashed
         held = sum(1 for block in range(self.num_total) if not self.is_free(block))
