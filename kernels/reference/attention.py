@@ -58,10 +58,11 @@ def paged_decode(
     requests, n_heads, head_dim = q_RND.shape
     n_kv_heads = k_cache.shape[2]
     k_RCKD = k_cache[block_tables_RB.long()].flatten(1, 2).float()
-    v_RCKD = v_cache[block_tables_RB.long()].flatten(1, 2).float()
+    hidden_RC = torch.arange(k_RCKD.shape[1], device=q_RND.device) >= context_lens.unsqueeze(1)
+    # Zero, not only unweighted: slots that nobody wrote, or another request did, may hold NaN.
+    v_RCKD = v_cache[block_tables_RB.long()].flatten(1, 2).float().masked_fill_(hidden_RC[:, :, None, None], 0.0)
     q_RKGD = q_RND.float().view(requests, n_kv_heads, n_heads // n_kv_heads, head_dim)
     scores_RKGC = torch.matmul(q_RKGD, k_RCKD.permute(0, 2, 3, 1)) * (1.0 / math.sqrt(head_dim))
-    hidden_RC = torch.arange(k_RCKD.shape[1], device=q_RND.device) >= context_lens.unsqueeze(1)
     scores_RKGC = scores_RKGC.masked_fill(hidden_RC[:, None, None], float("-inf"))
     out_RKGD = torch.matmul(scores_RKGC.softmax(-1), v_RCKD.transpose(1, 2))
     return out_RKGD.reshape(requests, n_heads * head_dim).to(q_RND.dtype)

@@ -29,8 +29,9 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
     cosine, sine = torch.split_with_sizes(table.index_select(0, positions).unsqueeze(1), [half, half], dim=-1)
     for x in (q, k):
         first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-        x[..., :half] = first * cosine - second * sine
-        x[..., half : 2 * half] = second * cosine + first * sine
+        # Both before either is written: float32 halves are views of x.
+        rotated = (first * cosine - second * sine, second * cosine + first * sine)
+        x[..., :half], x[..., half : 2 * half] = rotated
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -192,8 +192,8 @@ class Sampler:
     def _change_logits(self, logits: Tensor, rows: Ints, positions: Ints, needs: Ints) -> None:
         """Everything before the temperature, in place, each on the rows that asked for it."""
         if len(who := np.flatnonzero(needs & Need.DRY)):
-            index, tokens, amounts = self._dry.penalties(rows[who])
-            at = (self._tensor(who[index]), self._tensor(tokens))
+            which, tokens, amounts = self._dry.penalties(rows[who])
+            at = (self._tensor(who[which]), self._tensor(tokens))
             logits.index_put_(at, -self._tensor(amounts), accumulate=True)
         if len(who := np.flatnonzero(needs & Need.PENALTY)):
             some, index = rows[who], self._tensor(who)

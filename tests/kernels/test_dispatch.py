@@ -1,0 +1,98 @@
+"""Everything works without the native module, and says why it is not used."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_llama import Piece, TinyPool, full_logits, hf_llama, make_batch, our_llama
+
+import kernels
+from kernels import dispatch
+from kernels.reference import norm
+from serve_app.attention.choose import choose_backend, list_backends
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.sampler import Sampler
+from serve_app.errors import LaunchError
+from serve_app.options import SamplingParams
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    dispatch.native.cache_clear()
+    monkeypatch.setenv("SIROCCO_NATIVE", "0")
+    yield
+    monkeypatch.undo()
+    dispatch.native.cache_clear()
+
+
+def generate(num_tokens: int) -> list[int]:
+    model = our_llama(hf_llama())
+    pool = TinyPool(model.args, 8, 16)
+    sampler = Sampler(97, 1)
+    sampler.set_row(0, SamplingParams(temperature=0.8, top_k=20), 5, [3, 1, 4])
+    runner = ModelRunner(model, sampler, pool, "cpu")
+    ids = [3, 1, 4]
+    start = 0
+    for _ in range(num_tokens):
+        result = runner.execute(make_batch(pool, [Piece(ids, start, len(ids), [5, 2])], rows=[0]))
+        start = len(ids)
+        ids += result.token_ids.tolist()
+    return ids
+
+
+def test_native_is_the_choice_here() -> None:
+    choice = dispatch.choose("rope")
+    assert choice.name.startswith("native")
+    assert choose_backend("cpu", torch.float32).name == "cpu"
+
+
+def test_the_same_text_without_native_code(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.native().ops is None
+    assert choose_backend("cpu", torch.float32).name == "torch"
+    assert dispatch.native_dequantize(8) is None
+    assert dispatch.native_matmul(8) is None
+    assert dispatch.choose("rms_norm").function is norm.rms_norm
+    assert "SIROCCO_NATIVE" in dispatch.choose("rms_norm").reason
+    plain_text, plain_logits = generate(20), full_logits(our_llama(hf_llama()), list(range(60)))
+    monkeypatch.undo()
+    dispatch.native.cache_clear()
+    assert generate(20) == plain_text
+    torch.testing.assert_close(full_logits(our_llama(hf_llama()), list(range(60))), plain_logits)
+
+
+def test_a_named_backend_that_cannot_run_is_refused(no_native: None) -> None:
+    with pytest.raises(LaunchError, match="SIROCCO_NATIVE"):
+        choose_backend("cpu", torch.float32, "cpu")
+    with pytest.raises(LaunchError, match="there are auto, cpu, torch"):
+        choose_backend("cpu", torch.float32, "flash")
+    assert [r.is_usable for r in list_backends("cpu", torch.float32)] == [False, True]
+
+
+def test_a_module_of_another_version_or_none_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.native.cache_clear()
+    monkeypatch.setattr(kernels, "ABI", kernels.ABI + 1)
+    assert "another version" in dispatch.native().reason
+    monkeypatch.undo()
+    dispatch.native.cache_clear()
+    monkeypatch.setitem(sys.modules, "kernels.cpu._native", None)
+    assert "not built" in dispatch.native().reason
+    monkeypatch.undo()
+    dispatch.native.cache_clear()
+
+
+def test_other_devices_and_dtypes_take_torch() -> None:
+    assert dispatch.choose("rope", "meta").name == "torch"
+    assert dispatch.choose("rope", "cpu", torch.float64).name == "torch"
+    assert choose_backend("meta", torch.float32).name == "torch"
+    with pytest.raises(KeyError):
+        dispatch.choose("no such op")
+
+
+def test_the_instruction_set_can_be_named_in_the_environment() -> None:
+    code = "from kernels import dispatch; print(dispatch.native().reason)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={"SIROCCO_ISA": "generic"}, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "native generic"

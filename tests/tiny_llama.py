@@ -1,0 +1,124 @@
+"""Random Llama models with transformers as their oracle, and batches built by hand, for the tests of all compute."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from serve_app.attention.choose import choose_backend
+from serve_app.batch import ForwardBatch
+from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
+from serve_app.quant.weight import DenseWeight, Weight
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+class DictSource:
+    """A WeightSource over a state dict, in one compute dtype."""
+
+    def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+        self.tensors = tensors
+        self.dtype = dtype
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        assert self.tensors[name].shape == shape, name
+        return self.tensors[name].float()
+
+    def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
+        for name, out in zip(names, out_features, strict=True):
+            assert self.tensors[name].shape == (out, in_features), name
+        return DenseWeight(torch.cat([self.tensors[n] for n in names]).to(self.dtype))
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+
+def hf_llama(seed: int = 0, **changes: Any) -> transformers.LlamaForCausalLM:
+    """A random transformers model in float32, its logits spread like a trained one's."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**(SMALL | changes), initializer_range=0.2)
+    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", ".bias")):
+            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=0.3)
+    return model
+
+
+def our_llama(hf: transformers.LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The same weights in our model."""
+    tensors = {k: v.detach() for k, v in hf.state_dict().items()}
+    return LlamaForCausalLM(LlamaArgs.from_hf(hf.config.to_dict()), DictSource(tensors, dtype))
+
+
+class TinyPool:
+    """K and V tensors, as kv_cache.kv_pool.KvPool has them, filled with NaN: what was not written must not be read."""
+
+    def __init__(self, args: Any, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32) -> None:
+        shape = (num_blocks, block_size, args.n_kv_heads, args.head_dim)
+        self.block_size = block_size
+        self.k = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(args.n_layers)]
+        self.v = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(args.n_layers)]
+
+
+@dataclass
+class Piece:
+    """Tokens [start, stop) of a request in one step. ids: all its tokens, blocks: its block list."""
+
+    ids: Sequence[int]
+    start: int
+    stop: int
+    blocks: Sequence[int]
+
+
+def make_batch(pool: Any, pieces: Sequence[Piece], rows: Sequence[int] | None = None) -> ForwardBatch:
+    """One step of these pieces. rows given: the last token of each piece is sampled in its row; else every token's
+    logits are wanted."""
+    size = pool.block_size
+    counts = torch.tensor([p.stop - p.start for p in pieces])
+    ends = counts.cumsum(0)
+    tables = torch.zeros(len(pieces), max(-(-p.stop // size) for p in pieces), dtype=torch.int32)
+    for r, piece in enumerate(pieces):
+        used = -(-piece.stop // size)
+        tables[r, :used] = torch.tensor(piece.blocks[:used])
+    slots = [p.blocks[i // size] * size + i % size for p in pieces for i in range(p.start, p.stop)]
+    return ForwardBatch(
+        token_ids=torch.tensor([t for p in pieces for t in p.ids[p.start : p.stop]]),
+        positions=torch.cat([torch.arange(p.start, p.stop) for p in pieces]),
+        slot_mapping=torch.tensor(slots),
+        block_tables=tables,
+        query_start=torch.cat([torch.zeros(1), ends]).to(torch.int32),
+        context_lens=torch.tensor([p.stop for p in pieces], dtype=torch.int32),
+        logit_index=torch.arange(int(ends[-1])) if rows is None else ends - 1,
+        sample_rows=torch.tensor([] if rows is None else rows, dtype=torch.int64),
+        sample_positions=torch.tensor([] if rows is None else [p.stop for p in pieces], dtype=torch.int64),
+        max_query_len=int(counts.max()),
+        max_context_len=max(p.stop for p in pieces),
+        kv=pool,
+    )
+
+
+def step_logits(model: LlamaForCausalLM, pool: Any, pieces: Sequence[Piece], backend: str = "auto") -> list[Tensor]:
+    """Runs one step; the logits of every token, piece by piece."""
+    batch = make_batch(pool, pieces)
+    batch.attention = choose_backend("cpu", pool.k[0].dtype, backend).plan(batch)
+    with torch.inference_mode():
+        logits = model.logits(model.forward(batch))
+    return list(logits.split([p.stop - p.start for p in pieces]))
+
+
+def full_logits(model: LlamaForCausalLM, ids: Sequence[int], backend: str = "auto", block_size: int = 16) -> Tensor:
+    """Logits [len(ids), vocab] of one request computed in one step, its blocks in ascending order."""
+    num_blocks = -(-len(ids) // block_size)
+    pool = TinyPool(model.args, num_blocks, block_size)
+    return step_logits(model, pool, [Piece(ids, 0, len(ids), range(num_blocks))], backend)[0]
