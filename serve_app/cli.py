@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from serve_app import __version__
 from serve_app.cli_grammar import COMMANDS, GROUPS, Command, Kind, option_names, take_apart
 from serve_app.cli_options import (
+    ChatLogOptions,
     ChatOptions,
     DeploymentOptions,
     DoctorOptions,
@@ -20,7 +21,7 @@ from serve_app.cli_options import (
     LogOptions,
     ModelOptions,
 )
-from serve_app.config import AppConfig, SettingError, build_config
+from serve_app.config import AppConfig, LogLevel, SettingError, build_config
 from serve_app.errors import LaunchError
 
 ABOUT: dict[Command, str] = {
@@ -160,11 +161,12 @@ _VERSION_OPTION = Annotated[
 def _invocation(command: Command, kind: Kind | None, groups: dict[type, Any]) -> Invocation:
     if command == "doctor":
         return Invocation(command=command, as_json=groups[DoctorOptions].as_json)
-    config = _config(kind, groups)
+    log = groups[ChatLogOptions if command == "chat" else LogOptions].log
+    config = _config(kind, groups, log)
     return Invocation(command=command, config=config, chat=groups.get(ChatOptions, ChatOptions()))
 
 
-def _config(kind: Kind | None, groups: dict[type, Any]) -> AppConfig:
+def _config(kind: Kind | None, groups: dict[type, Any], log: LogLevel) -> AppConfig:
     """The options as a configuration. Raises LaunchError naming the option at fault."""
     sections = {section: asdict(groups[group]) for group, section in _SECTIONS.items() if group in groups}
     sections["model"] |= _model(kind, groups[ModelOptions])
@@ -173,7 +175,7 @@ def _config(kind: Kind | None, groups: dict[type, Any]) -> AppConfig:
     if "http" in sections:
         sections["http"]["api_keys"] = sections["http"]["api_keys"] or ()
     try:
-        return build_config({**sections, "log": groups[LogOptions].log})
+        return build_config({**sections, "log": log})
     except SettingError as error:
         if error.section is None or error.name is None:
             raise

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
 from serve_app.cli_options import (
+    ChatLogOptions,
     ChatOptions,
     DeploymentOptions,
     DoctorOptions,
@@ -59,7 +60,7 @@ ALIASES = {
 GROUPS: dict[Command, tuple[type, ...]] = {
     "serve": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
     "config": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
-    "chat": (ModelOptions, EngineOptions, ChatOptions, LogOptions),
+    "chat": (ModelOptions, EngineOptions, ChatOptions, ChatLogOptions),
     "doctor": (DoctorOptions,),
 }
 

@@ -323,6 +323,13 @@ class LogOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatLogOptions:
+    """The same in a conversation, where messages would stand between the answers."""
+
+    log: Annotated[LogLevel, Option("--log", help="How much is logged, to standard error.")] = "warn"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions:
     """How `sirocco chat` begins; each can be changed in the conversation."""
 

@@ -269,7 +269,12 @@ def _keys_at(reference: str) -> list[str]:
 
 
 def apply_log_level(log: LogLevel) -> None:
-    """Sets the level of our loggers in this process; called once by the program and by each replica."""
+    """Sets the level of our loggers in this process; called once by the program and by each replica.
+
+    Where nobody has set up logging, messages go to standard error; other libraries' from warnings upward.
+    """
+    level = LOG_LEVELS[log]
     logging.addLevelName(LOG_LEVELS["trace"], "TRACE")
+    logging.basicConfig(level=max(level, logging.WARNING), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("serve_app", "deployments", "kernels"):
-        logging.getLogger(name).setLevel(LOG_LEVELS[log])
+        logging.getLogger(name).setLevel(level)
