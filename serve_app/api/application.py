@@ -57,6 +57,7 @@ class Application(FastAPI):
 
         try:
             check_headers(scope, self._config)
+            call.proxy_id = _proxy_id(scope["headers"])
             call.tenant = self._keys.admit(scope)
             await super().__call__(scope, receive, counted_send)
         except Exception as error:
@@ -92,3 +93,7 @@ class Application(FastAPI):
         if self._request_log is not None:
             self._request_log.close()
             self._request_log = None
+
+
+def _proxy_id(headers: list[tuple[bytes, bytes]]) -> str | None:
+    return next((value.decode("latin-1")[:128] for name, value in headers if name == b"x-request-id"), None)

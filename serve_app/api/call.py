@@ -15,8 +15,9 @@ SCOPE_KEY = "sirocco.call"
 class Call:
     """One HTTP request. send is the server's own: a stream goes past the middleware, which costs a token nothing.
 
-    code is the status that was sent, 499 if the client left before one was. outcome is what the request log tells of
-    the answer: choices, usage, timings.
+    code is the status that was sent, 499 if the client left before one was. proxy_id is the X-Request-Id that a proxy,
+    or the client, gave it: for the log alone, since it need not be unique. outcome is what the request log tells of the
+    answer: choices, usage, timings.
     """
 
     send: Send
@@ -26,4 +27,5 @@ class Call:
     code: int = 499
     body: dict[str, Any] | None = None
     error: ServeError | None = None
+    proxy_id: str | None = None
     outcome: dict[str, Any] = field(default_factory=dict)

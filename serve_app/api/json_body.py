@@ -1,6 +1,7 @@
 """JSON as strict as the standard: what Python's parser lets through beyond it is refused."""
 
 import json
+import math
 import re
 from typing import Any, NoReturn
 
@@ -13,12 +14,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def parse_object(body: bytes, max_depth: int) -> dict[str, Any]:
     """The JSON object in `body`.
 
-    Raises InvalidRequest for bad UTF-8 or JSON, NaN and infinities, a key given twice, half a surrogate pair, numbers
-    of thousands of digits, nesting over max_depth, and anything but an object.
+    Raises InvalidRequest for bad UTF-8 or JSON, NaN and infinities (1e999 too), a key given twice, half a
+    surrogate pair, numbers of thousands of digits, nesting over max_depth, and anything but an object.
     """
     try:
         text = body.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
     except UnicodeDecodeError:
         raise InvalidRequest("The body is not valid UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -42,6 +43,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise InvalidRequest(f"The key {json.dumps(twice[:100])} is given twice in one object.", param=twice[:100])
     return result
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise InvalidRequest(f"The number {digits[:40]} is too large.")
+    return value
 
 
 def _constant(name: str) -> NoReturn:

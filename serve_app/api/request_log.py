@@ -61,6 +61,7 @@ def record_of(call: Call, endpoint: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "id": call.id,
+        "x_request_id": call.proxy_id,
         "endpoint": endpoint,
         "code": call.code,
         "request": call.body,

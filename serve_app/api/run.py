@@ -62,15 +62,11 @@ class Generation:
             await self._watched(self._generate(sinks), receive, None)
         finally:
             self._note_outcome()
-        return Response(
-            json.dumps(answer(self._head, self._tallies)),
-            headers={"x-request-id": self._head.id},
-            media_type="application/json",
-        )
+        return Response(json.dumps(answer(self._head, self._tallies)), media_type="application/json")
 
     async def stream(self, receive: Receive) -> Response:
         """The answer as events. Raises ServeError only while nothing has been sent, ClientGone at any time."""
-        writer = SseWriter(self._call.send, self._head.id, self._config.max_stream_backlog)
+        writer = SseWriter(self._call.send, self._config.max_stream_backlog)
         self._tallies = self._new_tallies(keep_text=self._config.request_logging_file is not None)
         sinks = [StreamSink(tally, frame_encoder(self._head, tally), writer, self._clock) for tally in self._tallies]
         try:

@@ -14,12 +14,15 @@ from serve_app.api.error_shape import ClientGone
 
 Send = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 
-_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    # nginx and its like would hold events back.
-    (b"x-accel-buffering", b"no"),
-]
+
+def _start_message() -> dict[str, Any]:
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        # nginx and its like would hold events back.
+        (b"x-accel-buffering", b"no"),
+    ]
+    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 class SseWriter:
@@ -28,9 +31,8 @@ class SseWriter:
     failed completes with ClientGone when the client cannot be written to or lets more than max_backlog deltas lie.
     """
 
-    def __init__(self, send: Send, request_id: str, max_backlog: int) -> None:
+    def __init__(self, send: Send, max_backlog: int) -> None:
         self._send = send
-        self._request_id = request_id
         self._max_backlog = max_backlog
         self._pending: list[bytes] = []
         self._slow: asyncio.Task[None] | None = None
@@ -75,7 +77,7 @@ class SseWriter:
         self._is_over = True
         if not self.has_started:
             self.has_started = True
-            await self._send(self._start_message())
+            await self._send(_start_message())
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def close(self) -> None:
@@ -95,12 +97,8 @@ class SseWriter:
             self._fail("client too slow")
 
     async def _start(self, data: bytes) -> None:
-        await self._send(self._start_message())
+        await self._send(_start_message())
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    def _start_message(self) -> dict[str, Any]:
-        headers = [*_HEADERS, (b"x-request-id", self._request_id.encode())]
-        return {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def _catch_up(self, step: Coroutine[Any, Any, None], awaited: Any, num_deltas: int) -> None:
         """Finishes the step that did not complete, then sends what has piled up, joined, until nothing is left."""

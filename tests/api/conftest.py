@@ -197,17 +197,15 @@ Asgi = Callable[..., httpx.AsyncClient]
 async def asgi() -> AsyncIterator[Asgi]:
     """Clients of the application without a server between: asgi(backend, **HttpConfig fields)."""
     async with contextlib.AsyncExitStack() as stack:
-        clients: list[httpx.AsyncClient] = []
 
         def client(backend: FakeBackend, **fields: Any) -> httpx.AsyncClient:
             app = build_asgi(lambda: backend, HttpConfig(**fields), metrics=backend.http_metrics)
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            clients.append(httpx.AsyncClient(transport=transport, base_url="http://test"))
-            return clients[-1]
+            new = httpx.AsyncClient(transport=transport, base_url="http://test")
+            stack.push_async_callback(new.aclose)
+            return new
 
         yield client
-        for each in clients:
-            await stack.enter_async_context(each)
 
 
 @pytest.fixture

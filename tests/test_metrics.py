@@ -1,0 +1,80 @@
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve_app.metrics import METRICS, HttpMetrics, engine_snapshot, merge_snapshots, render
+
+
+def _samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+def _http(code: int, seconds: float) -> HttpMetrics:
+    metrics = HttpMetrics()
+    metrics.requests["/v1/completions", code] += 1
+    metrics.first_token.observe(seconds)
+    metrics.inter_token.observe(0.004, 3)
+    return metrics
+
+
+def _engine(**fields: int) -> Any:
+    names = "max_seqs num_running num_waiting num_paused blocks_total blocks_free steps preemptions prompt_tokens"
+    names += " cached_tokens output_tokens prefix_lookups prefix_hits evictions"
+    return SimpleNamespace(**{**dict.fromkeys(names.split(), 1), **fields})
+
+
+def test_replicas_add_up_in_one_scrape():
+    snapshots = [
+        _http(200, 0.02).snapshot(),
+        _http(200, 99.0).snapshot(),
+        _http(400, 1e9).snapshot(),
+        engine_snapshot(_engine(blocks_total=100, blocks_free=60, cached_tokens=5)),
+        engine_snapshot(_engine(blocks_total=100, blocks_free=90, cached_tokens=6)),
+    ]
+    merged = merge_snapshots(pickle.loads(pickle.dumps(snapshots)))
+    samples = _samples(render(merged))
+    endpoint = ("endpoint", "/v1/completions")
+    assert samples["sirocco_requests_total", (("code", "200"), endpoint)] == 2
+    assert samples["sirocco_requests_total", (("code", "400"), endpoint)] == 1
+    assert samples["sirocco_kv_blocks_used", ()] == 50
+    assert samples["sirocco_kv_blocks_total", ()] == 200
+    assert samples["sirocco_prefix_cache_hit_tokens_total", ()] == 11
+    assert samples["sirocco_targets", ()] == 2
+    first = "sirocco_time_to_first_token_seconds"
+    assert samples[first + "_bucket", (("le", "0.01"),)] == 0
+    assert samples[first + "_bucket", (("le", "0.025"),)] == 1
+    assert samples[first + "_bucket", (("le", "300.0"),)] == 2
+    assert samples[first + "_bucket", (("le", "+Inf"),)] == samples[first + "_count", ()] == 3
+    assert samples["sirocco_inter_token_latency_seconds_count", ()] == 9
+    assert abs(samples["sirocco_inter_token_latency_seconds_sum", ()] - 0.036) < 1e-9
+
+
+def test_merging_leaves_its_parts_alone():
+    parts = [_http(200, 1).snapshot(), _http(200, 1).snapshot()]
+    before = pickle.dumps(parts)
+    merge_snapshots(parts)
+    assert pickle.dumps(parts) == before
+
+
+def test_a_snapshot_of_another_version_does_not_break_the_scrape():
+    merged = merge_snapshots([{"sirocco_of_tomorrow": {"": [1.0]}}, engine_snapshot(_engine())])
+    assert "sirocco_of_tomorrow" not in merged
+    assert b"of_tomorrow" not in render(merged)
+
+
+def test_every_metric_is_there_before_it_counts():
+    text = render({}).decode()
+    for name, description in METRICS.items():
+        assert f"# TYPE {name} {description.kind}" in text
+        assert description.labels or f"\n{name}" in text
+
+
+def test_all_snapshots_have_descriptions():
+    names = {*HttpMetrics().snapshot(), *engine_snapshot(_engine())}
+    assert names == set(METRICS)
