@@ -25,34 +25,34 @@ def deployment_names() -> tuple[str, ...]:
     return INGRESS, PREPROCESSOR, TARGET
 
 
-def ingress_options(config: AppConfig) -> dict[str, Any]:
+def ingress_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
     """Serve's options of the HTTP replica: it holds every open request, so its limit is above all others."""
     deployment = config.deployment
     return {
-        **_common(deployment.max_ongoing_requests + _SPARE_REQUESTS),
+        **_common(config, deployment.max_ongoing_requests + _SPARE_REQUESTS),
         "num_replicas": deployment.ingress_replicas,
-        "ray_actor_options": _actor(deployment.ingress_cpus, num_threads=1),
+        "ray_actor_options": _actor(deployment.ingress_cpus, 1, is_private=is_private),
     }
 
 
-def preprocessor_options(config: AppConfig) -> dict[str, Any]:
+def preprocessor_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
     """Serve's options of the tokenising replica."""
     deployment = config.deployment
     return {
-        **_common(deployment.max_ongoing_requests),
+        **_common(config, deployment.max_ongoing_requests),
         "num_replicas": deployment.preprocessor_replicas,
-        "ray_actor_options": _actor(deployment.preprocessor_cpus, num_threads=1),
+        "ray_actor_options": _actor(deployment.preprocessor_cpus, 1, is_private=is_private),
     }
 
 
-def target_options(config: AppConfig) -> dict[str, Any]:
+def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
     """Serve's options of the engine's replica: it takes all that the engine runs or lets wait."""
     deployment = config.deployment
     num_requests = config.engine.max_seqs + config.engine.max_waiting
     num_threads = config.engine.num_threads or num_cores()
     options: dict[str, Any] = {
-        **_common(num_requests + _SPARE_REQUESTS),
-        "ray_actor_options": _actor(deployment.target_cpus, num_threads),
+        **_common(config, num_requests + _SPARE_REQUESTS),
+        "ray_actor_options": _actor(deployment.target_cpus, num_threads, is_private=is_private),
     }
     most = deployment.max_target_replicas
     if most is None or most == deployment.target_replicas:
@@ -85,24 +85,31 @@ def num_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def _common(max_ongoing_requests: int) -> dict[str, Any]:
+def _common(config: AppConfig, max_ongoing_requests: int) -> dict[str, Any]:
     return {
         "max_ongoing_requests": max_ongoing_requests,
         "graceful_shutdown_timeout_s": _DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 5.0,
         "health_check_timeout_s": 30.0,
+        "logging_config": logging_config(config),
     }
 
 
-def _actor(num_cpus: float, num_threads: int) -> dict[str, Any]:
-    # Ray would derive OMP_NUM_THREADS from num_cpus, that is 1 for 0.
-    variables = {
+def thread_environment(num_threads: int) -> dict[str, str]:
+    """How many threads the libraries of a process may start. Ray would derive it from num_cpus: 1 for 0."""
+    return {
         "OMP_NUM_THREADS": str(num_threads),
         "RAYON_NUM_THREADS": str(num_threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {"num_cpus": num_cpus, "runtime_env": {"env_vars": variables}}
+
+
+def _actor(num_cpus: float, num_threads: int, *, is_private: bool) -> dict[str, Any]:
+    # A private cluster has one environment for all, and the replicas limit their threads themselves.
+    if is_private:
+        return {"num_cpus": num_cpus}
+    return {"num_cpus": num_cpus, "runtime_env": {"env_vars": thread_environment(num_threads)}}
 
 
 def logging_config(config: AppConfig) -> dict[str, Any]:

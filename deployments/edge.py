@@ -8,8 +8,8 @@ import tempfile
 from enum import Enum
 from pathlib import Path
 
-from deployments.actor_options import REPLICA_ENVIRONMENT
-from serve_app.config import DeploymentConfig
+from deployments.actor_options import REPLICA_ENVIRONMENT, num_cores, thread_environment
+from serve_app.config import AppConfig, DeploymentConfig
 from serve_app.errors import LaunchError
 
 
@@ -29,14 +29,17 @@ def choose_edge(deployment: DeploymentConfig) -> Edge:
     return Edge.DIRECT if deployment.proxy == "auto" else Edge(deployment.proxy)
 
 
-def private_environment(edge: Edge, directory: Path) -> dict[str, str]:
+def private_environment(config: AppConfig, edge: Edge, directory: Path) -> dict[str, str]:
     """For a cluster of this machine alone; to be set before Ray is imported. directory: for files of this cluster.
 
     Measured with 32 streams on two cores (docs/benchmarks.md): the throughput switch halves the cost of a call between
     replicas, and the direct edge costs less than HAProxy, which costs a quarter of the Python proxy.
     """
+    is_debugging = config.log in ("debug", "trace")
     environment = {
         **REPLICA_ENVIRONMENT,
+        # Here and not in the actors' options: Ray gives its first workers, started ahead, to actors without such.
+        **thread_environment(config.engine.num_threads or num_cores()),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -48,7 +51,9 @@ def private_environment(edge: Edge, directory: Path) -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
-        "RAY_SERVE_LOG_TO_STDERR": "1",
+        # Our own lines come another way; Serve's and Ray's stay in their files.
+        "RAY_SERVE_LOG_TO_STDERR": str(int(is_debugging)),
+        "RAY_BACKEND_LOG_LEVEL": "warning" if is_debugging else "fatal",
         # A cluster that ends with the server drains nothing.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",

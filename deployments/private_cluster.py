@@ -36,12 +36,13 @@ class PrivateCluster:
 
     def start(self) -> None:
         """Raises LaunchError if Ray cannot be started."""
-        os.environ.update(private_environment(self._edge, self._directory))
+        os.environ.update(private_environment(self._config, self._edge, self._directory))
         import ray
         from ray import serve
 
         # Ray's and Serve's own news are for those who look for trouble.
         level = logging.WARNING if self._config.log == "info" else LOG_LEVELS[self._config.log]
+        logging.getLogger("ray.serve").setLevel(level)
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
                 ray.init(

@@ -72,8 +72,8 @@ class TargetServer:
         self, config: AppConfig, replica_id: str, node_id: str, build_engine: EngineBuilder | None = None
     ) -> None:
         loop = asyncio.get_running_loop()
-        build = build_engine or _engine_builder()
         started_s = time.monotonic()
+        build = build_engine or _engine_builder()
         self._engine = build(config.model.to_source(), config.engine.to_config(), self._publish)
         pause, resume = self._engine.pause, self._engine.resume
         self._sender = TokenSender(replica_id, node_id, loop, pause=pause, resume=resume)

@@ -96,9 +96,9 @@ def _application(config: AppConfig, edge: Edge | None) -> Any:
     from deployments.target import Target
 
     is_private = edge is not None
-    preprocessor = Preprocessor.options(**preprocessor_options(config)).bind(config, is_private)  # type: ignore[attr-defined]
-    target = Target.options(**target_options(config)).bind(config, is_private)  # type: ignore[attr-defined]
-    ingress = Ingress.options(**ingress_options(config))  # type: ignore[attr-defined]
+    preprocessor = Preprocessor.options(**preprocessor_options(config, is_private=is_private)).bind(config, is_private)  # type: ignore[attr-defined]
+    target = Target.options(**target_options(config, is_private=is_private)).bind(config, is_private)  # type: ignore[attr-defined]
+    ingress = Ingress.options(**ingress_options(config, is_private=is_private))  # type: ignore[attr-defined]
     return ingress.bind(config, is_private, _build_asgi, preprocessor, target, edge is Edge.DIRECT)
 
 
