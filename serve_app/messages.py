@@ -59,7 +59,8 @@ class GenerateRequest:
 class TokenLogprob:
     """One token's log-probability and the k best alternatives as (id, log-probability), best first.
 
-    From the model's distribution before temperature and filters. logprob is None for the first prompt token.
+    From the model's distribution before temperature and filters. logprob is None for the first prompt token. The text
+    of a token that is only a part of a character is written as OpenAI does, bytes:\\xf0\\x9f, so that nothing is lost.
     """
 
     token_id: int

@@ -1,10 +1,11 @@
 """Log-probabilities in the two shapes of the API.
 
-A token may be part of a character only: its text then carries the bytes that are no UTF-8 as lone surrogates
-(surrogateescape), so that the true bytes can be shown.
+A token may be a part of a character only: its text then reads bytes:\\xf0\\x9f, as OpenAI writes it, and both shapes
+show it so; its bytes are taken from there.
 """
 
 import codecs
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from serve_app.messages import TokenLogprob
 
 # JSON has no infinity; OpenAI writes this for a token that could not be.
 _LOWEST = -9999.0
+
+_BYTES = re.compile(r"bytes:(\\x[0-9a-f]{2})+")
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -24,8 +27,7 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
 
 
 def _chat_token(text: str, logprob: float | None) -> dict[str, Any]:
-    raw = _raw(text)
-    return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(_raw(text))}
 
 
 class LegacyLogprobs:
@@ -47,7 +49,7 @@ class LegacyLogprobs:
         """The object for the next tokens."""
         result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            result["tokens"].append(_legacy_text(token.token_text))
+            result["tokens"].append(token.token_text)
             result["token_logprobs"].append(None if token.logprob is None else _finite(token.logprob))
             result["top_logprobs"].append(self._top(token))
             result["text_offset"].append(self._offset)
@@ -61,8 +63,8 @@ class LegacyLogprobs:
         top: dict[str, float] = {}
         for (_, logprob), text in zip(token.top[: self._top_k], _top_texts(token), strict=False):
             # Two ids may read the same: the likelier one, which comes first, stays.
-            top.setdefault(_legacy_text(text), _finite(logprob))
-        top.setdefault(_legacy_text(token.token_text), _finite(token.logprob))
+            top.setdefault(text, _finite(logprob))
+        top.setdefault(token.token_text, _finite(token.logprob))
         return top
 
 
@@ -77,16 +79,9 @@ def _top_texts(token: TokenLogprob) -> list[str]:
 
 
 def _raw(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
-
-
-def _legacy_text(text: str) -> str:
-    """Bytes that are no character are written as OpenAI does: bytes:\\xe2\\x80."""
-    raw = _raw(text)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    if _BYTES.fullmatch(text):
+        return bytes.fromhex(text.removeprefix("bytes:").replace("\\x", ""))
+    return text.encode()
 
 
 def _finite(logprob: float | None) -> float:

@@ -24,12 +24,14 @@ class Clock:
 
     def note(self, deltas: Sequence[TokenDelta]) -> None:
         """Counts the time that the newest tokens took. Deltas of one call are taken as one interval."""
-        now = time.monotonic()
         num_tokens = max([len(delta.token_ids) for delta in deltas], default=0)
+        if not num_tokens:
+            return
+        now = time.monotonic()
         if self.first_token is None:
             self.first_token = now
             self._metrics.first_token.observe(now - self.arrived)
-        elif num_tokens:
+        else:
             self._metrics.inter_token.observe((now - self.last_token) / num_tokens, num_tokens)
         self.last_token = now
 

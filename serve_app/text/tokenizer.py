@@ -74,10 +74,14 @@ class Tokenizer:
         return self._vocabulary.pieces[token_id] if 0 <= token_id < self.vocab_size else b""
 
     def token_text(self, token_id: int) -> str:
-        """The token for people to read: control tokens by their name, broken characters as U+FFFD."""
+        """The token for people to read: control tokens by their name, a part of a character as bytes:\\xf0\\x9f."""
         if token_id in self.special_ids:
             return self._vocabulary.texts[token_id] or ""
-        return self.token_bytes(token_id).decode(errors="replace")
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def token_to_id(self, text: str) -> int | None:
         """The id of a token by its text in the vocabulary (control tokens: "<|eot_id|>"), or None."""

@@ -3,14 +3,9 @@ import math
 from serve_app.api.logprobs import LegacyLogprobs, chat_logprobs, joined
 from serve_app.messages import TokenLogprob
 
-
-def _bytes(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
-
-
 HALVES = [
-    TokenLogprob(1, -1.0, [(1, -1.0), (9, -math.inf)], _bytes(b"\xf0\x9f"), [_bytes(b"\xf0\x9f"), "x"]),
-    TokenLogprob(2, -2.0, [], _bytes(b"\xa6\x8a"), []),
+    TokenLogprob(1, -1.0, [(1, -1.0), (9, -math.inf)], r"bytes:\xf0\x9f", [r"bytes:\xf0\x9f", "x"]),
+    TokenLogprob(2, -2.0, [], r"bytes:\xa6\x8a", []),
     TokenLogprob(3, -3.0, [], "!", []),
 ]
 
@@ -19,7 +14,7 @@ def test_chat_shows_the_true_bytes_of_half_a_character():
     content = chat_logprobs(HALVES)["content"]
     assert [entry["bytes"] for entry in content] == [[0xF0, 0x9F], [0xA6, 0x8A], [33]]
     assert bytes(content[0]["bytes"] + content[1]["bytes"]).decode() == "🦊"
-    assert content[0]["token"] == "\ufffd"
+    assert content[0]["token"] == r"bytes:\xf0\x9f"
 
 
 def test_infinity_is_written_as_a_number():
