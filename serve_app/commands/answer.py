@@ -2,10 +2,11 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
+from types import FrameType
 from typing import Protocol
 
 from serve_app.errors import ServeError
@@ -42,7 +43,8 @@ def stream(engine: AnsweringEngine, events: Events, request: GenerateRequest, an
     one that ends it later is left in answer.error.
     """
     start = time.perf_counter()
-    with _stop_on_interrupt(events):
+    # SimpleQueue.put may be called in a signal handler, whatever the queue is doing at that moment.
+    with on_interrupt(lambda number, frame: events.put(None)):
         engine.add(request)
         while answer.finish is None:
             deltas = events.get()
@@ -63,9 +65,9 @@ def stream(engine: AnsweringEngine, events: Events, request: GenerateRequest, an
 
 
 @contextmanager
-def _stop_on_interrupt(events: Events) -> Iterator[None]:
-    """SimpleQueue.put may be called in a signal handler, whatever the queue is doing at that moment."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: events.put(None))
+def on_interrupt(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
+    """What Ctrl-C does inside of the block."""
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

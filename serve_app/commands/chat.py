@@ -1,8 +1,10 @@
 """`sirocco chat`: a conversation in the terminal, on the engine without Ray. Also reads questions from a pipe."""
 
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TextIO
@@ -10,7 +12,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from serve_app.cli_options import ChatOptions
-from serve_app.commands.answer import Answer, AnsweringEngine, Events, stream
+from serve_app.commands.answer import Answer, AnsweringEngine, Events, on_interrupt, stream
 from serve_app.commands.conversation import Conversation
 from serve_app.config import AppConfig
 from serve_app.errors import ServeError
@@ -51,7 +53,9 @@ def run(config: AppConfig, options: ChatOptions) -> int:
             notices=notices,
         )
         chat.greet(files.model_name)
-        chat.talk(questions(sys.stdin, notices))
+        # In a terminal Ctrl-C never ends the program, also when it comes between an answer and the next question.
+        with on_interrupt(signal.SIG_IGN) if sys.stdin.isatty() else nullcontext():
+            chat.talk(questions(sys.stdin, notices))
     finally:
         engine.stop()
     return 0
@@ -75,7 +79,7 @@ def questions(source: TextIO, notices: Console) -> Iterator[str]:
     parts: list[str] = []
     while True:
         try:
-            line = input("… " if parts else PROMPT) if is_terminal else _next_line(source)
+            line = _ask("… " if parts else PROMPT) if is_terminal else _next_line(source)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -89,6 +93,11 @@ def questions(source: TextIO, notices: Console) -> Iterator[str]:
             continue
         yield "\n".join([*parts, line])
         parts.clear()
+
+
+def _ask(prompt: str) -> str:
+    with on_interrupt(signal.default_int_handler):
+        return input(prompt)
 
 
 def _next_line(source: TextIO) -> str:
@@ -171,7 +180,10 @@ class Chat:
     def show_help(self, _: str) -> None:
         for name, command in COMMANDS.items():
             self.notices.print(f"  /{name + ' ' + command.argument:<16} {command.help}", soft_wrap=True)
-        self.notices.print("  Ctrl-C stops an answer; a line that ends with \\ goes on in the next.", soft_wrap=True)
+        self.notices.print(
+            "  A setting without a value goes back to the model's own. Ctrl-C stops an answer.", soft_wrap=True
+        )
+        self.notices.print("  A line that ends with \\ goes on in the next.", soft_wrap=True)
 
     def clear(self, _: str) -> None:
         self.conversation.exchanges.clear()
