@@ -53,7 +53,6 @@ def private_environment(config: AppConfig, edge: Edge, directory: Path) -> dict[
         "RAY_SERVE_ENABLE_HA_PROXY": "0",
         # Our own lines come another way; Serve's and Ray's stay in their files.
         "RAY_SERVE_LOG_TO_STDERR": str(int(is_debugging)),
-        "RAY_BACKEND_LOG_LEVEL": "warning" if is_debugging else "fatal",
         # A cluster that ends with the server drains nothing.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",

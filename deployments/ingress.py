@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.actor_options import INGRESS
 from deployments.listener import Listener, bind
 from deployments.pump_receiver import TokenReceiver
-from deployments.replica_process import prepare_process
+from deployments.replica_process import Surroundings, prepare_process
 from deployments.serve_backend import STATUS_TIMEOUT_S, Replicas, ServeBackend
 from deployments.target import TargetStatus
 from serve_app.api.backend import Backend, ModelCard
@@ -72,24 +72,20 @@ async def _all(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[A
 @serve.deployment(name=INGRESS)
 @serve.ingress()
 class Ingress:
-    """The HTTP replica. Serve's proxy or its direct ingress calls the ASGI app; with is_listening it serves it itself.
-
-    Serve builds the app after the constructor.
-    """
+    """The HTTP replica. Serve's proxy calls its ASGI app, which Serve builds after the constructor; or it listens itself."""
 
     def __init__(
         self,
         config: AppConfig,
-        is_private: bool,
+        surroundings: Surroundings,
         build_asgi: AsgiBuilder,
         preprocessor: DeploymentHandle[Any],
         target: DeploymentHandle[Any],
-        is_listening: bool,
     ) -> None:
-        prepare_process(config, is_private=is_private)
+        prepare_process(config, surroundings)
         self._config = config
         self._build_asgi = build_asgi
-        self._is_listening = is_listening
+        self._is_listening = surroundings.is_listening
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._metrics = HttpMetrics()
         self._receiver: TokenReceiver | None = None
@@ -98,7 +94,7 @@ class Ingress:
                 self._replica_id,
                 ray.get_runtime_context().get_node_id(),
                 asyncio.get_running_loop(),
-                tcp_host=None if is_private else _node_address(),
+                tcp_host=None if surroundings.is_private else _node_address(),
             )
         replicas = HandleReplicas(preprocessor, target, config.deployment.ingress_replicas)
         self._backend = ServeBackend(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 
 from deployments.actor_options import node_environment
+from deployments.replica_process import Surroundings
 from serve_app.config import LOG_LEVELS, AppConfig
 from serve_app.errors import LaunchError
 
@@ -16,6 +17,11 @@ class JoinedCluster:
 
     def __init__(self, config: AppConfig) -> None:
         self._config = config
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """For the replicas."""
+        return Surroundings()
 
     def start(self) -> None:
         """Raises LaunchError if the cluster cannot be reached."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ray import serve
 
 from deployments.actor_options import PREPROCESSOR
-from deployments.replica_process import prepare_process
+from deployments.replica_process import Surroundings, prepare_process
 from serve_app.api.backend import ModelCard
 from serve_app.config import AppConfig
 from serve_app.errors import ContextTooLong, InvalidRequest
@@ -110,6 +110,6 @@ class PreprocessorServer:
 class Preprocessor(PreprocessorServer):
     """PreprocessorServer as a Serve replica."""
 
-    def __init__(self, config: AppConfig, is_private: bool) -> None:
-        prepare_process(config, is_private=is_private)
+    def __init__(self, config: AppConfig, surroundings: Surroundings) -> None:
+        prepare_process(config, surroundings)
         super().__init__(config)

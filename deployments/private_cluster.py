@@ -4,15 +4,18 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 
 from deployments.actor_options import logging_config
 from deployments.edge import Edge, private_directory, private_environment
+from deployments.log_pipe import LogPipe
+from deployments.replica_process import Surroundings
 from serve_app.config import LOG_LEVELS, AppConfig
 from serve_app.errors import LaunchError
 
@@ -32,11 +35,19 @@ class PrivateCluster:
         self._config = config
         self._edge = edge
         self._directory = private_directory()
+        self._log_pipe = LogPipe(self._directory)
         self._children: dict[int, psutil.Process] = {}
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """For the replicas."""
+        return Surroundings(is_private=True, is_listening=self._edge is Edge.DIRECT, log_pipe=self._log_pipe.path)
 
     def start(self) -> None:
         """Raises LaunchError if Ray cannot be started."""
-        os.environ.update(private_environment(self._config, self._edge, self._directory))
+        # What the user has set holds: Ray's switches are many, and some are for looking into Ray.
+        for name, value in private_environment(self._config, self._edge, self._directory).items():
+            os.environ.setdefault(name, value)
         import ray
         from ray import serve
 
@@ -51,7 +62,7 @@ class PrivateCluster:
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     logging_level=level,
-                    log_to_driver=True,
+                    log_to_driver=self._config.log in ("debug", "trace"),
                 )
                 break
             except Exception as error:  # Ray raises all kinds of them; a busy machine makes it miss its own deadlines
@@ -76,12 +87,13 @@ class PrivateCluster:
         import ray
         from ray import serve
 
-        if ray.is_initialized():
-            _within(total_s * _STREAMS_SHARE, "ending the open streams", end_streams, total_s * _STREAMS_SHARE - 1)
-            _within(total_s * _SERVE_SHARE, "serve.shutdown", serve.shutdown)
-            self._note_children()
-            _within(total_s * _RAY_SHARE, "ray.shutdown", ray.shutdown)
-        self._end_children(end_s)
+        with _silence(self._config.log not in ("debug", "trace")):
+            if ray.is_initialized():
+                _within(total_s * _STREAMS_SHARE, "ending the open streams", end_streams, total_s * _STREAMS_SHARE - 1)
+                _within(total_s * _SERVE_SHARE, "serve.shutdown", serve.shutdown)
+                self._note_children()
+                _within(total_s * _RAY_SHARE, "ray.shutdown", ray.shutdown)
+            self._end_children(end_s)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:
@@ -121,3 +133,22 @@ def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any) -
     thread.join(timeout_s)
     if thread.is_alive():
         log.debug("%s takes over %.1f s: not waited for", what, timeout_s)
+
+
+@contextlib.contextmanager
+def _silence(is_wanted: bool) -> Iterator[None]:
+    """Drops what Ray's own threads print about a cluster that is being ended."""
+    if not is_wanted:
+        yield
+        return
+    sys.stderr.flush()
+    before, descriptor = sys.stderr, os.dup(2)
+    with open(os.devnull, "w", encoding="ascii") as null:
+        os.dup2(null.fileno(), 2)
+        sys.stderr = null
+        try:
+            yield
+        finally:
+            os.dup2(descriptor, 2)
+            os.close(descriptor)
+            sys.stderr = before

@@ -1,27 +1,44 @@
 """What every replica does first in its constructor."""
 
+import contextlib
 import logging
+from dataclasses import dataclass
 from typing import Any
 
+from deployments.log_pipe import FORMAT, PipeHandler
 from serve_app.config import AppConfig, apply_log_level
 
 log = logging.getLogger(__name__)
 
 
-def prepare_process(config: AppConfig, *, is_private: bool) -> None:
-    """Our log lines go to standard error, which Ray carries to the driver; a private cluster stays off the network.
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Where the replicas live.
 
-    is_private: the cluster is one node's, started by our own driver.
+    is_private: on a cluster of this node alone, started by our own server. is_listening: the ingress replicas serve
+    HTTP themselves. log_pipe: where the server takes log lines; None: standard error, which Ray takes.
     """
+
+    is_private: bool = False
+    is_listening: bool = False
+    log_pipe: str | None = None
+
+
+def prepare_process(config: AppConfig, surroundings: Surroundings) -> None:
+    """Sends our log lines where they are read; keeps a private cluster's replica off the network."""
     apply_log_level(config.log)
+    handler: logging.Handler | None = None
+    if surroundings.log_pipe is not None:
+        with contextlib.suppress(OSError):  # the server is gone already
+            handler = PipeHandler(surroundings.log_pipe)
+    if handler is None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(FORMAT))
     for name in ("serve_app", "deployments"):
         ours = logging.getLogger(name)
-        if not ours.handlers:
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s: %(message)s"))
-            ours.addHandler(handler)
-            ours.propagate = False
-    if is_private:
+        ours.handlers = [handler]
+        ours.propagate = False
+    if surroundings.is_private:
         bind_replica_server_to_loopback()
 
 

@@ -13,7 +13,7 @@ from ray import serve
 from deployments.actor_options import TARGET
 from deployments.handle_stream import HandleStreams
 from deployments.pump_sender import TokenSender
-from deployments.replica_process import prepare_process
+from deployments.replica_process import Surroundings, prepare_process
 from serve_app.config import AppConfig
 from serve_app.errors import EngineFailed
 from serve_app.messages import Finish, GenerateRequest, TokenDelta
@@ -163,10 +163,10 @@ def _engine_builder() -> EngineBuilder:
 class Target(TargetServer):
     """TargetServer as a Serve replica."""
 
-    def __init__(self, config: AppConfig, is_private: bool) -> None:
+    def __init__(self, config: AppConfig, surroundings: Surroundings) -> None:
         import ray
 
-        prepare_process(config, is_private=is_private)
+        prepare_process(config, surroundings)
         context = serve.get_replica_context()
         super().__init__(config, context.replica_id.unique_id, ray.get_runtime_context().get_node_id())
 

@@ -10,9 +10,10 @@ from types import FrameType
 from typing import Any, Protocol
 
 from deployments.actor_options import ingress_options, preprocessor_options, target_options
-from deployments.edge import Edge, check_port, choose_edge
+from deployments.edge import check_port, choose_edge
 from deployments.joined_cluster import JoinedCluster
 from deployments.private_cluster import PrivateCluster
+from deployments.replica_process import Surroundings
 from serve_app.api.backend import Backend
 from serve_app.api.routes import build_asgi
 from serve_app.config import AppConfig, HttpConfig
@@ -33,6 +34,8 @@ _WATCH_POLL_S = 5.0
 class Cluster(Protocol):
     """A Ray cluster, our own or one that was joined. Ray is imported by start, once its environment is set."""
 
+    @property
+    def surroundings(self) -> Surroundings: ...
     def start(self) -> None: ...
     def stop(self, end_streams: Callable[[float], None]) -> None: ...
     def kill(self) -> None: ...
@@ -43,7 +46,7 @@ def build_app(config: AppConfig) -> Any:
 
     config may also be the plain data of AppConfig.to_args.
     """
-    return _application(AppConfig.model_validate(config), edge=None)
+    return _application(AppConfig.model_validate(config), Surroundings())
 
 
 def run(config: AppConfig) -> int:
@@ -56,10 +59,9 @@ def run(config: AppConfig) -> int:
     files = resolve(config.model.to_source())
     name = config.http.served_model_name or files.model_name
     if config.deployment.ray_address is not None:
-        return _Server(config, JoinedCluster(config), edge=None, model_name=name).run()
+        return _Server(config, JoinedCluster(config), name).run()
     check_port(config.http.host, config.http.port)
-    edge = choose_edge(config.deployment)
-    return _Server(config, PrivateCluster(config, edge), edge, name).run()
+    return _Server(config, PrivateCluster(config, choose_edge(config.deployment)), name).run()
 
 
 def with_absolute_paths(config: AppConfig) -> AppConfig:
@@ -90,16 +92,19 @@ def _absolute(value: str) -> str:
         return value
 
 
-def _application(config: AppConfig, edge: Edge | None) -> Any:
+def _application(config: AppConfig, surroundings: Surroundings) -> Any:
     from deployments.ingress import Ingress
     from deployments.preprocessor import Preprocessor
     from deployments.target import Target
 
-    is_private = edge is not None
-    preprocessor = Preprocessor.options(**preprocessor_options(config, is_private=is_private)).bind(config, is_private)  # type: ignore[attr-defined]
-    target = Target.options(**target_options(config, is_private=is_private)).bind(config, is_private)  # type: ignore[attr-defined]
-    ingress = Ingress.options(**ingress_options(config, is_private=is_private))  # type: ignore[attr-defined]
-    return ingress.bind(config, is_private, _build_asgi, preprocessor, target, edge is Edge.DIRECT)
+    def bind(deployment: Any, options: Callable[..., dict[str, Any]], *more: Any) -> Any:
+        return deployment.options(**options(config, is_private=surroundings.is_private)).bind(
+            config, surroundings, *more
+        )
+
+    preprocessor = bind(Preprocessor, preprocessor_options)
+    target = bind(Target, target_options)
+    return bind(Ingress, ingress_options, _build_asgi, preprocessor, target)
 
 
 def _build_asgi(get_backend: Callable[[], Backend], config: HttpConfig, metrics: HttpMetrics) -> Any:
@@ -109,10 +114,9 @@ def _build_asgi(get_backend: Callable[[], Backend], config: HttpConfig, metrics:
 class _Server:
     """The server process: starts the cluster and the application, watches, and ends both."""
 
-    def __init__(self, config: AppConfig, cluster: Cluster, edge: Edge | None, model_name: str) -> None:
+    def __init__(self, config: AppConfig, cluster: Cluster, model_name: str) -> None:
         self._config = config
         self._cluster = cluster
-        self._edge = edge
         self._model_name = model_name
         self._is_started = False
         self._stop = threading.Event()
@@ -133,7 +137,7 @@ class _Server:
     def _serve(self) -> int:
         from deployments import application
 
-        application.deploy(_application(self._config, self._edge))
+        application.deploy(_application(self._config, self._cluster.surroundings))
         end_s = time.monotonic() + self._config.deployment.startup_timeout_s
         while not self._stop.wait(_START_POLL_S):
             progress = application.progress()
