@@ -30,7 +30,7 @@ FILES = {
     "stories3M-Q8_0": ASSETS / "stories3M-Q8_0.gguf",
 }
 # Largest error of a weight, relative to the largest weight of its tensor.
-TOLERANCES = {"F32": 0.0, "F16": 2**-11, "Q8_0": 0.005, "Q4_0": 0.09, "Q4_K_M": 0.09}
+TOLERANCES = {"F32": 0.0, "F16": 2**-11, "Q8_0": 0.005, "Q4_0": 0.125, "Q4_K_M": 0.09}
 N_HEADS, N_KV_HEADS = 8, 4
 
 
@@ -71,15 +71,11 @@ def test_packed_weights_are_exactly_those_of_the_gguf_package(name: str) -> None
         assert torch.equal(weight.dequantize(), expected), tensor_name
 
 
-def test_every_tensor_is_used() -> None:
-    for path in [*FILES.values(), MODELS / "stories260K" / "hf"]:
-        files = resolve(ModelSource(model=str(path)))
-        checkpoint = open_checkpoint(files)
-        source = CheckpointSource(checkpoint, torch.float32, torch.device("cpu"))
-        model = load_model(files, dtype="f32", device="cpu").model
-        assert model.args.vocab_size == 512
-        for stored in checkpoint.stored():
-            assert stored.name in source.unused()
+@pytest.mark.parametrize("path", [*FILES.values(), MODELS / "stories260K" / "hf"], ids=lambda p: p.name)
+def test_models_load_and_use_every_tensor(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = load_model(resolve(ModelSource(model=str(path))), dtype="f32", device="cpu")
+    assert loaded.model.args.vocab_size == 512
+    assert not caplog.records
 
 
 def test_weights_stay_in_the_file() -> None:
@@ -113,9 +109,8 @@ def test_fused_weights_are_the_parts_one_below_the_other() -> None:
     source = source_of(FILES["stories3M-Q4_K_M"])
     names = [f"model.layers.3.self_attn.{p}_proj.weight" for p in "qkv"]
     fused = source.weight(names, [256, 128, 128], 256)
-    expected = torch.cat(
-        [source.weight([n], [rows], 256).dequantize() for n, rows in zip(names, (256, 128, 128), strict=True)]
-    )
+    parts = [source.weight([name], [rows], 256) for name, rows in zip(names, (256, 128, 128), strict=True)]
+    expected = torch.cat([part.dequantize() for part in parts])
     assert fused.shape == (512, 256)
     assert torch.equal(fused.dequantize(), expected)
     x = torch.randn(3, 256)
