@@ -130,7 +130,9 @@ class CompletionFrames:
             self._echoes[delta.choice] = False
             logprobs = "null"
             if self._logprobs is not None:
-                logprobs = _dumps(self._logprobs[delta.choice].take(self._tally.prompt_logprobs))
+                logprobs = _dumps(
+                    self._logprobs[delta.choice].echo(self._tally.prompt_logprobs, self._tally.echoed_text)
+                )
             text = _quote(self._tally.echoed_text)
             frames = f'{self._openings[delta.choice]}{text},"logprobs":{logprobs},"finish_reason":null{self._closing}'
         return frames + self._frame(delta)

@@ -41,20 +41,33 @@ class LegacyLogprobs:
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def skip(self, text: str) -> None:
-        """An echoed text that comes without its tokens."""
-        self._offset += len(text)
+    def echo(self, tokens: Sequence[TokenLogprob], text: str) -> dict[str, list[Any]]:
+        """The object for an echoed prompt and its text, in which control tokens and a first space may be missing."""
+        result = _empty()
+        for token in tokens:
+            self._add(result, token)
+            piece = self._decoder.decode(_raw(token.token_text))
+            if not text.startswith(piece, self._offset):
+                piece = piece.removeprefix(" ")
+            if text.startswith(piece, self._offset):
+                self._offset += len(piece)
+        self._decoder.reset()
+        self._offset = len(text)
+        return result
 
     def take(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
-        """The object for the next tokens."""
-        result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        """The object for the next output tokens."""
+        result = _empty()
         for token in tokens:
-            result["tokens"].append(token.token_text)
-            result["token_logprobs"].append(None if token.logprob is None else _finite(token.logprob))
-            result["top_logprobs"].append(self._top(token))
-            result["text_offset"].append(self._offset)
+            self._add(result, token)
             self._offset += len(self._decoder.decode(_raw(token.token_text)))
         return result
+
+    def _add(self, result: dict[str, list[Any]], token: TokenLogprob) -> None:
+        result["tokens"].append(token.token_text)
+        result["token_logprobs"].append(None if token.logprob is None else _finite(token.logprob))
+        result["top_logprobs"].append(self._top(token))
+        result["text_offset"].append(self._offset)
 
     def _top(self, token: TokenLogprob) -> dict[str, float] | None:
         """The k best and, if it is none of them, the chosen token; None for the first token of a prompt."""
@@ -70,8 +83,11 @@ class LegacyLogprobs:
 
 def joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """Legacy objects one after the other as one."""
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return {name: [item for part in parts for item in part[name]] for name in names}
+    return {name: [item for part in parts for item in part[name]] for name in _empty()}
+
+
+def _empty() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
 def _top_texts(token: TokenLogprob) -> list[str]:

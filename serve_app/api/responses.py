@@ -90,7 +90,9 @@ class Tally:
         finishes = [output.finish for output in self.outputs if output.finish is not None]
         output_tokens = sum(o.finish.usage.completion_tokens if o.finish else o.num_tokens for o in self.outputs)
         prompt_tokens = max([self.prompt_tokens, *(finish.usage.prompt_tokens for finish in finishes)])
-        return Usage(prompt_tokens, output_tokens, max((f.usage.cached_tokens for f in finishes), default=0))
+        # The other choices share the first one's prompt: that is no hit of the prefix cache.
+        first = self.outputs[0].finish
+        return Usage(prompt_tokens, output_tokens, first.usage.cached_tokens if first else 0)
 
     def failure(self) -> ServeError | None:
         """The error that ended this request, if one did. To be asked once the backend is done."""
@@ -139,10 +141,7 @@ def _choice(head: Head, tally: Tally, number: int) -> dict[str, Any]:
 
 def _legacy(top_k: int, tally: Tally, output: Output) -> dict[str, list[Any]]:
     builder = LegacyLogprobs(top_k)
-    parts = [builder.take(tally.prompt_logprobs)]
-    if not tally.prompt_logprobs:
-        builder.skip(tally.echoed_text)
-    return joined([*parts, builder.take(output.logprobs)])
+    return joined([builder.echo(tally.prompt_logprobs, tally.echoed_text), builder.take(output.logprobs)])
 
 
 def model_object(card: ModelCard) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_infinity_is_written_as_a_number():
 
 def test_legacy_offsets_count_characters_not_tokens():
     builder = LegacyLogprobs(1)
-    builder.skip("ab")
+    builder.echo([], "ab")
     whole = joined([builder.take(HALVES[:1]), builder.take(HALVES[1:])])
     assert whole["text_offset"] == [2, 2, 3]
     assert whole["tokens"] == ["bytes:\\xf0\\x9f", "bytes:\\xa6\\x8a", "!"]
@@ -35,3 +35,11 @@ def test_legacy_top_holds_the_chosen_token_beyond_k():
     token = TokenLogprob(7, -5.0, [(1, -0.1), (2, -0.2)], "seven", ["one", "two"])
     assert LegacyLogprobs(1).take([token])["top_logprobs"] == [{"one": -0.1, "seven": -5.0}]
     assert LegacyLogprobs(0).take([token])["top_logprobs"] == [{"seven": -5.0}]
+
+
+def test_an_echoed_prompt_keeps_its_offsets_without_control_tokens_and_first_space():
+    texts = ["<s>", " Once", " ", r"bytes:\xf0\x9f", r"bytes:\xa6\x8a", " upon", "</s>"]
+    builder = LegacyLogprobs(0)
+    shown = builder.echo([TokenLogprob(1, -1.0, [], text) for text in texts], "Once 🦊 upon")
+    assert shown["text_offset"] == [0, 0, 4, 5, 5, 6, 11]
+    assert builder.take([TokenLogprob(1, -1.0, [], " a")])["text_offset"] == [11]
