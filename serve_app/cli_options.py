@@ -311,8 +311,14 @@ class DeploymentOptions:
     ] = _DEPLOYMENT.ingress
     proxy: Annotated[
         ProxyMode,
-        _ray_option("--proxy", help="Serve's HTTP proxy; auto: what is faster here."),
+        _ray_option(
+            "--proxy",
+            help="Who faces the clients; auto: the ingress replicas themselves on a private cluster, else HAProxy.",
+        ),
     ] = _DEPLOYMENT.proxy
+    startup_timeout_s: Annotated[
+        float, _ray_option("--startup-timeout", help="Longest wait for the application to be ready, in seconds.")
+    ] = _DEPLOYMENT.startup_timeout_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

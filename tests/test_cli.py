@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -196,19 +195,19 @@ def test_options_are_grouped_in_one_place_each() -> None:
 
 def test_help_is_quick_and_needs_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from serve_app.__main__ import main; code = main(['--help']); "
+        "import sys, time; from serve_app.__main__ import main; code = main(['--help']); "
         "heavy = {'torch', 'ray', 'numpy', 'fastapi', 'transformers'} & set(sys.modules); "
+        "print(time.process_time(), file=sys.stderr); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    times = []
+    seconds = []
     for _ in range(3):
-        start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
         assert "--port" in done.stdout
-    # About 0.5 s when measured; the margin is for a busy machine.
-    assert min(times) < 1.5
+        seconds.append(float(done.stderr))
+    # 0.5 s of processor time when measured; the margin is for slower and busier machines.
+    assert min(seconds) < 1.5
 
 
 def test_the_module_is_the_command() -> None:

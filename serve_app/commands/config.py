@@ -38,8 +38,8 @@ def serve_config(config: AppConfig) -> dict[str, Any]:
     from deployments.actor_options import deployment_names
 
     args = config.to_args()
-    # The replicas must not take the cluster for a private one of this machine: it is the one deployed to.
-    args["deployment"] = {**args.get("deployment", {}), "ray_address": "auto"}
+    # The cluster is the one that the file is deployed to.
+    args.get("deployment", {}).pop("ray_address", None)
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.http.host, "port": config.http.port},
@@ -49,7 +49,7 @@ def serve_config(config: AppConfig) -> dict[str, Any]:
                 "name": APPLICATION,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "args": args,
+                "args": {section: value for section, value in args.items() if value != {}},
                 "deployments": [{"name": name} for name in deployment_names()],
             }
         ],

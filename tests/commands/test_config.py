@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -27,8 +30,8 @@ def test_the_file_builds_the_same_configuration() -> None:
 
 
 def test_only_what_differs_from_the_defaults_is_written() -> None:
-    [application] = yaml.safe_load(printed(""))["applications"]
-    assert application["args"] == {"deployment": {"ray_address": "auto"}}
+    [application] = yaml.safe_load(printed("--ray-address ray.example:6379"))["applications"]
+    assert application["args"] == {}
 
 
 def test_secrets_are_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,9 +62,6 @@ def test_the_nodes_environment_is_named() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    import subprocess
-    import sys
-
     command = f"{sys.executable} -m serve_app config | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0

@@ -1,9 +1,12 @@
 """k8s/rayservice.yaml, checked without a cluster."""
 
 import copy
+import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,6 +26,18 @@ from serve_app.config import AppConfig
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "k8s" / "rayservice.yaml"
 OUR_SCHEMA = ROOT / "tests" / "data" / "k8s" / "rayservice_schema.yaml"
+
+
+# Prints the names of an application's deployments: argv is its import path and arguments.
+BUILD = """
+import json, sys
+from ray._common.utils import import_attr
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve._private.build_app import build_app
+
+application = call_user_app_builder_with_args_if_necessary(import_attr(sys.argv[1]), json.loads(sys.argv[2]))
+print(*(deployment.name for deployment in build_app(application, name="sirocco").deployments))
+"""
 
 
 @cache
@@ -157,9 +172,18 @@ def test_the_arguments_are_a_configuration_and_the_names_are_those_of_the_applic
     serve_config: dict[str, Any],
 ) -> None:
     [application] = serve_config["applications"]
-    config = AppConfig.model_validate(application["args"])
-    assert config.deployment.ray_address is not None
-    assert [deployment["name"] for deployment in application["deployments"]] == list(actor_options.deployment_names())
+    names = [deployment["name"] for deployment in application["deployments"]]
+    assert names == list(actor_options.deployment_names())
+    # As Serve does it on the cluster. A name that is not built would only be found there.
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, application["import_path"], json.dumps(application["args"])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.split()) == sorted(names)
 
 
 def test_every_node_has_the_environment_that_the_command_names(
