@@ -74,6 +74,7 @@ class BlockLedger(Protocol):
 
         Call it in chain order. parent_id: the block before it in the request's table, NO_BLOCK for the first one. It
         only matters after a flush: without it nothing is published until all blocks from before the flush are released.
+        Of one request it is named always or never.
         False where the block stays private: its hash is published by another block, the prefix cache is off, or its
         K and V stem from before a flush.
         """

@@ -45,6 +45,7 @@ class Running:
     num_computed: int
     num_published: int
     epoch: int
+    names_parent: bool = True
 
     def content(self, end: int) -> tuple[object, ...]:
         return (FINGERPRINTS[self.client], self.salt, self.epoch, tuple(self.tokens[:end]))
@@ -60,10 +61,11 @@ class LedgerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(6, 40),
         limits=st.tuples(*[st.sampled_from((3, 1, 2, 8, 0))] * 3),
         lease=st.integers(1, 6),
+        names_parent=st.booleans(),
     )
-    def start(self, num_blocks: int, limits: tuple[int, ...], lease: int) -> None:
-        self.owner = LocalOwner(num_blocks)
-        self.limits, self.lease = limits, lease
+    def start(self, num_blocks: int, limits: tuple[int, ...], lease: int, names_parent: bool) -> None:
+        self.owner = LocalOwner(num_blocks, hash_key=bytes(32))
+        self.limits, self.lease, self.names_parent = limits, lease, names_parent
         self.pools = [self.attach(client) for client in range(3)]
         self.contents: dict[int, tuple[object, ...]] = {}
         self.epochs = dict.fromkeys(FINGERPRINTS, 0)
@@ -96,8 +98,8 @@ class LedgerMachine(RuleBasedStateMachine):
         """A whole request at once, with its decode."""
         if self.admit(client, salt, tokens):
             request = self.running[-1]
-            self.advance(request, len(tokens), names_parent=True)
-            self.advance(request, num_tokens, names_parent=True)
+            self.advance(request, len(tokens))
+            self.advance(request, num_tokens)
             if request in self.running:
                 self.finish(request)
 
@@ -116,6 +118,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for i, block in enumerate(matched):
             assert self.contents[block] == request.content((i + 1) * BLOCK), "a cache hit on the wrong content"
         request.num_computed = len(matched) * BLOCK
+        request.names_parent = self.names_parent
         self.count("hit" if matched else "miss")
         needed = -(-len(tokens) // BLOCK) - len(matched)
         num_free = pool.num_free
@@ -132,21 +135,21 @@ class LedgerMachine(RuleBasedStateMachine):
         return True
 
     @precondition(lambda self: self.running)
-    @rule(number=st.integers(0, 99), num_tokens=st.integers(1, 15), names_parent=st.booleans())
-    def compute(self, number: int, num_tokens: int, names_parent: bool) -> None:
+    @rule(number=st.integers(0, 99), num_tokens=st.integers(1, 15))
+    def compute(self, number: int, num_tokens: int) -> None:
         """A chunk of prefill, or some decode steps; full blocks are published."""
-        self.advance(self.pick(number), num_tokens, names_parent)
+        self.advance(self.pick(number), num_tokens)
 
-    def advance(self, request: Running, num_tokens: int, names_parent: bool) -> None:
+    def advance(self, request: Running, num_tokens: int) -> None:
         if request.num_computed < len(request.tokens):
-            self.write(request, num_tokens, names_parent)
+            self.write(request, num_tokens)
             return
         for _ in range(num_tokens):
             if not self.grow(request):
                 return
-            self.write(request, 1, names_parent)
+            self.write(request, 1)
 
-    def write(self, request: Running, num_tokens: int, names_parent: bool) -> None:
+    def write(self, request: Running, num_tokens: int) -> None:
         end = min(request.num_computed + num_tokens, len(request.tokens))
         for block in request.blocks[request.num_computed // BLOCK : -(-end // BLOCK)]:
             holders = sum(block in other.blocks for other in self.running)
@@ -155,7 +158,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for token in range(request.num_computed, end):
             self.contents[request.blocks[token // BLOCK]] = request.content(token + 1)
         request.num_computed = end
-        self.publish(request, names_parent)
+        self.publish(request)
 
     def grow(self, request: Running) -> bool:
         if len(request.tokens) == len(request.blocks) * BLOCK:
@@ -169,12 +172,12 @@ class LedgerMachine(RuleBasedStateMachine):
         request.tokens = [*request.tokens, request.tokens[-1]]
         return True
 
-    def publish(self, request: Running, names_parent: bool) -> None:
+    def publish(self, request: Running) -> None:
         pool = self.pools[request.client]
         hashes = pool.hasher.chain(request.salt, request.tokens[: request.num_computed], BLOCK)
         for i in range(request.num_published, len(hashes)):
             parent = request.blocks[i - 1] if i else NO_BLOCK
-            if pool.publish(request.blocks[i], hashes[i], parent if names_parent else None):
+            if pool.publish(request.blocks[i], hashes[i], parent if request.names_parent else None):
                 assert request.epoch == self.epochs[FINGERPRINTS[request.client]], "content from before a flush"
                 self.count("published")
             else:
@@ -287,7 +290,7 @@ class LedgerMachine(RuleBasedStateMachine):
 def run(max_examples: int, step_count: int) -> None:
     LedgerMachine.num_steps = 0
     LedgerMachine.seen.clear()
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         LedgerMachine,
         settings=settings(
             max_examples=max_examples,
