@@ -13,10 +13,19 @@ struct Row {
     float largest, total;
 };
 
-inline float dot(const float* a, const float* b, int64_t padded) {
-    Vec acc{};
-    for (int64_t d = 0; d < padded; d += kLanes) acc += load(a + d) * load(b + d);
-    return sum(acc);
+// scores[j] = q · k[j] for count keys; count is rounded up to four, where keys are repeated.
+inline void dots(const float* q, const float* const* k, int count, int64_t padded, float* scores) {
+    for (int j = 0; j < count; j += 4) {
+        const float* key[4];
+        for (int i = 0; i < 4; ++i) key[i] = k[j + i < count ? j + i : j];
+        Vec acc[4] = {};
+        for (int64_t d = 0; d < padded; d += kLanes) {
+            const Vec qv = load(q + d);
+            for (int i = 0; i < 4; ++i) acc[i] += qv * load(key[i] + d);
+        }
+        const Vec4 four = sum4(acc[0], acc[1], acc[2], acc[3]);
+        std::memcpy(scores + j, &four, sizeof four);
+    }
 }
 
 // acc[d] = acc[d] * shrink + sum over j of p[j] * v[j][d], for Width vectors at once.
@@ -32,10 +41,8 @@ inline void accumulate(float* acc, const float* const* v, const float* p, int co
 void visit_tile(Row& row, const float* q, float* acc, const float* const* k, const float* const* v, int count, int64_t padded) {
     alignas(64) float p[kTile];
     float largest = row.largest;
-    for (int j = 0; j < count; ++j) {
-        p[j] = dot(q, k[j], padded);
-        largest = p[j] > largest ? p[j] : largest;
-    }
+    dots(q, k, count, padded, p);
+    for (int j = 0; j < count; ++j) largest = p[j] > largest ? p[j] : largest;
     for (int j = count; j < kTile; ++j) p[j] = -__builtin_inff();
     Vec total{};
     for (int j = 0; j < kTile; j += kLanes) {
@@ -77,15 +84,25 @@ void attend(const AttentionJob& job, const AttentionItem& item) {
     const int32_t* table = job.block_tables + item.request * job.tables_stride;
     const auto* k_cache = static_cast<const KvStore*>(job.k_cache);
     const auto* v_cache = static_cast<const KvStore*>(job.v_cache);
+    const auto place = [&](int64_t token) {
+        const int64_t slot = int64_t(table[token / job.block_size]) * job.block_size + token % job.block_size;
+        return (slot * job.n_kv_heads + item.kv_head) * dim;
+    };
     const bool direct = sizeof(KvStore) == 4 && padded == dim;
     const int64_t context = first_visible + item.count - 1;
     for (int64_t begin = 0; begin < context; begin += kTile) {
         const int in_tile = int(context - begin < kTile ? context - begin : kTile);
         const float *k[kTile], *v[kTile];
         for (int j = 0; j < in_tile; ++j) {
-            const int64_t token = begin + j;
-            const int64_t slot = int64_t(table[token / job.block_size]) * job.block_size + token % job.block_size;
-            const int64_t at = (slot * job.n_kv_heads + item.kv_head) * dim;
+            const int64_t at = place(begin + j);
+            // The next tile, before it is needed: a head's rows lie apart, which the hardware does not foresee.
+            if (begin + j + kTile < context) {
+                const int64_t ahead = place(begin + j + kTile);
+                for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(KvStore))) {
+                    __builtin_prefetch(k_cache + ahead + d);
+                    __builtin_prefetch(v_cache + ahead + d);
+                }
+            }
             if (direct) {
                 k[j] = reinterpret_cast<const float*>(k_cache + at);
                 v[j] = reinterpret_cast<const float*>(v_cache + at);

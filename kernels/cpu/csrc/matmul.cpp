@@ -58,9 +58,11 @@ void matmul(const MatmulJob& job, int64_t begin, int64_t end) {
         with_type(job.out_type, [&](auto type) {
             using T = decltype(type);
             auto* out = static_cast<typename T::Store*>(job.out);
-            for (int64_t t = 0; t < job.num_tokens; ++t)
-                for (int r = 0; r < rows; ++r)
-                    T::put(out + t * job.out_stride + row + r, sum(load(sums + (t * kRows + r) * kLanes)));
+            for (int64_t t = 0; t < job.num_tokens; ++t) {
+                const float* s = sums + t * kRows * kLanes;
+                const Vec4 y = sum4(load(s), load(s + kLanes), load(s + 2 * kLanes), load(s + 3 * kLanes));
+                for (int r = 0; r < rows; ++r) T::put(out + t * job.out_stride + row + r, y[r]);
+            }
         });
     }
 }

@@ -31,13 +31,33 @@ static inline Vec load(const float* p) {
 
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-static inline float sum(Vec v) {
-    float lanes[kLanes];
-    std::memcpy(lanes, &v, sizeof v);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+typedef float Vec4 __attribute__((vector_size(16)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SIROCCO_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t Vec4Int __attribute__((vector_size(16)));
+#define SIROCCO_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Vec4Int{i, j, k, l})
+#endif
+
+// Adds the upper half to the lower one until four lanes are left.
+static inline Vec4 fold(Vec v) {
+    Vec4 parts[kLanes / 4];
+    std::memcpy(parts, &v, sizeof v);
+    for (int width = kLanes / 8; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+    return parts[0];
 }
+
+// The sums of four vectors' lanes: much cheaper together than one by one.
+static inline Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {
+    const Vec4 p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+    const Vec4 pq = SIROCCO_SHUFFLE(p, q, 0, 4, 1, 5) + SIROCCO_SHUFFLE(p, q, 2, 6, 3, 7);
+    const Vec4 rs = SIROCCO_SHUFFLE(r, s, 0, 4, 1, 5) + SIROCCO_SHUFFLE(r, s, 2, 6, 3, 7);
+    return SIROCCO_SHUFFLE(pq, rs, 0, 1, 4, 5) + SIROCCO_SHUFFLE(pq, rs, 2, 3, 6, 7);
+}
+
+static inline float sum(Vec v) { return sum4(v, v, v, v)[0]; }
 
 // e^x with a relative error below 3e-7; 0 below -87, e^88 above 88. x = n ln 2 + r with |r| <= ln 2 / 2, where ln 2 is
 // split so that n times its upper part is exact; e^r is the exponential series up to r^7 (the rest is below 6e-9).
