@@ -71,7 +71,9 @@ def test_prompts_of_one_request_are_aborted_together(serve, backend):
     with httpx.stream(
         "POST", f"{server.url}/v1/completions", json={"prompt": ["a", "b", "c"], "stream": True}
     ) as reply:
-        next(reply.iter_raw())
+        # Held by a name: an iterator that is let go closes the response.
+        parts = reply.iter_raw()
+        next(parts)
         assert backend.num_live == 3
     _wait(lambda: backend.num_live == 0)
     assert len(backend.aborted) == 3
