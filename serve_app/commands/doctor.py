@@ -102,8 +102,9 @@ def _gpu() -> Iterable[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        reason = "this torch is built without CUDA" if torch.version.cuda is None else "no usable CUDA device"
-        yield Finding("devices", [], reason)
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        found = "an NVIDIA device is there, but " if Path("/dev/nvidia0").exists() else ""
+        yield Finding("devices", [], found + reason)
         return
     yield Finding("devices", [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
     yield Finding("used", False, "this version computes on the CPU")
@@ -117,13 +118,15 @@ def _attention() -> Iterable[Finding]:
 
     native = dispatch.native()
     yield Finding("native_kernels", native.ops is not None, native.reason)
-    is_chosen = False
+    chosen = ""
     for backend in list_backends("cpu", torch.float32):
-        if backend.is_usable and not is_chosen:
+        if not backend.is_usable:
+            yield Finding(backend.name, "not usable", backend.reason)
+        elif not chosen:
+            chosen = backend.name
             yield Finding(backend.name, "chosen", backend.reason)
-            is_chosen = True
         else:
-            yield Finding(backend.name, "usable" if backend.is_usable else "not usable", backend.reason)
+            yield Finding(backend.name, "usable", f"{backend.reason}; {chosen} comes first")
 
 
 def _ray() -> Iterable[Finding]:
