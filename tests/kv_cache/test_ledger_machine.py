@@ -302,7 +302,7 @@ def run(max_examples: int, step_count: int) -> None:
 
 
 def test_random_operations() -> None:
-    run(max_examples=200, step_count=100)
+    run(max_examples=160, step_count=100)
     assert LedgerMachine.num_steps >= 10_000
     wanted = {"hit", "miss", "full", "published", "kept private", "forked", "preempted", "flushed", "died"}
     assert wanted | {"pinned late", "pin refused"} <= LedgerMachine.seen.keys()
