@@ -24,7 +24,7 @@ from serve_app.text import template_limits as limits
 _UNWANTED_FILTERS: Final = ("pprint", "urlize", "wordwrap", "xmlattr")
 # They make a text of whatever they get.
 _TEXT_FILTERS: Final = (
-    "capitalize", "center", "e", "escape", "forceescape", "indent", "lower", "replace", "safe", "string", "striptags",
+    "capitalize", "center", "e", "escape", "forceescape", "indent", "lower", "safe", "string", "striptags", "sum",
     "title", "trim", "truncate", "upper", "urlencode", "wordcount",
 )  # fmt: skip
 _NUMBER_FILTERS: Final = ("batch", "center", "round", "slice", "truncate")
@@ -106,11 +106,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             del self.filters[name]
         for name in _NUMBER_FILTERS:
             self._guard(name, lambda *args, **kwargs: limits.checked_numbers(*args, *kwargs.values()))
-        self._guard("format", lambda layout, *args, **_: limits.checked_binop("%", str(layout), args))
+        self._guard("format", lambda layout, *args, **_: limits.checked_format(layout, args))
         self._guard("indent", lambda text, width=4, *_, **__: limits.checked_indent(text, width))
         self._guard("replace", lambda text, old, new, *_: limits.checked_replace(text, old, new))
         for name in _TEXT_FILTERS:
-            self._guard(name, lambda value, *_, **__: limits.weigh(value))
+            self._guard(name, lambda *args, **kwargs: limits.weigh((args, kwargs)))
         self.filters["join"] = _bounded_join(self.filters["join"])
         self.globals["raise_exception"] = raise_exception
         self.globals["strftime_now"] = strftime_now
@@ -151,7 +151,7 @@ def _guarded(filter_: Callable[..., Any], check: Callable[..., Any]) -> Callable
 def _bounded_join(join: Callable[..., str]) -> Callable[..., str]:
     @wraps(join)
     def bounded(eval_context: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
-        return join(eval_context, limits.checked_parts(value, len(str(d))), d, attribute)
+        return join(eval_context, limits.checked_parts(value, limits.weigh(d)), d, attribute)
 
     return bounded
 
@@ -165,6 +165,7 @@ def _written(_: Context, value: Any) -> Any:
 
 def raise_exception(message: Any) -> None:
     """Lets a template refuse a conversation; the message goes to the client."""
+    limits.weigh(message)
     raise TemplateError(str(message)[:500])
 
 

@@ -4,6 +4,7 @@ Jinja's sandbox keeps a template from reaching out of itself; nothing in it keep
 doubling a string forty times. Whatever makes a text asks here first, before the text is made.
 """
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
@@ -17,10 +18,12 @@ _MAX_WIDTH: Final = 10_000
 _MAX_FIELDS: Final = 1000
 _MAX_BITS: Final = 4096
 _CLOCK_EVERY: Final = 64
-# What a part of a list counts for: looking at it costs more than a character does.
-_PART_CHARS: Final = 16
+# What a part of a value counts for, in characters, when it is looked at and when it is only referred to.
+_PART_CHARS: Final = 64
+_REFERENCE_CHARS: Final = 8
 # Values on the way to the text may be freed again; templates that grow a text piece by piece make many.
 _PASSING_SHARE: Final = 16
+_COMPUTED_WIDTH: Final = re.compile(r":[^{}]*\{")  # "{:{}}"
 _TOO_LARGE: Final = "the chat template makes too large a value"
 
 
@@ -85,8 +88,7 @@ def weigh(value: Any) -> int:
 def checked_binop(operator: str, left: Any, right: Any) -> None:
     """Refuses "+", "*", "**" and "%" with a huge result."""
     if isinstance(left, str) and operator == "%":
-        checked_layout(left)
-        spend_passing(weigh(right))
+        checked_format(left, right)
         return
     sizes = [_size(v) for v in (left, right) if isinstance(v, str | bytes | list | tuple)]
     if operator == "+":
@@ -104,7 +106,7 @@ def checked_binop(operator: str, left: Any, right: Any) -> None:
 
 
 def _size(value: Any) -> int:
-    return len(value) * (1 if isinstance(value, str | bytes) else _PART_CHARS)
+    return len(value) * (1 if isinstance(value, str | bytes) else _REFERENCE_CHARS)
 
 
 def checked_method(owner: str | bytes, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -115,8 +117,7 @@ def checked_method(owner: str | bytes, name: str, args: tuple[Any, ...], kwargs:
     if name == "replace" and len(args) >= 2:
         checked_replace(owner, args[0], args[1])
     elif name in ("format", "format_map"):
-        checked_layout(str(owner))
-        spend_passing(weigh(values))
+        checked_format(owner, values)
     else:
         width = _widest(values)
         spend_passing(len(owner) + width * (1 + len(owner) if name == "expandtabs" else 1))
@@ -132,6 +133,7 @@ def checked_parts(parts: Any, separator_chars: int) -> list[Any]:
 
 def checked_replace(text: Any, old: Any, new: Any) -> None:
     """Replacing may make a text as much longer as it finds `old`."""
+    weigh((text, old, new))
     text = str(text)
     spend_passing(len(text) + text.count(str(old)) * len(str(new)))
 
@@ -139,6 +141,7 @@ def checked_replace(text: Any, old: Any, new: Any) -> None:
 def checked_indent(text: Any, width: Any) -> None:
     """Indenting puts `width`, a number or a text, before every line."""
     chars = len(width) if isinstance(width, str) else _widest((width,))
+    weigh(text)
     text = str(text)
     spend_passing(len(text) + (text.count("\n") + 1) * chars)
 
@@ -147,6 +150,12 @@ def checked_json(weight: int, indent: Any) -> None:
     """Indented JSON has a line for each of its values."""
     width = len(indent) if isinstance(indent, str) else _widest((indent,))
     spend_passing(weight + weight // _PART_CHARS * width)
+
+
+def checked_format(layout: Any, values: Any) -> None:
+    """Formats with "%" or the method format."""
+    spend_passing(weigh((layout, values)))
+    checked_layout(str(layout))
 
 
 def checked_layout(layout: str) -> None:
@@ -158,7 +167,7 @@ def checked_layout(layout: str) -> None:
         digits = digits + 1 if char.isdigit() else 0
         if digits > 4:
             raise SecurityError("the chat template formats to too large a width")
-    if "%" in layout and "*" in layout:
+    if ("%" in layout and "*" in layout) or _COMPUTED_WIDTH.search(layout):
         raise SecurityError("the chat template formats to a computed width")
 
 
