@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from serve_app.loaders.checkpoint import StoredTensor
+from serve_app.loaders.pages import drop_pages
 
 FINGERPRINT_BYTES = 16
 _SAMPLES = 8
@@ -29,4 +30,5 @@ def fingerprint(facts: dict[str, Any], tensors: Iterable[StoredTensor]) -> bytes
         last = max(0, len(tensor.data) - _SAMPLE_BYTES)
         for start in np.unique(np.linspace(0, last, _SAMPLES, dtype=np.int64)):
             digest.update(tensor.data[start : start + _SAMPLE_BYTES].tobytes())
+        drop_pages(tensor.data)  # a fault brings in its neighbourhood: the samples would leave half the file resident
     return digest.digest()

@@ -10,7 +10,7 @@ from serve_app.errors import ModelFileError
 from serve_app.loaders.checkpoint import Checkpoint, StoredTensor, num_elements
 from serve_app.loaders.pages import as_tensor, drop_pages
 from serve_app.quant.packed import PackedWeight, fuse
-from serve_app.quant.weight import DenseWeight, Weight
+from serve_app.quant.weight import DenseWeight, FusedWeight, Weight
 
 SMALL_MODEL_BYTES = 64 << 20
 """Models that take at most this much in float32 keep a decoded copy where no native kernel multiplies packed blocks."""
@@ -50,7 +50,12 @@ class CheckpointSource:
 
     def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
         """See WeightSource."""
-        return fuse([self._matrix(name, (out, in_features)) for name, out in zip(names, out_features, strict=True)])
+        stored = [self._take(n, (out, in_features)) for n, out in zip(names, out_features, strict=True)]
+        weight = fuse([self._matrix(tensor) for tensor in stored])
+        if len(stored) > 1 and not isinstance(weight, FusedWeight):
+            for tensor in stored:  # the parts were copied into one matrix
+                drop_pages(tensor.data)
+        return weight
 
     def unused(self) -> list[str]:
         """Stored names of tensors that nothing asked for."""
@@ -72,9 +77,8 @@ class CheckpointSource:
         """The bytes as [num_rows, bytes per row], still those of the file."""
         return as_tensor(stored.data).view(num_rows, -1)
 
-    def _matrix(self, name: str, shape: tuple[int, int]) -> Weight:
-        stored = self._take(name, shape)
-        rows = self._rows(stored, shape[0])
+    def _matrix(self, stored: StoredTensor) -> Weight:
+        rows = self._rows(stored, stored.shape[0])
         if stored.row_order is not None:
             rows = rows[stored.row_order]
             drop_pages(stored.data)
