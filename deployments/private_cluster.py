@@ -137,18 +137,21 @@ def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any) -
 
 @contextlib.contextmanager
 def _silence(is_wanted: bool) -> Iterator[None]:
-    """Drops what Ray's own threads print about a cluster that is being ended."""
+    """Drops what Ray's own threads print, from C++ too, about a cluster that is being ended."""
     if not is_wanted:
         yield
         return
+    sys.stdout.flush()
     sys.stderr.flush()
-    before, descriptor = sys.stderr, os.dup(2)
+    saved = [(number, os.dup(number)) for number in (1, 2)]
     with open(os.devnull, "w", encoding="ascii") as null:
-        os.dup2(null.fileno(), 2)
-        sys.stderr = null
-        try:
-            yield
-        finally:
-            os.dup2(descriptor, 2)
-            os.close(descriptor)
-            sys.stderr = before
+        for number, _ in saved:
+            os.dup2(null.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in saved:
+            os.dup2(copy, number)
+            os.close(copy)
