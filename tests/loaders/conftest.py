@@ -82,7 +82,7 @@ def tensors() -> Arrays:
 
 @pytest.fixture
 def write_gguf(tmp_path: Path) -> Callable[..., Path]:
-    """write(quantise=type name, metadata={key: value or None}, tensors={GGUF name: array or None}, arch) → path."""
+    """write(quantise=type name, metadata={key: value or None}, tensors={GGUF name: array or None}, …) → path."""
 
     def write(
         quantise: str = "F32",
@@ -90,9 +90,11 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         tensors: Mapping[str, np.ndarray | None] = {},
         arch: str = "llama",
         name: str = "tiny.gguf",
+        tensors_per_shard: int = 0,
     ) -> Path:
         path = tmp_path / name
-        writer = gguf.GGUFWriter(path, arch)
+        path.parent.mkdir(exist_ok=True)
+        writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_shard)
         for key, value in (METADATA | dict(metadata)).items():
             if isinstance(value, int):
                 writer.add_uint32(key, value)

@@ -41,6 +41,38 @@ def test_head_may_be_tied(write_gguf: Write, write_folder: Write) -> None:
     load(write_folder(config={"tie_word_embeddings": True}, tensors={"lm_head.weight": None}))
 
 
+def test_a_split_gguf_by_any_of_its_names(write_gguf: Write) -> None:
+    whole = load(write_gguf("Q8_0"))
+    folder = write_gguf("Q8_0", name="split/m.gguf", tensors_per_shard=5).parent
+    shards = sorted(p.name for p in folder.iterdir())
+    assert shards == [f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
+    for source in [
+        ModelSource(model=str(folder)),
+        ModelSource(model=str(folder / shards[1])),
+        ModelSource(model=str(folder), files=("m-*",)),
+        ModelSource(model=str(folder), files=tuple(reversed(shards))),
+    ]:
+        files = resolve(source)
+        assert [p.name for p in files.weight_files] == shards
+        assert files.model_name == "m"
+        assert load_model(files, dtype="f32", device="cpu").fingerprint == whole.fingerprint
+    (folder / shards[2]).unlink()
+    for source in [ModelSource(model=str(folder)), ModelSource(model=str(folder / shards[0]))]:
+        with pytest.raises(ModelFileError, match=shards[2]):
+            resolve(source)
+
+
+def test_gguf_version_2(write_gguf: Write) -> None:
+    path = write_gguf("Q8_0")
+    expected = load(path).fingerprint
+    data = bytearray(path.read_bytes())
+    assert data[4] == 3
+    data[4] = 2
+    older = path.with_name("older.gguf")
+    older.write_bytes(data)
+    assert load(older).fingerprint == expected
+
+
 GGUF_MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "missing tensor": (
         {"tensors": {"blk.0.ffn_up.weight": None}}, "tensor 'blk.0.ffn_up.weight' is missing"),
