@@ -14,7 +14,7 @@ from serve_app.errors import ContextTooLong, InvalidRequest
 from serve_app.loaders.model_files import resolve
 from serve_app.messages import GenerateRequest, PromptInput
 from serve_app.options import SamplingParams
-from serve_app.text.chat_template import ChatTemplate, choose_template
+from serve_app.text.chat_template import ChatTemplate, open_chat_template
 from serve_app.text.tokenizer import Tokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class Preparation:
                     param="messages",
                 )
             rendered = self.template.render(prompt.messages, prompt.tools, **prompt.template_options)
-            return self.tokenizer.encode(rendered, parse_special=True), None, "messages"
+            # The template writes BOS itself where the model wants it.
+            return self.tokenizer.encode(rendered, add_special=False, parse_special=True), None, "messages"
         if isinstance(prompt.prompt, str):
             return self.tokenizer.encode(prompt.prompt), prompt.prompt, "prompt"
         assert prompt.prompt is not None
@@ -84,15 +85,7 @@ class PreprocessorServer:
         source = config.model.to_source()
         files = resolve(source)
         tokenizer = open_tokenizer(files.tokenizer_source)
-        eos_id = next(iter((*files.eos_ids, *tokenizer.eos_ids)), None)
-        template = choose_template(
-            jinja_explicit=files.jinja_explicit,
-            chat_template=files.chat_template,
-            folder=files.folder,
-            gguf_metadata=files.gguf_metadata,
-            bos="" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
-            eos="" if eos_id is None else tokenizer.token_text(eos_id),
-        )
+        template = open_chat_template(files, tokenizer)
         self._preparation = Preparation(tokenizer, template, files.sampling_defaults(), files.max_seq_len)
         name = config.http.served_model_name or files.model_name
         self._card = ModelCard(name, int(time.time()), files.max_seq_len)

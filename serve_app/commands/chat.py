@@ -26,7 +26,7 @@ def run(config: AppConfig, options: ChatOptions) -> int:
     """Loads the model and talks until /exit or the end of the input."""
     from serve_app.engine.build import build_engine
     from serve_app.loaders.model_files import resolve
-    from serve_app.text.chat_template import choose_template
+    from serve_app.text.chat_template import open_chat_template
 
     notices = Console(stderr=True, highlight=False, markup=False)
     files = resolve(config.model.to_source())
@@ -35,14 +35,7 @@ def run(config: AppConfig, options: ChatOptions) -> int:
         engine = build_engine(files, config.engine.to_config(), events.put)
     try:
         tokenizer = engine.parts.tokenizer
-        template = choose_template(
-            jinja_explicit=files.jinja_explicit,
-            chat_template=files.chat_template,
-            folder=files.folder,
-            gguf_metadata=files.gguf_metadata,
-            bos=_token_text(tokenizer, tokenizer.bos_id),
-            eos=_token_text(tokenizer, next(iter(files.eos_ids or tokenizer.eos_ids), None)),
-        )
+        template = open_chat_template(files, tokenizer)
         engine.start()
         chat = Chat(
             engine=engine,
@@ -59,10 +52,6 @@ def run(config: AppConfig, options: ChatOptions) -> int:
     finally:
         engine.stop()
     return 0
-
-
-def _token_text(tokenizer: Any, token_id: int | None) -> str:
-    return "" if token_id is None else tokenizer.token_text(token_id)
 
 
 def _overrides(options: ChatOptions) -> dict[str, Any]:

@@ -46,4 +46,6 @@ class Conversation:
     def _encode(self, question: str) -> list[int]:
         if self.template is None:
             return self.tokenizer.encode(question)
-        return self.tokenizer.encode(self.template.render(self.messages(question)), parse_special=True)
+        rendered = self.template.render(self.messages(question))
+        # The template writes BOS itself where the model wants it.
+        return self.tokenizer.encode(rendered, add_special=False, parse_special=True)

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import cast
 
 import torch
 
@@ -88,8 +89,7 @@ class LLM:
         sampling: one for all or one each; the default is the model's generation_config. Raises the ServeError of the
         first request that fails.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+        prompts = _as_list(prompts)
         if sampling is None:
             sampling = self.engine.parts.sampling_defaults
         if isinstance(sampling, SamplingParams):
@@ -97,7 +97,7 @@ class LLM:
         generations: dict[str, Generation] = {}
         queue: deque[GenerateRequest] = deque()
         for prompt, params in zip(prompts, sampling, strict=True):
-            request = self._request(prompt, params)  # type: ignore[arg-type]
+            request = self._request(prompt, params)
             choices = [Choice(logprobs=None if params.logprobs is None else []) for _ in range(params.n)]
             generations[request.request_id] = Generation(request.prompt_ids, choices)
             queue.append(request)
@@ -148,6 +148,12 @@ class LLM:
                 engine.abort(request_id)
             engine.step()
             raise
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
 def _take(generation: Generation, delta: TokenDelta) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from jinja2 import Template, TemplateError, nodes
 
 from serve_app.errors import InvalidRequest, ModelFileError
 from serve_app.text.template_environment import TemplateEnvironment
 from serve_app.text.template_limits import Budget, current_budget
+from serve_app.text.tokenizer import Tokenizer
 from serve_app.text.tokenizer_files import read_json
 
 _DEFAULT: Final = "default"
@@ -157,6 +158,34 @@ def choose_template(
         return None
     origin, sources = found
     return ChatTemplate(sources, bos=bos, eos=eos, tokens=tokens, origin=origin)
+
+
+class TemplateSources(Protocol):
+    """Where a model's template may be; loaders.model_files.ModelFiles fulfils it. See choose_template."""
+
+    @property
+    def jinja_explicit(self) -> str | None: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def gguf_metadata(self) -> dict[str, Any] | None: ...
+
+
+def open_chat_template(files: TemplateSources, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """choose_template for a model's files. bos_token and eos_token are the tokenizer's own: generation_config may name
+    further end tokens, and templates do not mean those.
+    """
+    eos_id = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+    return choose_template(
+        jinja_explicit=files.jinja_explicit,
+        chat_template=files.chat_template,
+        folder=files.folder,
+        gguf_metadata=files.gguf_metadata,
+        bos="" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
+        eos="" if eos_id is None else tokenizer.token_text(eos_id),
+    )
 
 
 _Found = tuple[str, dict[str, str]]
