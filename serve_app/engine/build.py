@@ -3,8 +3,7 @@
 import logging
 import os
 
-import torch
-
+from kernels.dispatch import set_num_threads
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.model_runner import ModelRunner
@@ -27,7 +26,7 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     Raises ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
-    torch.set_num_threads(config.num_threads or num_cores())
+    set_num_threads(config.num_threads or num_cores())
     loaded = load_model(files, dtype=files.dtype, device=config.device)
     tokenizer = open_tokenizer(files.tokenizer_source)
     kv = _kv_pool(loaded, config, files.max_seq_len)
