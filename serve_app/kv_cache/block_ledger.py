@@ -69,12 +69,10 @@ class BlockLedger(Protocol):
     def allocate(self, n: int) -> list[int] | None:
         """n blocks, or None (and nothing changed) when fewer are free."""
 
-    def publish(self, block_id: int, block_hash: bytes, parent_id: int | None = None) -> bool:
+    def publish(self, block_id: int, block_hash: bytes, parent_id: int) -> bool:
         """Lets others find a block whose tokens are all computed and accepted; it must not be written any more.
 
-        Call it in chain order. parent_id: the block before it in the request's table, NO_BLOCK for the first one. It
-        only matters after a flush: without it nothing is published until all blocks from before the flush are released.
-        Of one request it is named always or never.
+        Call it in chain order; parent_id is the block before it in the request's table, NO_BLOCK for the first one.
         False where the block stays private: its hash is published by another block, the prefix cache is off, or its
         K and V stem from before a flush.
         """

@@ -95,11 +95,13 @@ class BlockPool:
         self._num_held += n
         return blocks
 
-    def publish(self, block_id: int, block_hash: bytes, parent_id: int | None = None) -> bool:
+    def publish(self, block_id: int, block_hash: bytes, parent_id: int) -> bool:
         if not self.is_caching:
             return False
         self._notice_flush()
-        if self._outdated and self._rests_on_outdated(block_id, parent_id):
+        if block_id in self._outdated or parent_id in self._outdated:
+            # Its K and V rest on a prefix from before the flush, and so will its successors'.
+            self._outdated.add(block_id)
             return False
         if self._is_published[block_id]:
             return True
@@ -171,16 +173,6 @@ class BlockPool:
         if num_flushes != self._flushes_seen:
             self._flushes_seen = num_flushes
             self._outdated = {block for block, count in enumerate(self._refs) if count}
-
-    def _rests_on_outdated(self, block: int, parent: int | None) -> bool:
-        """A request that began before the flush holds an outdated block to its end: its first. So with an unknown
-        parent it is enough to wait until there are none; with a known one the successors are marked one by one."""
-        if parent is None:
-            return True
-        if block in self._outdated or parent in self._outdated:
-            self._outdated.add(block)
-            return True
-        return False
 
     def check(self) -> None:
         """Asserts that this replica's view is the owner's."""

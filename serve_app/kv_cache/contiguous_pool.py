@@ -46,7 +46,7 @@ class ContiguousPool:
         self.num_free -= n
         return list(range(start, start + n))
 
-    def publish(self, block_id: int, block_hash: bytes, parent_id: int | None = None) -> bool:
+    def publish(self, block_id: int, block_hash: bytes, parent_id: int) -> bool:
         return False
 
     def fork(self, block_ids: Sequence[int], tail: tuple[int, int] | None = None) -> None:

@@ -234,18 +234,6 @@ def test_nothing_of_before_a_flush_is_found_or_published() -> None:
     checked(pool, owner)
 
 
-def test_without_a_parent_nothing_is_published_while_a_request_of_before_the_flush_runs() -> None:
-    pool, _ = make_pool()
-    running = run_prompt(pool, 1)
-    pool.flush()
-    block = pool.allocate(1)
-    assert block is not None
-    block_hash = hashes_of(pool, tokens_of(2))[0]
-    assert not pool.publish(block[0], block_hash)
-    pool.release(running)
-    assert pool.publish(block[0], block_hash)
-
-
 def test_a_copied_tail_of_before_the_flush_is_not_published() -> None:
     pool, _ = make_pool()
     tail = pool.allocate(1)

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from serve_app.kv_cache.block_ledger import BlockLedger
+from serve_app.kv_cache.block_ledger import NO_BLOCK, BlockLedger
 from serve_app.kv_cache.contiguous_pool import ContiguousPool
 
 
@@ -12,7 +12,7 @@ def test_satisfies_the_ledger_and_shares_nothing() -> None:
     table = pool.allocate(2)
     assert table is not None
     hashes = pool.hasher.chain(b"", list(range(64)), 32)
-    assert not pool.publish(table[0], hashes[0])
+    assert not pool.publish(table[0], hashes[0], NO_BLOCK)
     assert pool.peek(hashes) == (0, 6)
     assert pool.match(hashes) == []
     with pytest.raises(AssertionError, match="one request's alone"):

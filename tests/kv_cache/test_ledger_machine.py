@@ -45,7 +45,6 @@ class Running:
     num_computed: int
     num_published: int
     epoch: int
-    names_parent: bool = True
 
     def content(self, end: int) -> tuple[object, ...]:
         return (FINGERPRINTS[self.client], self.salt, self.epoch, tuple(self.tokens[:end]))
@@ -61,11 +60,10 @@ class LedgerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(6, 40),
         limits=st.tuples(*[st.sampled_from((3, 1, 2, 8, 0))] * 3),
         lease=st.integers(1, 6),
-        names_parent=st.booleans(),
     )
-    def start(self, num_blocks: int, limits: tuple[int, ...], lease: int, names_parent: bool) -> None:
+    def start(self, num_blocks: int, limits: tuple[int, ...], lease: int) -> None:
         self.owner = LocalOwner(num_blocks, hash_key=bytes(32))
-        self.limits, self.lease, self.names_parent = limits, lease, names_parent
+        self.limits, self.lease = limits, lease
         self.pools = [self.attach(client) for client in range(3)]
         self.contents: dict[int, tuple[object, ...]] = {}
         self.epochs = dict.fromkeys(FINGERPRINTS, 0)
@@ -118,7 +116,6 @@ class LedgerMachine(RuleBasedStateMachine):
         for i, block in enumerate(matched):
             assert self.contents[block] == request.content((i + 1) * BLOCK), "a cache hit on the wrong content"
         request.num_computed = len(matched) * BLOCK
-        request.names_parent = self.names_parent
         self.count("hit" if matched else "miss")
         needed = -(-len(tokens) // BLOCK) - len(matched)
         num_free = pool.num_free
@@ -177,7 +174,7 @@ class LedgerMachine(RuleBasedStateMachine):
         hashes = pool.hasher.chain(request.salt, request.tokens[: request.num_computed], BLOCK)
         for i in range(request.num_published, len(hashes)):
             parent = request.blocks[i - 1] if i else NO_BLOCK
-            if pool.publish(request.blocks[i], hashes[i], parent if request.names_parent else None):
+            if pool.publish(request.blocks[i], hashes[i], parent):
                 assert request.epoch == self.epochs[FINGERPRINTS[request.client]], "content from before a flush"
                 self.count("published")
             else:
