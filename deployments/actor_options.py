@@ -90,7 +90,7 @@ def _common(config: AppConfig, max_ongoing_requests: int) -> dict[str, Any]:
         "max_ongoing_requests": max_ongoing_requests,
         "graceful_shutdown_timeout_s": _DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
-        "health_check_period_s": 5.0,
+        "health_check_period_s": 1.0,
         "health_check_timeout_s": 30.0,
         "logging_config": logging_config(config),
     }

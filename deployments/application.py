@@ -1,5 +1,6 @@
 """The application on a running Serve: deploy it, see how it fares, end its streams."""
 
+import asyncio
 import enum
 import logging
 import re
@@ -56,5 +57,10 @@ def progress() -> Progress:
 
 def end_streams(timeout_s: float) -> None:
     """Has every ingress replica tell its clients that the server ends."""
-    handle = serve.get_deployment_handle(INGRESS, APPLICATION)
-    handle.broadcast("end_streams", timeout_s).results(timeout_s=timeout_s + 1, return_exceptions=True)
+
+    async def broadcast() -> None:
+        # With the throughput switch a handle wants a running loop, here too.
+        handle = serve.get_deployment_handle(INGRESS, APPLICATION)
+        await handle.broadcast("end_streams", timeout_s).results_async(timeout_s=timeout_s + 1, return_exceptions=True)
+
+    asyncio.run(broadcast())

@@ -72,7 +72,7 @@ async def _all(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[A
 @serve.deployment(name=INGRESS)
 @serve.ingress()
 class Ingress:
-    """The HTTP replica. Serve's proxy calls its ASGI app, which Serve builds after the constructor; or it listens itself."""
+    """The HTTP replica: it listens itself, or Serve's proxy calls its ASGI app, built after the constructor."""
 
     def __init__(
         self,
@@ -94,6 +94,7 @@ class Ingress:
                 self._replica_id,
                 ray.get_runtime_context().get_node_id(),
                 asyncio.get_running_loop(),
+                parent_directory=surroundings.directory,
                 tcp_host=None if surroundings.is_private else _node_address(),
             )
         replicas = HandleReplicas(preprocessor, target, config.deployment.ingress_replicas)

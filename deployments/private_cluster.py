@@ -41,7 +41,12 @@ class PrivateCluster:
     @property
     def surroundings(self) -> Surroundings:
         """For the replicas."""
-        return Surroundings(is_private=True, is_listening=self._edge is Edge.DIRECT, log_pipe=self._log_pipe.path)
+        return Surroundings(
+            is_private=True,
+            is_listening=self._edge is Edge.DIRECT,
+            directory=str(self._directory),
+            log_pipe=self._log_pipe.path,
+        )
 
     def start(self) -> None:
         """Raises LaunchError if Ray cannot be started."""

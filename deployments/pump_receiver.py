@@ -66,8 +66,9 @@ class IncomingTokens:
 class TokenReceiver:
     """Binds the sockets that targets connect to. Made and used on one event loop.
 
-    The unix socket lies in a directory of its own, 0700. tcp_host: the address to bind for targets on other nodes, with
-    CURVE; its key travels with the request, through Ray. None: targets of this node only, nothing listens on TCP.
+    The unix socket lies in a directory of its own, 0700, in parent_directory or among the temporary files. tcp_host: the
+    address to bind for targets on other nodes, with CURVE; its key travels with the request, through Ray. None: targets
+    of this node only, nothing listens on TCP.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TokenReceiver:
         loop: asyncio.AbstractEventLoop,
         *,
         tcp_host: str | None = None,
+        parent_directory: str | None = None,
         tick_s: float = TICK_S,
         window: int = CREDIT_WINDOW,
     ) -> None:
@@ -84,7 +86,7 @@ class TokenReceiver:
         self._tick_s = tick_s
         self._credit_step = max(1, window // 2)
         self._context = zmq.Context(io_threads=1)
-        self._directory = Path(tempfile.mkdtemp(prefix="sirocco-"))
+        self._directory = Path(tempfile.mkdtemp(prefix="sirocco-", dir=parent_directory))
         os.chmod(self._directory, 0o700)
         ipc_endpoint = f"ipc://{self._directory}/tokens"
         self._sockets = [self._bind(ipc_endpoint)]

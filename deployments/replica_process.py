@@ -16,11 +16,13 @@ class Surroundings:
     """Where the replicas live.
 
     is_private: on a cluster of this node alone, started by our own server. is_listening: the ingress replicas serve
-    HTTP themselves. log_pipe: where the server takes log lines; None: standard error, which Ray takes.
+    HTTP themselves. directory: of the server's files, gone when it ends. log_pipe: where the server takes log lines;
+    None: standard error, which Ray takes.
     """
 
     is_private: bool = False
     is_listening: bool = False
+    directory: str | None = None
     log_pipe: str | None = None
 
 

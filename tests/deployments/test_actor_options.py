@@ -1,0 +1,80 @@
+"""What Serve is told, and what Ray finds in its environment."""
+
+import subprocess
+
+import pytest
+from ray import serve
+
+from deployments.actor_options import (
+    deployment_names,
+    ingress_options,
+    node_environment,
+    preprocessor_options,
+    target_options,
+)
+from deployments.edge import Edge, choose_edge, private_directory, private_environment
+from serve_app.config import AppConfig, DeploymentConfig, EngineSettings
+
+ALL = (ingress_options, preprocessor_options, target_options)
+
+
+@pytest.mark.parametrize("options_of", ALL)
+@pytest.mark.parametrize("is_private", [True, False])
+def test_nothing_is_left_to_serves_defaults(options_of, is_private):
+    options = options_of(AppConfig(), is_private=is_private)
+    assert options["max_ongoing_requests"] > 1000
+    assert options["ray_actor_options"]["num_cpus"] == 0
+    serve.deployment(lambda: None).options(**options)
+
+
+@pytest.mark.parametrize("options_of", ALL)
+def test_threads_are_stated_where_others_started_the_node(options_of):
+    variables = options_of(AppConfig(), is_private=False)["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert int(variables["OMP_NUM_THREADS"]) >= 1
+
+
+def test_the_target_takes_what_the_engine_takes():
+    config = AppConfig(engine=EngineSettings(max_seqs=7, max_waiting=5))
+    options = target_options(config, is_private=True)
+    assert options["max_ongoing_requests"] >= 12
+    assert options["num_replicas"] == 1
+
+
+def test_targets_are_scaled_by_open_requests():
+    config = AppConfig(deployment=DeploymentConfig(target_replicas=1, max_target_replicas=3))
+    scaling = target_options(config, is_private=False)["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (1, 3)
+    assert scaling["target_ongoing_requests"] == config.engine.max_seqs
+
+
+def test_names_are_those_of_the_deployments():
+    from deployments.ingress import Ingress
+    from deployments.preprocessor import Preprocessor
+    from deployments.target import Target
+
+    assert deployment_names() == (Ingress.name, Preprocessor.name, Target.name)
+
+
+def test_the_edge_of_a_private_cluster():
+    assert choose_edge(DeploymentConfig()) is Edge.DIRECT
+    assert choose_edge(DeploymentConfig(proxy="haproxy")) is Edge.HAPROXY
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in node_environment(AppConfig(deployment=DeploymentConfig(proxy="python")))
+
+
+def test_two_servers_of_one_machine_share_no_secret_and_no_port():
+    one, other = (private_environment(AppConfig(), Edge.HAPROXY, private_directory()) for _ in range(2))
+    for name in ("RAY_AUTH_TOKEN", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_SOCKET_PATH"):
+        assert one[name] != other[name]
+    assert one["RAY_AUTH_MODE"] == "token"
+    assert len(one["RAY_AUTH_TOKEN"]) >= 32
+
+
+def test_haproxy_is_given_no_other_address_than_loopback(tmp_path):
+    environment = private_environment(AppConfig(), Edge.HAPROXY, tmp_path)
+    metrics, stats = (environment[f"RAY_SERVE_HAPROXY_{n}_PORT"] for n in ("METRICS", "STATS"))
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(f"frontend a\n    bind :{metrics}\nlisten b\n  bind *:{stats}\nfrontend c\n    bind *:1234\n")
+    wrapper = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    subprocess.run([wrapper, "-f", str(config), "-v"], check=True, capture_output=True, timeout=20)
+    binds = [line.split()[1] for line in config.read_text().splitlines() if "bind" in line]
+    assert binds == [f"127.0.0.1:{metrics}", f"127.0.0.1:{stats}", "*:1234"]
