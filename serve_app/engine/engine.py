@@ -1,5 +1,6 @@
 """The engine: takes requests from any thread, steps on its own, hands out what each step brought."""
 
+import gc
 import logging
 import threading
 import time
@@ -83,11 +84,14 @@ class Engine:
         self._scheduler = parts.scheduler
         self._on_deltas = on_deltas
         self._inbox: deque[Callable[[list[TokenDelta]], None]] = deque()
-        self._num_incoming = 0
+        # Requests put into the inbox, and taken out of it: each counted on one side only, so neither count is lost.
+        self._num_sent = self._num_taken = 0
+        self._sending = threading.Lock()
         self._wake = threading.Event()
         self._live: dict[str, list[Request]] = {}
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+        self._is_idle = True
         self._steps = self._failures = 0
         self._drain = DrainRate()
         self._next_expiry_check_s = 0.0
@@ -99,14 +103,15 @@ class Engine:
         if self._is_stopping or self.is_failed:
             raise Unavailable("the engine is shutting down" if self._is_stopping else "the engine has failed")
         choices = self.parts.factory.make(source)
-        num_waiting = len(self._scheduler.waiting) + self._num_incoming
-        if num_waiting >= self.config.max_waiting:
-            raise QueueFull(
-                f"{num_waiting} requests are waiting already, the limit is {self.config.max_waiting}",
-                retry_after_s=self.stats().estimated_wait_s,
-            )
-        self._num_incoming += 1
-        self._post(lambda deltas: self._add(choices))
+        with self._sending:
+            num_waiting = self._num_waiting
+            if num_waiting >= self.config.max_waiting:
+                raise QueueFull(
+                    f"{num_waiting} requests are waiting already, the limit is {self.config.max_waiting}",
+                    retry_after_s=self._drain.time_to_drain_s(num_waiting + 1),
+                )
+            self._num_sent += 1
+            self._post(lambda deltas: self._add(choices))
 
     def abort(self, request_id: str) -> None:
         """Ends a request, if it still lives, before the next step; its blocks are free then."""
@@ -130,7 +135,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and state; every number by itself is exact, they may stem from neighbouring steps."""
         scheduler, collector = self._scheduler, self.parts.collector
-        num_waiting = len(scheduler.waiting) + self._num_incoming
+        num_waiting = self._num_waiting
         return EngineStats(
             max_seqs=self.config.max_seqs,
             num_running=len(scheduler.running),
@@ -150,11 +155,23 @@ class Engine:
             is_failed=self.is_failed,
         )
 
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._scheduler.waiting) + self._num_sent - self._num_taken
+
     def start(self) -> None:
         """Starts the engine's thread."""
         assert self._thread is None
+        # Model and tables live as long as the process: without this every full collection walks them.
+        gc.collect()
+        gc.freeze()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether stop() was called."""
+        return self._is_stopping
 
     def stop(self) -> None:
         """Ends all requests with an error, the thread, and frees model and cache."""
@@ -179,7 +196,7 @@ class Engine:
             deltas = self.step()
             if deltas:
                 self._on_deltas(deltas)
-            elif not self._inbox:
+            if self._is_idle and not self._inbox:
                 # A waiting request may expire; nothing else happens by itself.
                 self._wake.wait(EXPIRY_CHECK_S if self._scheduler.waiting else None)
                 self._wake.clear()
@@ -194,6 +211,7 @@ class Engine:
         deltas = self._take_inbox()
         self._expire(deltas)
         schedule = self._scheduler.schedule()
+        self._is_idle = schedule.is_empty
         try:
             self._set_up(schedule)
             if not schedule.is_empty:
@@ -260,7 +278,7 @@ class Engine:
             self._set_sampler_row(sibling)
 
     def _add(self, choices: list[Request]) -> None:
-        self._num_incoming -= 1
+        self._num_taken += 1
         leader = choices[0]
         leader.siblings = choices[1:]
         for sibling in leader.siblings:

@@ -246,9 +246,12 @@ class Scheduler:
         request.row = -1
 
     def expired(self, timeout_s: float) -> Iterable[Request]:
-        """The waiting requests that have waited too long since they arrived; preempted ones do not expire."""
+        """The waiting requests that have waited too long since they arrived.
+
+        Those that have run do not expire: preempted ones, and further choices of a request that runs.
+        """
         deadline = time.monotonic() - timeout_s
-        return [r for r in self.waiting if r.arrival_s < deadline and r.state is RequestState.WAITING]
+        return [r for r in self.waiting if r.arrival_s < deadline and r.state is RequestState.WAITING and not r.choice]
 
 
 def _by_arrival(request: Request) -> tuple[float, int]:

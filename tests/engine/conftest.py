@@ -22,6 +22,8 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in engines:
         pool = engine.parts.scheduler.pool
+        if engine.is_stopped:
+            continue
         engine.abort_all()
         assert pool.num_free == pool.num_total
         pool.check()

@@ -1,9 +1,11 @@
 """The engine's bookkeeping, without a model: the null runner's ids depend on seed and position alone."""
 
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from queue import Queue
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -223,6 +225,25 @@ def test_three_failures_in_a_row_end_the_engine(make_engine: MakeEngine, monkeyp
     assert engine.is_failed
     with pytest.raises(Unavailable):
         engine.add(request("f", [1]))
+
+
+def test_the_engines_own_thread(make_engine: MakeEngine) -> None:
+    """Chunks of a prompt bring no delta: the thread must go on all the same, and sleep once there is nothing to do."""
+    engine = make_engine(CONFIG)
+    ended: Queue[str] = Queue()
+    engine._on_deltas = lambda deltas: [ended.put(d.request_id) for d in deltas if d.finish] and None
+    engine.start()
+    for round_number in range(3):
+        names = {f"r{round_number}-{i}" for i in range(6)}
+        for i, name in enumerate(sorted(names)):
+            engine.add(request(name, [1] * (100 + i), max_tokens=3))
+        assert {ended.get(timeout=10) for _ in names} == names
+        steps = engine.stats().steps
+        time.sleep(0.05)
+        assert engine.stats().steps == steps
+    engine.add(request("last", [1] * 10, max_tokens=400))
+    engine.stop()
+    assert ended.get(timeout=10) == "last"
 
 
 class EngineMachine(RuleBasedStateMachine):
