@@ -71,18 +71,13 @@ void require(bool holds, const char* message) {
     if (!holds) throw std::out_of_range(message);
 }
 
-constexpr int64_t kSmall = 1 << 17;  // operations that are done sooner than a thread wakes up
-
-// How many of `count` pieces of `cost` operations each are worth a thread.
-int64_t min_piece(int64_t cost) { return kSmall / (cost > 0 ? cost : 1) + 1; }
-
 bool can_decode(int type_id) { return kernels->decoder(type_id) != nullptr; }
 
 void dequantize(int type_id, uintptr_t blocks, uintptr_t out, int64_t rows, int64_t row_bytes, int64_t columns) {
     const Decode decode = kernels->decoder(type_id);
     require(decode != nullptr, "dequantize: no native decoder for this type");
     nb::gil_scoped_release release;
-    parallel_for(rows, min_piece(columns), [&](int64_t begin, int64_t end) {
+    parallel_for(rows, columns, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) decode(at<uint8_t>(blocks) + r * row_bytes, at<float>(out) + r * columns, columns);
     });
 }
@@ -106,14 +101,14 @@ void matmul(int type_id, uintptr_t weight, int64_t rows, int64_t row_bytes, int6
     }
     const MatmulJob job{decode, at<uint8_t>(weight), row_bytes, block_bytes, block_length, wide, tokens, in_features,
                         padded, at(out), out_stride, Float(out_type)};
-    parallel_for(rows, (min_piece(in_features * (tokens + 1) / 4) + 3) / 4 * 4,
+    parallel_for(rows, in_features * (tokens + 1) / 4,
                  [&](int64_t begin, int64_t end) { kernels->matmul(job, begin, end); });
 }
 
 void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, int64_t tokens, int64_t width, float epsilon, int type) {
     nb::gil_scoped_release release;
     const NormJob job{at(x), at(residual), at<float>(weight), at(out), width, epsilon, Float(type)};
-    parallel_for(tokens, min_piece(width), [&](int64_t begin, int64_t end) { kernels->norm(job, begin, end); });
+    parallel_for(tokens, width, [&](int64_t begin, int64_t end) { kernels->norm(job, begin, end); });
 }
 
 void rope(uintptr_t q, uintptr_t k, int64_t q_stride, int64_t k_stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
@@ -123,14 +118,14 @@ void rope(uintptr_t q, uintptr_t k, int64_t q_stride, int64_t k_stride, int64_t 
     for (int64_t t = 0; t < tokens; ++t) require(p[t] >= 0 && p[t] < table_rows, "rope: position outside the table");
     nb::gil_scoped_release release;
     const RopeJob job{at(q), at(k), q_stride, k_stride, n_heads, n_kv_heads, head_dim, half, at<float>(table), p, Float(type)};
-    parallel_for(tokens, min_piece((n_heads + n_kv_heads) * head_dim),
+    parallel_for(tokens, (n_heads + n_kv_heads) * head_dim,
                  [&](int64_t begin, int64_t end) { kernels->rope(job, begin, end); });
 }
 
 void silu_mul(uintptr_t gate_up, uintptr_t out, int64_t tokens, int64_t width, int type) {
     nb::gil_scoped_release release;
     const SiluJob job{at(gate_up), at(out), width, Float(type)};
-    parallel_for(tokens, min_piece(width * 2), [&](int64_t begin, int64_t end) { kernels->silu_mul(job, begin, end); });
+    parallel_for(tokens, width * 2, [&](int64_t begin, int64_t end) { kernels->silu_mul(job, begin, end); });
 }
 
 void kv_write(uintptr_t k, uintptr_t v, int64_t k_stride, int64_t v_stride, int64_t row, uintptr_t k_cache, uintptr_t v_cache,
@@ -139,7 +134,7 @@ void kv_write(uintptr_t k, uintptr_t v, int64_t k_stride, int64_t v_stride, int6
     for (int64_t t = 0; t < tokens; ++t) require(s[t] >= 0 && s[t] < num_slots, "kv_write: slot outside the pool");
     nb::gil_scoped_release release;
     const KvWriteJob job{at(k), at(v), k_stride, v_stride, row, at(k_cache), at(v_cache), s, Float(type), Float(kv_type)};
-    parallel_for(tokens, min_piece(row * 2), [&](int64_t begin, int64_t end) { kernels->kv_write(job, begin, end); });
+    parallel_for(tokens, row * 2, [&](int64_t begin, int64_t end) { kernels->kv_write(job, begin, end); });
 }
 
 // A step's attention, planned once for all layers: the checked tables, cut into items of even size.
@@ -174,7 +169,7 @@ class AttentionPlan {
         job.type = Float(type);
         job.kv_type = Float(kv_type);
         const int64_t count = int64_t(items_.size());
-        parallel_for(count, min_piece(work_ / (count ? count : 1)),
+        parallel_for(count, work_ / (count ? count : 1),
                      [&](int64_t begin, int64_t end) { kernels->attention(job, items_.data(), begin, end); });
     }
 

@@ -17,6 +17,12 @@
 
 namespace {
 
+// Operations, of which a core does some thousand in a microsecond. With less work than this, waking a thread and waiting
+// for it costs more than it gives.
+constexpr int64_t kWorthSharing = 1 << 21;
+// Pieces are small, since the last one to end is waited for and its thread may have lost its core meanwhile.
+constexpr int64_t kSmallestPiece = 1 << 17;
+
 struct Work {
     const std::function<void(int64_t, int64_t)>* body;
     int64_t count, piece;
@@ -126,16 +132,16 @@ void set_num_threads(int count) {
 
 int num_threads() { return wanted_threads; }
 
-void parallel_for(int64_t count, int64_t min_piece, const std::function<void(int64_t, int64_t)>& body) {
+void parallel_for(int64_t count, int64_t cost, const std::function<void(int64_t, int64_t)>& body) {
     if (count <= 0) return;
     const int threads = wanted_threads;
-    if (threads > 1 && count > min_piece) {
+    if (threads > 1 && count * cost >= kWorthSharing) {
         std::unique_lock lock(*pool_mutex, std::try_to_lock);
         if (lock) {
             if (!*pool) *pool = std::make_unique<Pool>(threads - 1);
-            // Four pieces a thread even out what the threads get; a multiple of 4 keeps row tiles whole.
-            const int64_t share = (count + threads * 4 - 1) / (threads * 4);
-            Work work{&body, count, std::max(min_piece, (share + 3) / 4 * 4)};
+            const int64_t share = (count + threads * 8 - 1) / (threads * 8);
+            const int64_t smallest = kSmallestPiece / std::max<int64_t>(cost, 1) + 1;
+            Work work{&body, count, (std::max(share, smallest) + 3) / 4 * 4};
             (*pool)->run(work);
             return;
         }
