@@ -66,9 +66,9 @@ class IncomingTokens:
 class TokenReceiver:
     """Binds the sockets that targets connect to. Made and used on one event loop.
 
-    The unix socket lies in a directory of its own, 0700, in parent_directory or among the temporary files. tcp_host: the
-    address to bind for targets on other nodes, with CURVE; its key travels with the request, through Ray. None: targets
-    of this node only, nothing listens on TCP.
+    The unix socket lies in a directory of its own, 0700, in parent_directory or among the temporary files. tcp_host:
+    the address to bind for targets on other nodes, with CURVE; its key travels with the request, through Ray. None:
+    targets of this node only, nothing listens on TCP.
     """
 
     def __init__(
