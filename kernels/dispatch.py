@@ -24,6 +24,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "silu_mul": norm.silu_mul,
     "kv_write": norm.kv_write,
     "uniform": sampling.uniform,
+    "draw_tokens": sampling.draw_tokens,
 }
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

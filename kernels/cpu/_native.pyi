@@ -58,6 +58,18 @@ def kv_write(
     kv_type: int,
 ) -> None: ...
 def uniform(seeds: int, positions: int, out: int, count: int) -> None: ...
+def draw_tokens(
+    logits: int,
+    row_stride: int,
+    rows: int,
+    vocab: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    u: int,
+    out: int,
+) -> None: ...
 
 class AttentionPlan:
     def __init__(

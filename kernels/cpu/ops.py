@@ -191,3 +191,23 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     _require(seeds.is_contiguous() and positions.is_contiguous())
     _native.uniform(seeds.data_ptr(), positions.data_ptr(), out.data_ptr(), seeds.shape[0])
     return out
+
+
+def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
+    """See kernels.reference.sampling.draw_tokens. Each row's cost does not depend on the other rows."""
+    rows, vocab_size = logits.shape
+    out = torch.empty(rows, dtype=torch.int64)
+    _require(logits.stride(1) == 1 and logits.dtype == torch.float32 and len(u) == rows)
+    _native.draw_tokens(
+        logits.data_ptr(),
+        logits.stride(0),
+        rows,
+        vocab_size,
+        temperature.data_ptr(),
+        top_k.data_ptr(),
+        top_p.data_ptr(),
+        min_p.data_ptr(),
+        u.data_ptr(),
+        out.data_ptr(),
+    )
+    return out

@@ -34,6 +34,44 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return word.double() * 2.0**-32
 
 
+def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
+    """One token of each row: softmax(logits / temperature), top-k, top-p, min-p, inverse of the cumulated rest at u.
+
+    logits [S, V] float32 on any device; the others [S] on the CPU: temperature float32 (0 takes the likeliest), top_k
+    int64 (0 = off), top_p float64 (1 and above = off), min_p float64 (0 = off), u float64 in [0, 1) with at most 32
+    bits. Returns int64 [S] on the logits' device.
+
+    A row without filters is cumulated in the order of token ids, one with filters from the likeliest token down,
+    whatever its neighbours are: its token depends on the row alone.
+    """
+    ids = torch.empty(len(u), dtype=torch.int64, device=logits.device)
+    is_random = temperature > 0
+    is_filtered = is_random & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+    greedy, plain, filtered = (w.nonzero().squeeze(1) for w in (~is_random, is_random & ~is_filtered, is_filtered))
+    if len(greedy):
+        at = greedy.to(ids.device)
+        ids[at] = logits.index_select(0, at).argmax(dim=-1)
+    if len(plain):
+        at = plain.to(ids.device)
+        weights = _softmax(logits.index_select(0, at), temperature[plain])
+        ids[at] = draw(weights, u[plain].to(ids.device))
+    if len(filtered):
+        at = filtered.to(ids.device)
+        weights = _softmax(logits.index_select(0, at), temperature[filtered])
+        filters = [f[filtered].to(ids.device) for f in (top_k, top_p, min_p)]
+        best, order = weights.sort(dim=-1, descending=True, stable=True)
+        drawn = draw(filter_sorted(best, *filters), u[filtered].to(ids.device))
+        ids[at] = order.gather(1, drawn.clamp_(max=logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    # Only NaNs lead beyond the last token.
+    return ids.clamp_(max=logits.shape[1] - 1)
+
+
+def _softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    # The largest goes to 0 before the division: a tiny temperature must not overflow.
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    return (shifted / temperature.to(logits.device).unsqueeze(1)).softmax(dim=-1)
+
+
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """The index drawn from each row by inverting its cumulated weights at u.
 
@@ -58,6 +96,7 @@ def filter_sorted(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Te
     # Cumulated one by one, so that what is cut off beyond the last column cannot change the sums before it.
     cumulated = kept.cumsum(dim=-1, dtype=torch.float64)
     whole = torch.where(is_limited, cumulated[:, -1:], 1.0)
+    top_p = torch.where(top_p < 1, top_p, torch.inf)  # rounding must not cut the tail
     is_kept = (cumulated - kept < top_p.unsqueeze(1) * whole) & (kept >= min_p.unsqueeze(1) * kept[:, :1])
     is_kept[:, 0] = True
     return torch.where(is_kept, kept, 0.0)

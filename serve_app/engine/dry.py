@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.engine.row_tables import Ints, widened
 from serve_app.options import DryParams
 
 MAX_MATCH = 50
-Ints = NDArray[np.int64]
 MAX_PENALTY = 1e30
 
 
@@ -27,14 +27,14 @@ class DryHistory:
         self._multiplier = np.zeros(max_rows)
         self._base = np.ones(max_rows)
         self._allowed = np.zeros(max_rows, np.int64)
-        self._tokens: NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        self._tokens: NDArray[np.int32] = np.zeros((max_rows, 0), np.int32)
         self._is_breaker: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
 
     def set_row(self, row: int, params: DryParams, token_ids: Sequence[int], breaker_ids: Sequence[int]) -> None:
         """Starts the row with prompt and output so far."""
         if not len(self._is_breaker):
             self._is_breaker = np.zeros((self._max_rows, self._vocab_size), np.bool_)
-        self._reserve(len(token_ids) + 1)
+        self._tokens = widened(self._tokens, len(token_ids) + 1)
         self._tokens[row, : len(token_ids)] = token_ids
         self._lengths[row] = len(token_ids)
         self._is_breaker[row] = False
@@ -53,7 +53,7 @@ class DryHistory:
 
     def add(self, rows: Ints, token_ids: Ints) -> None:
         """Appends one drawn token to each row."""
-        self._reserve(int(self._lengths[rows].max()) + 1)
+        self._tokens = widened(self._tokens, int(self._lengths[rows].max()) + 1)
         self._tokens[rows, self._lengths[rows]] = token_ids
         self._lengths[rows] += 1
 
@@ -95,10 +95,3 @@ class DryHistory:
                 break
             matched[alive] += 1
         return matched
-
-    def _reserve(self, length: int) -> None:
-        have = self._tokens.shape[1]
-        if length > have:
-            grown = np.zeros((self._max_rows, max(length, 2 * have, 256)), np.int32)
-            grown[:, :have] = self._tokens[:, :have] if have else 0
-            self._tokens = grown

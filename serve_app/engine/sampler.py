@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import dispatch
-from serve_app.engine.draw import draw_filtered, draw_unfiltered
 from serve_app.engine.dry import DryHistory
-from serve_app.engine.row_tables import PenaltyTables, RowTable, needs_penalties
+from serve_app.engine.row_tables import Ints, PenaltyRows, SparseRows, needs_penalties
 from serve_app.engine.token_mask import TokenMask
 from serve_app.options import SamplingParams
 
-Ints = NDArray[np.int64]
 GREEDY_BELOW = 1e-7
 
 
@@ -24,13 +22,14 @@ class Need(IntFlag):
     """What a row asks for beyond the likeliest token."""
 
     RANDOM = 1
-    FILTER = 2
+    LOGPROBS = 2
     PENALTY = 4
     DRY = 8
-    BIAS = 16
-    MIN_TOKENS = 32
-    MASK = 64
-    LOGPROBS = 128
+    MASK = 16
+    BIAS = 32
+    MIN_TOKENS = 64
+    MEMORY = PENALTY | DRY | MASK
+    CHANGES = MEMORY | BIAS | MIN_TOKENS
 
 
 @dataclass(slots=True)
@@ -78,19 +77,18 @@ class Sampler:
         self._eos_ids = tuple(eos_ids)
         self._breaker_ids = breaker_ids
         self._uniform = dispatch.choose("uniform").function
+        self._draw_tokens = dispatch.choose("draw_tokens", device).function
         self._needs = np.zeros(max_rows, np.int64)
-        self._temperature = np.ones((max_rows, 1), np.float32)
+        self._temperature = np.zeros(max_rows, np.float32)
         self._top_k = np.zeros(max_rows, np.int64)
         self._top_p = np.ones(max_rows)
         self._min_p = np.zeros(max_rows)
-        # Columns: presence, frequency, repetition.
-        self._penalty = np.zeros((max_rows, 3), np.float32)
         self._seed = np.zeros(max_rows, np.uint64)
         self._min_until = np.zeros(max_rows, np.int64)
         self._num_logprobs = np.zeros(max_rows, np.int64)
-        self._counts = PenaltyTables(max_rows, vocab_size, self._device)
-        self._bias = RowTable(max_rows, vocab_size, torch.float32, self._device)
-        self._too_early = RowTable(max_rows, vocab_size, torch.bool, self._device)
+        self._penalties = PenaltyRows(max_rows, vocab_size)
+        self._bias = SparseRows(max_rows)
+        self._too_early = SparseRows(max_rows)
         self._dry = DryHistory(max_rows, vocab_size)
         self._masks: dict[int, TokenMask] = {}
         self._mask_bits: NDArray[np.int32] = np.zeros((max_rows, -(-vocab_size // 32)), np.int32)
@@ -109,13 +107,12 @@ class Sampler:
         seed is any integer, taken modulo 2**64. mask stands after output_ids already; the sampler advances it.
         """
         needs = Need(0)
-        if params.temperature >= GREEDY_BELOW:
+        is_random = params.temperature >= GREEDY_BELOW
+        if is_random:
             needs |= Need.RANDOM
-            if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-                needs |= Need.FILTER
-        self._temperature[row] = params.temperature
+        self._temperature[row] = params.temperature if is_random else 0.0
         self._top_k[row] = min(params.top_k, self.vocab_size)
-        self._top_p[row] = params.top_p if params.top_p < 1 else np.inf
+        self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
         self._seed[row] = seed & 0xFFFFFFFFFFFFFFFF
         self._num_logprobs[row] = min(params.logprobs or 0, self.vocab_size)
@@ -123,19 +120,18 @@ class Sampler:
             needs |= Need.LOGPROBS
         if needs_penalties(params):
             needs |= Need.PENALTY
-            self._penalty[row] = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-            self._counts.set_row(row, prompt_ids, output_ids)
+            self._penalties.set_row(row, params, prompt_ids, output_ids)
         if params.dry.multiplier > 0:
             needs |= Need.DRY
             breakers = [i for text in params.dry.sequence_breakers for i in self._breaker_ids(text)]
             self._dry.set_row(row, params.dry, [*prompt_ids, *output_ids], breakers)
         if params.logit_bias:
             needs |= Need.BIAS
-            self._bias.write(row, [i for i, _ in params.logit_bias], [b for _, b in params.logit_bias])
+            self._bias.set_row(row, [i for i, _ in params.logit_bias], [b for _, b in params.logit_bias])
         if params.min_tokens > 0:
             needs |= Need.MIN_TOKENS
             self._min_until[row] = len(prompt_ids) + params.min_tokens
-            self._too_early.write(row, [*self._eos_ids, *params.stop_token_ids], 1)
+            self._too_early.set_row(row, [*self._eos_ids, *params.stop_token_ids], float("-inf"))
         self._masks.pop(row, None)
         if mask is not None:
             needs |= Need.MASK
@@ -150,19 +146,17 @@ class Sampler:
     def fork_row(self, src: int, dst: int, seed: int) -> None:
         """Gives dst to another choice of src's request: same state, its own seed."""
         arrays: tuple[NDArray[np.generic], ...] = (
-            self._needs, self._temperature, self._top_k, self._top_p, self._min_p, self._penalty, self._min_until,
+            self._needs, self._temperature, self._top_k, self._top_p, self._min_p, self._min_until,
             self._num_logprobs,
         )  # fmt: skip
         for array in arrays:
             array[dst] = array[src]
         self._seed[dst] = seed & 0xFFFFFFFFFFFFFFFF
-        needs = Need(int(self._needs[src]))
-        if needs & Need.PENALTY:
-            self._counts.copy_row(src, dst)
-        if needs & Need.DRY:
+        self._penalties.copy_row(src, dst)
+        self._bias.copy_row(src, dst)
+        self._too_early.copy_row(src, dst)
+        if self._needs[src] & Need.DRY:
             self._dry.copy_row(src, dst)
-        self._bias.copy(src, dst)
-        self._too_early.copy(src, dst)
         self._masks.pop(dst, None)
         if src in self._masks:
             self._masks[dst] = self._masks[src].fork()
@@ -179,10 +173,12 @@ class Sampler:
         asked = np.flatnonzero(needs & Need.LOGPROBS)
         # A copy, as logits change from here on.
         raw = logits.index_select(0, self._tensor(asked)) if len(asked) else None
-        self._change_logits(logits, rows, positions, needs)
+        if (needs & Need.CHANGES).any():
+            self._change_logits(logits, rows, positions, needs)
         ids = self._draw(logits, rows, positions, needs)
         token_ids = ids.cpu().numpy()
-        self._advance(rows, ids, token_ids, needs)
+        if (needs & Need.MEMORY).any():
+            self._advance(rows, token_ids, needs)
         logprobs = None if raw is None else self._logprobs(raw, ids, asked, rows)
         return Sampled(token_ids, logprobs)
 
@@ -193,25 +189,26 @@ class Sampler:
         """Everything before the temperature, in place, each on the rows that asked for it."""
         if len(who := np.flatnonzero(needs & Need.DRY)):
             which, tokens, amounts = self._dry.penalties(rows[who])
-            at = (self._tensor(who[which]), self._tensor(tokens))
-            logits.index_put_(at, -self._tensor(amounts), accumulate=True)
+            self._add(logits, who[which], tokens, -amounts)
         if len(who := np.flatnonzero(needs & Need.PENALTY)):
-            some, index = rows[who], self._tensor(who)
-            changed = self._counts.apply(
-                logits.index_select(0, index), self._tensor(some), self._tensor(self._penalty[some])
-            )
-            logits.index_copy_(0, index, changed)
+            tokens, amounts, repetition = self._penalties.lists(rows[who])
+            at = (self._tensor(who[:, None]), self._tensor(tokens))
+            some = logits[at] - self._tensor(amounts)
+            factor = self._tensor(repetition)
+            logits.index_put_(at, torch.where(some > 0, some / factor, some * factor))
         if len(who := np.flatnonzero(needs & Need.BIAS)):
-            logits.index_add_(0, self._tensor(who), self._bias.data.index_select(0, self._tensor(rows[who])))
+            self._add(logits, who[:, None], *self._bias.lists(rows[who]))
         is_early = (needs & Need.MIN_TOKENS > 0) & (positions < self._min_until[rows])
         if len(who := np.flatnonzero(is_early)):
-            self._forbid(logits, who, self._too_early.data.index_select(0, self._tensor(rows[who])))
+            self._add(logits, who[:, None], *self._too_early.lists(rows[who]))
         if len(who := np.flatnonzero(needs & Need.MASK)):
-            self._forbid(logits, who, ~self._allowed(rows[who]))
+            index = self._tensor(who)
+            allowed = self._allowed(rows[who])
+            logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(~allowed, float("-inf")))
 
-    def _forbid(self, logits: Tensor, who: Ints, is_forbidden: Tensor) -> None:
-        index = self._tensor(who)
-        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(is_forbidden, float("-inf")))
+    def _add(self, logits: Tensor, who: Ints, tokens: Ints, amounts: NDArray[np.float32]) -> None:
+        at = (self._tensor(who), self._tensor(tokens))
+        logits.index_put_(at, self._tensor(amounts), accumulate=True)
 
     def _allowed(self, rows: Ints) -> Tensor:
         """The masks of the rows, unpacked: bool [s, vocab]. Each automaton fills its own: the only loop over rows."""
@@ -222,36 +219,20 @@ class Sampler:
         return (words.unsqueeze(-1) >> bits & 1).bool().flatten(1)[:, : self.vocab_size]
 
     def _draw(self, logits: Tensor, rows: Ints, positions: Ints, needs: Ints) -> Tensor:
-        kind = needs & (Need.RANDOM | Need.FILTER)
-        if not kind.any():
+        if not (needs & Need.RANDOM).any():
             return logits.argmax(dim=-1)
-        ids = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        if len(who := np.flatnonzero(kind == 0)):
-            ids[self._tensor(who)] = logits.index_select(0, self._tensor(who)).argmax(dim=-1)
-        if len(who := np.flatnonzero(kind == Need.RANDOM)):
-            index, temperature, u = self._random_inputs(who, rows, positions)
-            ids[index] = draw_unfiltered(logits.index_select(0, index), temperature, u)
-        if len(who := np.flatnonzero(kind == Need.RANDOM | Need.FILTER)):
-            index, temperature, u = self._random_inputs(who, rows, positions)
-            some = rows[who]
-            filters = (self._top_k[some], self._top_p[some], self._min_p[some])
-            ids[index] = draw_filtered(logits.index_select(0, index), temperature, u, *filters)
-        # Only NaNs, or a mask that allows nothing, lead beyond the last token.
-        return ids.clamp_(max=self.vocab_size - 1)
+        u = self._uniform(torch.from_numpy(self._seed[rows].view(np.int64)), torch.from_numpy(positions))
+        parameters = (self._temperature, self._top_k, self._top_p, self._min_p)
+        ids: Tensor = self._draw_tokens(logits, *(torch.from_numpy(p[rows]) for p in parameters), u)
+        return ids
 
-    def _random_inputs(self, who: Ints, rows: Ints, positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
-        some = rows[who]
-        seeds = torch.from_numpy(self._seed[some].view(np.int64))
-        u = self._uniform(seeds, torch.from_numpy(positions[who])).to(self._device)
-        return self._tensor(who), self._tensor(self._temperature[some]), u
-
-    def _advance(self, rows: Ints, ids: Tensor, token_ids: Ints, needs: Ints) -> None:
+    def _advance(self, rows: Ints, token_ids: Ints, needs: Ints) -> None:
         """Tells what remembers tokens which were drawn."""
         if len(who := np.flatnonzero(needs & Need.PENALTY)):
-            self._counts.add(self._tensor(rows[who]), ids.index_select(0, self._tensor(who)))
+            self._penalties.add(rows[who], token_ids[who])
         if len(who := np.flatnonzero(needs & Need.DRY)):
             self._dry.add(rows[who], token_ids[who])
-        if self._masks and len(who := np.flatnonzero(needs & Need.MASK)):
+        if len(who := np.flatnonzero(needs & Need.MASK)):
             for row, token_id in zip(rows[who].tolist(), token_ids[who].tolist(), strict=True):
                 self._masks[row].advance(token_id)
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -109,7 +108,7 @@ def test_no_loop_over_requests_in_layers_attention_and_sampler(model: LlamaForCa
         fill_pool(runner)
         # Rotary table and sampler state grow in the first step.
         for start in (0, 1):
-            pieces = [replace(p, start=p.start, stop=p.stop) for p in pieces_for(requests, prefills)]
+            pieces = pieces_for(requests, prefills)
             batch = make_batch(runner.kv_pool, pieces, rows=list(range(requests)))
             if start:
                 counts.append(lines_run(runner, batch))
@@ -117,7 +116,9 @@ def test_no_loop_over_requests_in_layers_attention_and_sampler(model: LlamaForCa
                 runner.execute(batch)
     files = {Path(name).parent.name for name in counts[0]}
     assert {"layers", "attention", "models", "engine", "cpu"} <= files
-    assert counts[0] == counts[1]
+    # A loop would run one line more, at least, for each of the 56 more requests; tables that grow run a few.
+    more = {name: counts[1][name] - counts[0][name] for name in counts[1]}
+    assert max(more.values()) < 28, more
 
 
 def test_the_guard_sees_a_loop_over_requests(model: LlamaForCausalLM) -> None:

@@ -1,5 +1,6 @@
 """Every native op against its plain torch twin, in every instruction set of this CPU and every dtype."""
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -176,6 +177,35 @@ def test_uniform() -> None:
     seeds = torch.tensor([0, 1, -1, 2**62 + 12345])
     positions = torch.tensor([0, 7, 2**40, 100])
     assert torch.equal(ops.uniform(seeds, positions), sampling.uniform(seeds, positions))
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 500, 5000])
+def test_draw_tokens(vocab: int) -> None:
+    rows = 400
+    r = random.Random(vocab)
+    logits = randn(rows, vocab, seed=vocab) * 3
+    logits[::7] = logits[::7].bfloat16().float()  # ties
+    temperature = torch.tensor([r.choice([0.0, 0.3, 1.0, 2.5]) for _ in range(rows)])
+    top_k = torch.tensor([r.choice([0, 0, 1, 2, 40, vocab]) for _ in range(rows)])
+    top_p = torch.tensor([r.choice([1.0, 1.0, 0.0, 0.5, 0.9, 0.999]) for _ in range(rows)], dtype=torch.float64)
+    min_p = torch.tensor([r.choice([0.0, 0.0, 0.01, 0.3, 1.0]) for _ in range(rows)], dtype=torch.float64)
+    u = sampling.uniform(torch.arange(rows), torch.arange(rows))
+    arguments = (logits, temperature, top_k, top_p, min_p, u)
+    # The two round differently: where u falls on the border between two tokens, they may take either.
+    expected, got = sampling.draw_tokens(*arguments), ops.draw_tokens(*arguments)
+    assert (expected != got).sum() <= 1
+
+
+def test_draw_tokens_of_broken_logits_stay_in_the_vocabulary() -> None:
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[nan, nan], [-inf, -inf], [inf, 0.0], [-inf, 1.0], [nan, 1.0]])
+    row = torch.ones(5)
+    for top_p in (1.0, 0.5):
+        rest = (torch.zeros(5, dtype=torch.int64), row.double() * top_p, row.double() * 0, row.double() * 0.9)
+        for draw in (ops.draw_tokens, sampling.draw_tokens):
+            ids = draw(logits, row, *rest)
+            assert ((ids >= 0) & (ids < 2)).all()
+            assert ids[3] == 1
 
 
 @pytest.mark.parametrize("threads", [1, 3])

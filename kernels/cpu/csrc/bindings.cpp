@@ -12,6 +12,7 @@
 
 #include "jobs.h"
 #include "philox.h"
+#include "sampling.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -217,6 +218,19 @@ void uniform(uintptr_t seeds, uintptr_t positions, uintptr_t out, int64_t count)
     }
 }
 
+void draw_tokens(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t vocab, uintptr_t temperature, uintptr_t top_k,
+                 uintptr_t top_p, uintptr_t min_p, uintptr_t u, uintptr_t out) {
+    require(vocab > 0, "draw_tokens: no vocabulary");
+    nb::gil_scoped_release release;
+    parallel_for(rows, vocab * 16, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const DrawParams p{at<float>(temperature)[r], at<int64_t>(top_k)[r], at<double>(top_p)[r], at<double>(min_p)[r],
+                               at<double>(u)[r]};
+            at<int64_t>(out)[r] = draw_token(*kernels, at<float>(logits) + r * row_stride, vocab, p);
+        }
+    });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -234,6 +248,7 @@ NB_MODULE(_native, m) {
     m.def("silu_mul", silu_mul);
     m.def("kv_write", kv_write);
     m.def("uniform", uniform);
+    m.def("draw_tokens", draw_tokens);
     nb::class_<AttentionPlan>(m, "AttentionPlan")
         .def(nb::init<uintptr_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>())
         .def("run", &AttentionPlan::run)

@@ -82,4 +82,6 @@ struct KernelTable {
     void (*kv_write)(const KvWriteJob&, int64_t begin, int64_t end);
     void (*attention)(const AttentionJob&, const AttentionItem* items, int64_t begin, int64_t end);
     void (*to_f32)(const void* from, Float type, float* to, int64_t count);
+    // out[i] = e^((x[i] - largest) / divisor)
+    void (*exp_shifted)(const float* x, float largest, float divisor, float* out, int64_t count);
 };

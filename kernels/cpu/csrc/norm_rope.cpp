@@ -71,6 +71,17 @@ void silu_mul(const SiluJob& job, int64_t begin, int64_t end) {
     });
 }
 
+void exp_shifted(const float* x, float largest, float divisor, float* out, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(out + i, exp((load(x + i) - splat(largest)) / splat(divisor)));
+    float tail[kLanes] = {};
+    if (i < count) {
+        std::memcpy(tail, x + i, size_t(count - i) * 4);
+        store(tail, exp((load(tail) - splat(largest)) / splat(divisor)));
+        std::memcpy(out + i, tail, size_t(count - i) * 4);
+    }
+}
+
 void kv_write(const KvWriteJob& job, int64_t begin, int64_t end) {
     with_type(job.type, [&](auto from_tag) {
         with_type(job.kv_type, [&](auto to_tag) {

@@ -14,8 +14,10 @@ void silu_mul(const SiluJob&, int64_t, int64_t);
 void kv_write(const KvWriteJob&, int64_t, int64_t);
 void attention(const AttentionJob&, const AttentionItem*, int64_t, int64_t);
 void to_f32(const void*, Float, float*, int64_t);
+void exp_shifted(const float*, float, float, float*, int64_t);
 
 extern const KernelTable table;
-const KernelTable table{SIROCCO_TEXT(SIROCCO_ISA), decoder, matmul, norm, rope, silu_mul, kv_write, attention, to_f32};
+const KernelTable table{SIROCCO_TEXT(SIROCCO_ISA), decoder,   matmul, norm,       rope, silu_mul,
+                        kv_write,                  attention, to_f32, exp_shifted};
 
 }  // namespace SIROCCO_ISA
