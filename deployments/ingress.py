@@ -55,7 +55,7 @@ class HandleReplicas(Replicas):
         return await _all(self._target, "status")
 
     async def snapshots(self) -> list[Snapshot]:
-        snapshots: list[Snapshot] = await _all(self._target, "snapshot")
+        snapshots: list[Snapshot] = await _all(self._target, "snapshot") + await _all(self._preprocessor, "snapshot")
         if self._num_ingresses > 1:
             context = serve.get_replica_context()
             others = serve.get_deployment_handle(INGRESS, context.app_name)
@@ -113,7 +113,7 @@ class Ingress:
 
     async def snapshot_for(self, asker: str) -> Snapshot:
         """This replica's metrics; nothing for the replica that asks, it counts its own."""
-        return {} if asker == self._replica_id else self._metrics.snapshot()
+        return {} if asker == self._replica_id else self._backend.own_snapshot()
 
     async def num_open(self) -> int:
         """Requests that are running for this replica's clients."""

@@ -13,6 +13,7 @@ from serve_app.config import AppConfig
 from serve_app.errors import ContextTooLong, InvalidRequest
 from serve_app.loaders.model_files import resolve
 from serve_app.messages import GenerateRequest, PromptInput
+from serve_app.metrics import Snapshot, process_snapshot
 from serve_app.options import SamplingParams
 from serve_app.text.chat_template import ChatTemplate, open_chat_template
 from serve_app.text.tokenizer import Tokenizer, open_tokenizer
@@ -93,6 +94,10 @@ class PreprocessorServer:
     def prepare(self, prompt: PromptInput) -> GenerateRequest:
         """Serve runs this in a thread: a long prompt does not hold up the others."""
         return self._preparation.prepare(prompt)
+
+    async def snapshot(self) -> Snapshot:
+        """This process's metrics."""
+        return process_snapshot(PREPROCESSOR)
 
     async def card(self) -> ModelCard:
         """The served model."""

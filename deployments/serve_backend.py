@@ -7,13 +7,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol
 
+from deployments.actor_options import INGRESS
 from deployments.call_errors import ReplicaLost, to_serve_error
 from deployments.pump_receiver import IncomingTokens, TokenReceiver
 from deployments.target import TargetStatus
 from serve_app.api.backend import DeltaSink, Health, ModelCard, Started
 from serve_app.errors import EngineFailed, QueueFull, ServeError, Unavailable
 from serve_app.messages import Finish, GenerateRequest, PromptInput, TokenDelta
-from serve_app.metrics import HttpMetrics, Snapshot, merge_snapshots, render
+from serve_app.metrics import HttpMetrics, Snapshot, merge_snapshots, process_snapshot, render
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,11 @@ class ServeBackend:
             snapshots = await asyncio.wait_for(self._replicas.snapshots(), STATUS_TIMEOUT_S)
         except Exception as error:
             log.debug("no metrics from the other replicas: %r", error)
-        return render(merge_snapshots([self._metrics.snapshot(), *snapshots]))
+        return render(merge_snapshots([self.own_snapshot(), *snapshots]))
+
+    def own_snapshot(self) -> Snapshot:
+        """The metrics of this replica."""
+        return self._metrics.snapshot() | process_snapshot(INGRESS)
 
     def stop(self) -> None:
         """Ends every request with an error that its client is told; new ones are refused."""

@@ -17,7 +17,7 @@ from deployments.replica_process import Surroundings, prepare_process
 from serve_app.config import AppConfig
 from serve_app.errors import EngineFailed
 from serve_app.messages import Finish, GenerateRequest, TokenDelta
-from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot
+from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot, process_snapshot
 from serve_app.options import EngineConfig, ModelSource
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class TargetServer:
 
     async def snapshot(self) -> Snapshot:
         """This engine's metrics."""
-        return engine_snapshot(self._engine.stats())
+        return engine_snapshot(self._engine.stats()) | process_snapshot(TARGET)
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds and replaces the replica when it raises."""

@@ -5,10 +5,13 @@ counter or gauge has one number, a histogram one per bucket (not cumulative), th
 number.
 """
 
+import asyncio
+import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -59,6 +62,9 @@ METRICS: dict[str, Description] = {
     "sirocco_prefix_cache_evictions_total": Description("counter", "Cached blocks given to other requests."),
     "sirocco_preemptions_total": Description("counter", "Requests sent back to the queue for want of blocks."),
     "sirocco_engine_steps_total": Description("counter", "Steps of the engine: one forward pass each."),
+    "sirocco_process_resident_bytes": Description("gauge", "Resident memory, by kind of replica.", ("replica",)),
+    "sirocco_process_open_fds": Description("gauge", "Open files and sockets, by kind of replica.", ("replica",)),
+    "sirocco_event_loop_tasks": Description("gauge", "Tasks of the event loops, by kind of replica.", ("replica",)),
     "sirocco_targets": Description("gauge", "Target replicas that were counted in this scrape."),
 }
 
@@ -157,6 +163,17 @@ def engine_snapshot(stats: EngineCounts) -> Snapshot:
         "sirocco_targets": 1,
     }
     return {name: {"": [float(value)]} for name, value in values.items()}
+
+
+def process_snapshot(replica: str) -> Snapshot:
+    """This process, for a replica of the given kind. For use from its event loop."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    values = {
+        "sirocco_process_resident_bytes": resident_pages * os.sysconf("SC_PAGE_SIZE"),
+        "sirocco_process_open_fds": len(os.listdir("/proc/self/fd")),
+        "sirocco_event_loop_tasks": len(asyncio.all_tasks()),
+    }
+    return {name: {replica: [float(value)]} for name, value in values.items()}
 
 
 def merge_snapshots(snapshots: Iterable[Snapshot]) -> Snapshot:

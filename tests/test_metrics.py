@@ -4,7 +4,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.metrics import METRICS, HttpMetrics, engine_snapshot, merge_snapshots, render
+from serve_app.metrics import METRICS, HttpMetrics, engine_snapshot, merge_snapshots, process_snapshot, render
 
 
 def _samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -75,6 +75,9 @@ def test_every_metric_is_there_before_it_counts():
         assert description.labels or f"\n{name}" in text
 
 
-def test_all_snapshots_have_descriptions():
-    names = {*HttpMetrics().snapshot(), *engine_snapshot(_engine())}
+async def test_all_snapshots_have_descriptions():
+    process = process_snapshot("Target")
+    names = {*HttpMetrics().snapshot(), *engine_snapshot(_engine()), *process}
     assert names == set(METRICS)
+    assert process["sirocco_process_resident_bytes"]["Target"][0] > 2**20
+    assert process["sirocco_event_loop_tasks"]["Target"] == [1.0]
