@@ -1,5 +1,6 @@
 """A Ray cluster of this machine alone, started and ended with the server."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -25,7 +26,10 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 * 2**20
 START_ATTEMPTS = 2
 # Of the time for the whole shutdown, what each part may take.
-_STREAMS_SHARE, _SERVE_SHARE, _RAY_SHARE = 0.3, 0.5, 0.2
+_STREAMS_SHARE, _SERVE_SHARE, _RAY_SHARE = 0.25, 0.45, 0.2
+_LOOK_S = 0.1
+# The processes without which no call to the cluster comes back.
+_RAY_SERVERS = {"gcs_server", "raylet"}
 
 
 class PrivateCluster:
@@ -85,19 +89,29 @@ class PrivateCluster:
         self._note_children()
 
     def stop(self, end_streams: Callable[[float], None]) -> None:
-        """Ends open streams, Serve, Ray, and what is left of our children, in shutdown_timeout_s at most."""
+        """Ends open streams, Serve, Ray, and what is left of our children, in shutdown_timeout_s at most.
+
+        Signals to the whole process group reach Ray's processes too; with those gone there is only the rest to end.
+        """
         total_s = self._config.deployment.shutdown_timeout_s
-        end_s = time.monotonic() + total_s + 1
+        end_s = time.monotonic() + total_s
         self._note_children()
+        servers = [child for child in self._children.values() if child.name() in _RAY_SERVERS]
+
+        def within(share: float, what: str, call: Callable[..., Any], *args: Any) -> bool:
+            return _within(share * total_s, what, call, *args, is_hopeless=lambda: not all(map(_is_alive, servers)))
+
         import ray
         from ray import serve
 
         with _silence(self._config.log not in ("debug", "trace")):
             if ray.is_initialized():
-                _within(total_s * _STREAMS_SHARE, "ending the open streams", end_streams, total_s * _STREAMS_SHARE - 1)
-                _within(total_s * _SERVE_SHARE, "serve.shutdown", serve.shutdown)
+                within(_STREAMS_SHARE, "ending the open streams", end_streams, total_s * _STREAMS_SHARE - 1)
+                within(_SERVE_SHARE, "serve.shutdown", serve.shutdown)
                 self._note_children()
-                _within(total_s * _RAY_SHARE, "ray.shutdown", ray.shutdown)
+                # Ray would try once more while Python exits, and hang there again.
+                if not within(_RAY_SHARE, "ray.shutdown", ray.shutdown):
+                    atexit.register(_exit_at_once)
             self._end_children(end_s)
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -124,8 +138,8 @@ class PrivateCluster:
         self._children.clear()
 
 
-def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any) -> None:
-    """Runs a call that may hang or fail on a thread of its own, and waits only so long."""
+def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any, is_hopeless: Callable[[], bool]) -> bool:
+    """Runs a call that may hang or fail on a thread of its own, and waits only so long. Whether it has ended."""
 
     def run() -> None:
         try:
@@ -135,9 +149,27 @@ def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any) -
 
     thread = threading.Thread(target=run, name=what, daemon=True)
     thread.start()
-    thread.join(timeout_s)
+    end_s = time.monotonic() + timeout_s
+    while thread.is_alive() and time.monotonic() < end_s and not is_hopeless():
+        thread.join(_LOOK_S)
+    # What is hopeless may still end by itself.
+    thread.join(_LOOK_S)
     if thread.is_alive():
-        log.debug("%s takes over %.1f s: not waited for", what, timeout_s)
+        log.debug("%s is not waited for any longer", what)
+    return not thread.is_alive()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _exit_at_once() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The composition root: which deployments make the application, and the life of the server process."""
 
 import logging
+import queue
 import signal
 import threading
 import time
@@ -119,7 +120,9 @@ class _Server:
         self._cluster = cluster
         self._model_name = model_name
         self._is_started = False
-        self._stop = threading.Event()
+        self._is_stopping = False
+        # An exit code or what went wrong. A SimpleQueue may be filled from a signal handler.
+        self._events: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
 
     def run(self) -> int:
         self._take_signals()
@@ -135,52 +138,68 @@ class _Server:
             self._end()
 
     def _serve(self) -> int:
+        # Calls to a cluster that is dying do not come back: this thread makes none, and waits for whatever is first.
+        threading.Thread(target=self._deploy_and_watch, name="watch", daemon=True).start()
+        event = self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def _deploy_and_watch(self) -> None:
         from deployments import application
 
-        application.deploy(_application(self._config, self._cluster.surroundings))
-        end_s = time.monotonic() + self._config.deployment.startup_timeout_s
-        while not self._stop.wait(_START_POLL_S):
-            progress = application.progress()
-            if progress.state is application.State.RUNNING:
-                return self._watch()
-            if progress.state is application.State.FAILED:
-                raise (
-                    ModelFileError(progress.message)
-                    if progress.is_our_sentence
-                    else LaunchError(f"The application cannot be started: {progress.message}")
-                )
-            if time.monotonic() > end_s:
-                raise LaunchError(
-                    f"The application is not ready after {self._config.deployment.startup_timeout_s:g} s "
-                    "(--startup-timeout)."
-                )
-        return EXIT_OK
-
-    def _watch(self) -> int:
-        from deployments import application
-
+        try:
+            application.deploy(_application(self._config, self._cluster.surroundings))
+            self._wait_until_running()
+        except Exception as error:
+            self._events.put(error)
+            return
         http = self._config.http
         host = f"[{http.host}]" if ":" in http.host else http.host
         print(f"Sirocco serves {self._model_name} at http://{host}:{http.port}/v1", flush=True)
-        while not self._stop.wait(_WATCH_POLL_S):
-            try:
-                progress = application.progress()
-            except Exception as error:  # whatever Ray raises when its cluster is gone
-                log.error("The Ray cluster is lost: %s", error)
-                return EXIT_FAILED
+        try:
+            self._watch()
+        except Exception as error:  # whatever Ray raises when its cluster is gone
+            log.error("The Ray cluster is lost: %s", error)
+            self._events.put(EXIT_FAILED)
+
+    def _wait_until_running(self) -> None:
+        from deployments import application
+
+        timeout_s = self._config.deployment.startup_timeout_s
+        end_s = time.monotonic() + timeout_s
+        while (progress := application.progress()).state is not application.State.RUNNING:
             if progress.state is application.State.FAILED:
+                if progress.is_our_sentence:
+                    raise ModelFileError(progress.message)
+                raise LaunchError(f"The application cannot be started: {progress.message}")
+            if time.monotonic() > end_s:
+                raise LaunchError(f"The application is not ready after {timeout_s:g} s (--startup-timeout).")
+            time.sleep(_START_POLL_S)
+
+    def _watch(self) -> None:
+        from deployments import application
+
+        is_well = True
+        while True:
+            time.sleep(_WATCH_POLL_S)
+            progress = application.progress()
+            was_well, is_well = is_well, progress.state is not application.State.FAILED
+            if was_well and not is_well:
                 log.warning("Serve reports: %s", progress.message)
-        return EXIT_OK
+            elif is_well and not was_well:
+                log.info("Serve reports no trouble any more.")
 
     def _take_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_started or self._stop.is_set():
+        if not self._is_started or self._is_stopping:
             # While starting, and for who asks twice: at once.
             raise KeyboardInterrupt
-        self._stop.set()
+        self._is_stopping = True
+        self._events.put(EXIT_OK)
 
     def _end(self) -> None:
         from deployments import application
