@@ -34,6 +34,21 @@ struct Work {
     }
 };
 
+// Waits a few tens of microseconds for what mostly comes at once: sleeping and being woken costs more than that.
+template <typename Holds>
+bool spin_until(Holds holds) {
+    for (int i = 0; i < 1000; ++i) {
+        if (holds()) return true;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    return holds();
+}
+
+// Helpers that follow one caller through its loops. All atomics are sequentially consistent: a helper counts itself as
+// active before it looks for work, the caller takes the work away before it looks at the count, so that either the
+// helper finds nothing or the caller waits for it.
 class Pool {
    public:
     explicit Pool(int helpers) {
@@ -44,47 +59,55 @@ class Pool {
         {
             std::lock_guard lock(mutex_);
             is_closing_ = true;
+            ++generation_;
         }
         wake_.notify_all();
         for (auto& thread : threads_) thread.join();
     }
 
     void run(Work& work) {
-        {
+        work_ = &work;
+        ++generation_;
+        if (num_asleep_ > 0) {
             std::lock_guard lock(mutex_);
-            work_ = &work;
-            ++generation_;
+            wake_.notify_all();
         }
-        wake_.notify_all();
         work.drain();
+        work_ = nullptr;
+        if (spin_until([this] { return num_active_ == 0; })) return;
         std::unique_lock lock(mutex_);
-        work_ = nullptr;  // a helper that has not begun yet has nothing left to do
+        is_waiting_ = true;
         done_.wait(lock, [this] { return num_active_ == 0; });
+        is_waiting_ = false;
     }
 
    private:
     void serve() {
         uint64_t seen = 0;
-        std::unique_lock lock(mutex_);
         for (;;) {
-            wake_.wait(lock, [&] { return is_closing_ || (work_ && generation_ != seen); });
+            if (!spin_until([&] { return generation_ != seen; })) {
+                std::unique_lock lock(mutex_);
+                ++num_asleep_;
+                wake_.wait(lock, [&] { return generation_ != seen; });
+                --num_asleep_;
+            }
             if (is_closing_) return;
             seen = generation_;
-            Work* work = work_;
             ++num_active_;
-            lock.unlock();
-            work->drain();
-            lock.lock();
-            if (--num_active_ == 0) done_.notify_one();
+            if (Work* work = work_) work->drain();
+            if (--num_active_ == 0 && is_waiting_) {
+                std::lock_guard lock(mutex_);
+                done_.notify_one();
+            }
         }
     }
 
     std::mutex mutex_;
     std::condition_variable wake_, done_;
-    Work* work_ = nullptr;
-    uint64_t generation_ = 0;
-    int num_active_ = 0;
-    bool is_closing_ = false;
+    std::atomic<Work*> work_{nullptr};
+    std::atomic<uint64_t> generation_{0};
+    std::atomic<int> num_active_{0}, num_asleep_{0};
+    std::atomic<bool> is_closing_{false}, is_waiting_{false};
     std::vector<std::thread> threads_;
 };
 
