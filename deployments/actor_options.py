@@ -11,7 +11,9 @@ TARGET = "Target"
 
 # The ingress's own routes (health, models, metrics) must get through when every place for a request is taken.
 _SPARE_REQUESTS = 64
-_DRAIN_S = 5.0
+# Open requests of a replica that Serve stops: let end on a cluster that goes on, cut with a server that ends.
+_DRAIN_S = 300.0
+_PRIVATE_DRAIN_S = 2.0
 
 # Read by Serve in every replica.
 REPLICA_ENVIRONMENT = {
@@ -29,7 +31,7 @@ def ingress_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
     """Serve's options of the HTTP replica: it holds every open request, so its limit is above all others."""
     deployment = config.deployment
     return {
-        **_common(config, deployment.max_ongoing_requests + _SPARE_REQUESTS),
+        **_common(config, deployment.max_ongoing_requests + _SPARE_REQUESTS, is_private=is_private),
         "num_replicas": deployment.ingress_replicas,
         "ray_actor_options": _actor(deployment.ingress_cpus, 1, is_private=is_private),
     }
@@ -39,7 +41,7 @@ def preprocessor_options(config: AppConfig, *, is_private: bool) -> dict[str, An
     """Serve's options of the tokenising replica."""
     deployment = config.deployment
     return {
-        **_common(config, deployment.max_ongoing_requests),
+        **_common(config, deployment.max_ongoing_requests, is_private=is_private),
         "num_replicas": deployment.preprocessor_replicas,
         "ray_actor_options": _actor(deployment.preprocessor_cpus, 1, is_private=is_private),
     }
@@ -51,7 +53,7 @@ def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
     num_requests = config.engine.max_seqs + config.engine.max_waiting
     num_threads = config.engine.num_threads or num_cores()
     options: dict[str, Any] = {
-        **_common(config, num_requests + _SPARE_REQUESTS),
+        **_common(config, num_requests + _SPARE_REQUESTS, is_private=is_private),
         "ray_actor_options": _actor(deployment.target_cpus, num_threads, is_private=is_private),
     }
     most = deployment.max_target_replicas
@@ -85,10 +87,10 @@ def num_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def _common(config: AppConfig, max_ongoing_requests: int) -> dict[str, Any]:
+def _common(config: AppConfig, max_ongoing_requests: int, *, is_private: bool) -> dict[str, Any]:
     return {
         "max_ongoing_requests": max_ongoing_requests,
-        "graceful_shutdown_timeout_s": _DRAIN_S,
+        "graceful_shutdown_timeout_s": _PRIVATE_DRAIN_S if is_private else _DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 1.0,
         "health_check_timeout_s": 30.0,

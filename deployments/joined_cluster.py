@@ -53,7 +53,7 @@ class JoinedCluster:
             )
             log.info("the cluster has %s: %s%s", name, shown, remark)
 
-    def stop(self, end_streams: Callable[[float], None]) -> None:
+    def stop(self, end_streams: Callable[[float], None]) -> bool:
         """Takes the application off the cluster; Serve lets open requests end first."""
         import ray
         from ray import serve
@@ -62,6 +62,7 @@ class JoinedCluster:
 
         serve.delete(APPLICATION)
         ray.shutdown()
+        return True
 
     def kill(self) -> None:
         """Leaves at once; the application stays, as it would if this machine failed."""

@@ -1,6 +1,5 @@
 """A Ray cluster of this machine alone, started and ended with the server."""
 
-import atexit
 import contextlib
 import logging
 import os
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 * 2**20
 START_ATTEMPTS = 2
 # Of the time for the whole shutdown, what each part may take.
-_STREAMS_SHARE, _SERVE_SHARE, _RAY_SHARE = 0.25, 0.45, 0.2
+_STREAMS_SHARE, _SERVE_SHARE, _RAY_SHARE = 0.25, 0.4, 0.25
 _LOOK_S = 0.1
 # The processes without which no call to the cluster comes back.
 _RAY_SERVERS = {"gcs_server", "raylet"}
@@ -88,15 +87,16 @@ class PrivateCluster:
         )
         self._note_children()
 
-    def stop(self, end_streams: Callable[[float], None]) -> None:
+    def stop(self, end_streams: Callable[[float], None]) -> bool:
         """Ends open streams, Serve, Ray, and what is left of our children, in shutdown_timeout_s at most.
 
         Signals to the whole process group reach Ray's processes too; with those gone there is only the rest to end.
+        False: Ray's own shutdown has not come back.
         """
         total_s = self._config.deployment.shutdown_timeout_s
         end_s = time.monotonic() + total_s
         self._note_children()
-        servers = [child for child in self._children.values() if child.name() in _RAY_SERVERS]
+        servers = [child for child in self._children.values() if _name(child) in _RAY_SERVERS]
 
         def within(share: float, what: str, call: Callable[..., Any], *args: Any) -> bool:
             return _within(share * total_s, what, call, *args, is_hopeless=lambda: not all(map(_is_alive, servers)))
@@ -104,16 +104,16 @@ class PrivateCluster:
         import ray
         from ray import serve
 
+        has_ended = True
         with _silence(self._config.log not in ("debug", "trace")):
             if ray.is_initialized():
                 within(_STREAMS_SHARE, "ending the open streams", end_streams, total_s * _STREAMS_SHARE - 1)
                 within(_SERVE_SHARE, "serve.shutdown", serve.shutdown)
                 self._note_children()
-                # Ray would try once more while Python exits, and hang there again.
-                if not within(_RAY_SHARE, "ray.shutdown", ray.shutdown):
-                    atexit.register(_exit_at_once)
+                has_ended = within(_RAY_SHARE, "ray.shutdown", ray.shutdown)
             self._end_children(end_s)
         shutil.rmtree(self._directory, ignore_errors=True)
+        return has_ended
 
     def kill(self) -> None:
         """Ends all our children at once."""
@@ -159,17 +159,18 @@ def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any, i
     return not thread.is_alive()
 
 
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
 def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _exit_at_once() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 @contextlib.contextmanager

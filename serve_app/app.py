@@ -1,11 +1,17 @@
 """The composition root: which deployments make the application, and the life of the server process."""
 
+import atexit
+import json
 import logging
+import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -21,11 +27,13 @@ from serve_app.config import AppConfig, HttpConfig
 from serve_app.errors import LaunchError, ModelFileError
 from serve_app.loaders.model_files import resolve
 from serve_app.metrics import HttpMetrics
+from serve_app.options import ModelSource
 
 log = logging.getLogger(__name__)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 _START_POLL_S = 0.5
@@ -38,7 +46,7 @@ class Cluster(Protocol):
     @property
     def surroundings(self) -> Surroundings: ...
     def start(self) -> None: ...
-    def stop(self, end_streams: Callable[[float], None]) -> None: ...
+    def stop(self, end_streams: Callable[[float], None]) -> bool: ...
     def kill(self) -> None: ...
 
 
@@ -57,12 +65,15 @@ def run(config: AppConfig) -> int:
     """
     config = with_absolute_paths(config)
     config.http.resolve_api_keys()
-    files = resolve(config.model.to_source())
-    name = config.http.served_model_name or files.model_name
     if config.deployment.ray_address is not None:
+        # The files are those of the cluster's nodes: not looked for here.
+        name = config.http.served_model_name or config.model.model or "the embedded model"
         return _Server(config, JoinedCluster(config), name).run()
     check_port(config.http.host, config.http.port)
-    return _Server(config, PrivateCluster(config, choose_edge(config.deployment)), name).run()
+    source = config.model.to_source()
+    name = config.http.served_model_name or resolve(source).model_name
+    cluster = PrivateCluster(config, choose_edge(config.deployment))
+    return _Server(config, cluster, name, HeaderCheck(source)).run()
 
 
 def with_absolute_paths(config: AppConfig) -> AppConfig:
@@ -112,15 +123,52 @@ def _build_asgi(get_backend: Callable[[], Backend], config: HttpConfig, metrics:
     return build_asgi(get_backend, config, metrics=metrics)
 
 
+class HeaderCheck:
+    """Looks whether the model's files can be loaded, in a process of its own while Ray starts: it needs torch."""
+
+    def __init__(self, source: ModelSource) -> None:
+        command = [sys.executable, "-m", "serve_app.loaders.check"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+        assert self._process.stdin is not None
+        json.dump(asdict(source), self._process.stdin)
+        self._process.stdin.close()
+        self._sentence = ""
+        self._thread = threading.Thread(target=self._read, name="header check", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        lines = self._process.stderr.read().strip().splitlines()
+        # A check that fails in another way says nothing: the target will.
+        if self._process.wait() == EXIT_USAGE and lines:
+            self._sentence = lines[-1]
+            # Ray may still be starting: no need to wait for that.
+            signal.raise_signal(signal.SIGINT)
+
+    def wait(self) -> None:
+        """Waits for the end of the check."""
+        self._thread.join()
+
+    def raise_if_failed(self) -> None:
+        """Raises ModelFileError if the check has found something."""
+        if self._sentence:
+            raise ModelFileError(self._sentence)
+
+
 class _Server:
     """The server process: starts the cluster and the application, watches, and ends both."""
 
-    def __init__(self, config: AppConfig, cluster: Cluster, model_name: str) -> None:
+    def __init__(
+        self, config: AppConfig, cluster: Cluster, model_name: str, header_check: HeaderCheck | None = None
+    ) -> None:
         self._config = config
+        self._header_check = header_check
         self._cluster = cluster
         self._model_name = model_name
         self._is_started = False
         self._is_stopping = False
+        self._exit_code = EXIT_USAGE
         # An exit code or what went wrong. A SimpleQueue may be filled from a signal handler.
         self._events: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
 
@@ -131,11 +179,17 @@ class _Server:
             # Ray puts its own handler in the place of ours.
             self._take_signals()
             self._is_started = True
-            return self._serve()
+            if self._header_check is not None:
+                self._header_check.wait()
+                self._header_check.raise_if_failed()
+            self._exit_code = self._serve()
         except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
+            if self._header_check is not None:
+                self._header_check.raise_if_failed()
+            self._exit_code = EXIT_INTERRUPTED
         finally:
             self._end()
+        return self._exit_code
 
     def _serve(self) -> int:
         # Calls to a cluster that is dying do not come back: this thread makes none, and waits for whatever is first.
@@ -205,9 +259,16 @@ class _Server:
         from deployments import application
 
         try:
-            if self._is_started:
-                self._cluster.stop(application.end_streams)
-            else:
+            if self._is_started and not self._cluster.stop(application.end_streams):
+                # Ray would try once more while Python exits, and hang there again.
+                atexit.register(_exit_at_once, self._exit_code)
+            elif not self._is_started:
                 self._cluster.kill()
         except KeyboardInterrupt:
             self._cluster.kill()
+
+
+def _exit_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -49,6 +49,11 @@ class Server:
         assert self.process.stdout is not None
         self.output.extend(self.process.stdout)
 
+    def all_output(self) -> str:
+        """Everything it said; for a process that has ended."""
+        self._reader.join(5)
+        return "".join(self.output)
+
     def get(self, path: str) -> tuple[int, str]:
         try:
             with urllib.request.urlopen(self.url + path, timeout=10) as response:

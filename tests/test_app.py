@@ -164,6 +164,20 @@ def test_a_signal_while_starting_leaves_nothing():
         server.kill()
 
 
+@pytest.mark.ray
+def test_a_missing_tensor_is_found_before_anything_listens(tmp_path):
+    asset = Path(app.__file__).parent / "assets" / "stories3M-Q8_0.gguf"
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(asset.read_bytes().replace(b"blk.0.attn_q.weight", b"blk.0.attn_X.weight"))
+    server = Server("gguf", "-m", str(tmp_path), "-f", file.name)
+    try:
+        assert server.process.wait(120) == app.EXIT_USAGE
+        assert server.all_output() == f"sirocco: {file}: tensor 'blk.0.attn_q.weight' is missing\n"
+        assert server.get("/health")[0] == 0
+    finally:
+        server.kill()
+
+
 def test_a_taken_port_ends_the_start_before_anything_runs():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -15,7 +15,7 @@ from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.base import CausalLM, ModelArgs
-from serve_app.models.registry import find_family
+from serve_app.models.registry import Family, find_family
 from serve_app.options import DType
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,7 @@ def load_model(files: ModelFiles, *, dtype: DType, device: str) -> LoadedModel:
     dtype: of activations, keys and values; 'auto' see compute_dtype. Resident memory peaks at the files' size plus the
     process. Raises ModelFileError naming the file and the tensor or key that is missing, misshapen or not supported.
     """
-    family = find_family(_architecture(files), files.config_file)
-    if files.gguf_metadata is not None:
-        args = family.args.from_gguf(files.gguf_metadata, files.config_file)
-    else:
-        args = family.args.from_hf(files.config or {}, files.config_file)
+    family, args = find_args(files)
     checkpoint = open_checkpoint(files)
     chosen = compute_dtype(dtype, checkpoint, torch.device(device))
     source = CheckpointSource(checkpoint, chosen, torch.device(device))
@@ -51,6 +47,14 @@ def load_model(files: ModelFiles, *, dtype: DType, device: str) -> LoadedModel:
     _report_unused(checkpoint, source)
     facts = {"architecture": files.architecture, "args": asdict(cast(Any, args)), "dtype": str(chosen)}
     return LoadedModel(model, args, fingerprint(facts, checkpoint.stored()), chosen)
+
+
+def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
+    """The model's family and its arguments; ModelFileError for a configuration that does not do."""
+    family = find_family(_architecture(files), files.config_file)
+    if files.gguf_metadata is not None:
+        return family, family.args.from_gguf(files.gguf_metadata, files.config_file)
+    return family, family.args.from_hf(files.config or {}, files.config_file)
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
