@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 
 from deployments.actor_options import node_environment
@@ -10,6 +11,8 @@ from serve_app.config import LOG_LEVELS, AppConfig
 from serve_app.errors import LaunchError
 
 log = logging.getLogger(__name__)
+
+CONNECT_S = 5.0
 
 
 class JoinedCluster:
@@ -25,10 +28,12 @@ class JoinedCluster:
 
     def start(self) -> None:
         """Raises LaunchError if the cluster cannot be reached."""
+        address = self._config.deployment.ray_address
+        assert address is not None
+        _check_reachable(address)
         import ray
         from ray import serve
 
-        address = self._config.deployment.ray_address
         try:
             ray.init(address=address, logging_level=LOG_LEVELS[self._config.log])
         except Exception as error:  # Ray raises all kinds of them
@@ -66,3 +71,14 @@ class JoinedCluster:
 
     def kill(self) -> None:
         """Leaves at once; the application stays, as it would if this machine failed."""
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes. Raises LaunchError; addresses of another form than host:port are Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise LaunchError(f"The Ray cluster at {address} (--ray-address) cannot be reached: {error}.") from error
