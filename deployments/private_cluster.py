@@ -108,6 +108,8 @@ class PrivateCluster:
         with _silence(self._config.log not in ("debug", "trace")):
             if ray.is_initialized():
                 within(_STREAMS_SHARE, "ending the open streams", end_streams, total_s * _STREAMS_SHARE - 1)
+                # Here already: with its raylet dead, Ray may end this process any moment.
+                shutil.rmtree(self._directory, ignore_errors=True)
                 within(_SERVE_SHARE, "serve.shutdown", serve.shutdown)
                 self._note_children()
                 has_ended = within(_RAY_SHARE, "ray.shutdown", ray.shutdown)

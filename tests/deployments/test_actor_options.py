@@ -1,6 +1,7 @@
 """What Serve is told, and what Ray finds in its environment."""
 
 import subprocess
+import tempfile
 
 import pytest
 from ray import serve
@@ -61,7 +62,8 @@ def test_the_edge_of_a_private_cluster():
     assert "RAY_SERVE_ENABLE_HA_PROXY" not in node_environment(AppConfig(deployment=DeploymentConfig(proxy="python")))
 
 
-def test_two_servers_of_one_machine_share_no_secret_and_no_port():
+def test_two_servers_of_one_machine_share_no_secret_and_no_port(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     one, other = (private_environment(AppConfig(), Edge.HAPROXY, private_directory()) for _ in range(2))
     for name in ("RAY_AUTH_TOKEN", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_SOCKET_PATH"):
         assert one[name] != other[name]
