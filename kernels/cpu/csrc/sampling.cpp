@@ -111,7 +111,11 @@ int64_t draw_token(const KernelTable& kernels, const float* logits, int64_t voca
     s.weights.resize(size_t(vocab));
     kernels.exp_shifted(logits, largest, p.temperature, s.weights.data(), vocab);
     double total = 0;
-    for (int64_t i = 0; i < vocab; ++i) total += s.weights[i];
+    for (float& weight : s.weights) {
+        // NaN logits, and what rounding makes of the largest one, must stay within the buckets.
+        weight = weight > 0.0f ? std::min(weight, 1.0f) : 0.0f;
+        total += weight;
+    }
     const bool is_filtered = p.top_k > 0 || p.top_p < 1 || p.min_p > 0;
     return is_filtered ? draw_filtered(s, p, total, vocab) : draw_unfiltered(s, p, total, vocab);
 }
