@@ -24,9 +24,7 @@ class ServeError(Exception):
         return _rebuild, (type(self), self.message, self.param, self.retry_after_s)
 
 
-def _rebuild(
-    cls: type[ServeError], message: str, param: str | None, retry_after_s: float | None
-) -> ServeError:
+def _rebuild(cls: type[ServeError], message: str, param: str | None, retry_after_s: float | None) -> ServeError:
     return cls(message, param=param, retry_after_s=retry_after_s)
 
 
