@@ -1,9 +1,9 @@
 """AppConfig → what Serve is told about each deployment, and the environment its processes need. Imports no Ray."""
 
-import os
 from typing import Any
 
 from serve_app.config import RAY_LOG_LEVELS, AppConfig
+from serve_app.cpu_info import num_cores
 
 INGRESS = "Ingress"
 PREPROCESSOR = "Preprocessor"
@@ -74,17 +74,6 @@ def node_environment(config: AppConfig) -> dict[str, str]:
     if config.deployment.proxy != "python":
         environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     return environment
-
-
-def num_cores() -> int:
-    """Cores this process may use: the smaller of its affinity mask and its cgroup's quota."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def _common(config: AppConfig, max_ongoing_requests: int, *, is_private: bool) -> dict[str, Any]:

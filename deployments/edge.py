@@ -8,8 +8,9 @@ import tempfile
 from enum import Enum
 from pathlib import Path
 
-from deployments.actor_options import REPLICA_ENVIRONMENT, num_cores, thread_environment
+from deployments.actor_options import REPLICA_ENVIRONMENT, thread_environment
 from serve_app.config import AppConfig, DeploymentConfig
+from serve_app.cpu_info import num_cores
 from serve_app.errors import LaunchError
 
 

@@ -70,13 +70,12 @@ def _program() -> Iterable[Finding]:
 
 
 def _cpu() -> Iterable[Finding]:
-    from serve_app.commands.cpu_info import cpu_flags, cpu_name, quota_cores
+    from serve_app.cpu_info import cpu_flags, cpu_name, num_cores, quota_cores
 
     yield Finding("model", cpu_name())
-    allowed = len(os.sched_getaffinity(0))
     quota = quota_cores()
     note = "" if quota is None else f"the cgroup's quota is {quota:g}"
-    yield Finding("cores", allowed if quota is None else min(allowed, max(1, int(quota))), note)
+    yield Finding("cores", num_cores(), note)
     flags = cpu_flags()
     yield Finding("flags", [flag for flag in CPU_FLAGS if flag in flags])
 

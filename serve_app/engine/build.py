@@ -1,9 +1,9 @@
 """From a model's name to an engine that is ready to step."""
 
 import logging
-import os
 
 from kernels.dispatch import set_num_threads
+from serve_app.cpu_info import num_cores
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.model_runner import ModelRunner
@@ -42,11 +42,6 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     )  # fmt: skip
     parts = assemble(runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults())
     return Engine(parts, config, on_deltas)
-
-
-def num_cores() -> int:
-    """The cores that this process's affinity mask allows."""
-    return len(os.sched_getaffinity(0))
 
 
 class DryBreakers:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.commands import cpu_info, doctor
+from serve_app import cpu_info
+from serve_app.commands import doctor
 from serve_app.commands.doctor import Finding
 
 

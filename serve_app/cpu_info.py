@@ -1,5 +1,6 @@
-"""What Linux says of the processor."""
+"""What Linux says of the processor, and how much of it this process may use."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def quota_cores(root: Path = Path("/")) -> float | None:
     quota = _read(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").strip()
     period = _read(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us").strip()
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def num_cores() -> int:
+    """Cores this process may use: the smaller of its affinity mask and its cgroup's quota, at least one."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = quota_cores()
+    return allowed if quota is None else min(allowed, max(1, int(quota)))
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:
