@@ -27,8 +27,6 @@ START_ATTEMPTS = 2
 # Of the time for the whole shutdown, what each part may take.
 _STREAMS_SHARE, _SERVE_SHARE, _RAY_SHARE = 0.25, 0.4, 0.25
 _LOOK_S = 0.1
-# The processes without which no call to the cluster comes back.
-_RAY_SERVERS = {"gcs_server", "raylet"}
 
 
 class PrivateCluster:
@@ -40,6 +38,7 @@ class PrivateCluster:
         self._directory = private_directory()
         self._log_pipe = LogPipe(self._directory)
         self._children: dict[int, psutil.Process] = {}
+        self._servers: list[psutil.Process] = []
 
     @property
     def surroundings(self) -> Surroundings:
@@ -60,6 +59,7 @@ class PrivateCluster:
         from ray import serve
 
         # Ray's and Serve's own news are for those who look for trouble.
+        others = psutil.Process().children()
         level = logging.WARNING if self._config.log == "info" else LOG_LEVELS[self._config.log]
         logging.getLogger("ray.serve").setLevel(level)
         for attempt in range(1, START_ATTEMPTS + 1):
@@ -75,11 +75,15 @@ class PrivateCluster:
                 break
             except Exception as error:  # Ray raises all kinds of them; a busy machine makes it miss its own deadlines
                 ray.shutdown()
+                self._note_children()
+                for other in others:
+                    self._children.pop(other.pid, None)
                 self._end_children(time.monotonic() + 1)
                 if attempt == START_ATTEMPTS:
                     raise LaunchError(f"Ray cannot be started on this machine: {error}") from error
                 log.warning("Ray did not start (%s): trying once more", error)
         self._note_children()
+        self._servers = [child for child in psutil.Process().children() if child not in others]
         serve.start(
             proxy_location="Disabled" if self._edge is Edge.DIRECT else "HeadOnly",
             http_options={"host": self._config.http.host, "port": self._config.http.port},
@@ -96,10 +100,9 @@ class PrivateCluster:
         total_s = self._config.deployment.shutdown_timeout_s
         end_s = time.monotonic() + total_s
         self._note_children()
-        servers = [child for child in self._children.values() if _name(child) in _RAY_SERVERS]
 
         def within(share: float, what: str, call: Callable[..., Any], *args: Any) -> bool:
-            return _within(share * total_s, what, call, *args, is_hopeless=lambda: not all(map(_is_alive, servers)))
+            return _within(share * total_s, what, call, *args, is_hopeless=self._is_lost)
 
         import ray
         from ray import serve
@@ -129,6 +132,13 @@ class PrivateCluster:
             for child in psutil.Process().children(recursive=True):
                 self._children[child.pid] = child
 
+    def _is_lost(self) -> bool:
+        """Whether Ray's own processes were ended by others, as by a signal to the whole group: no call comes back then.
+
+        Of gcs_server and raylet, which take long to end, the rest tells first; one of that may be gone by itself.
+        """
+        return sum(not _is_alive(server) for server in self._servers) >= 2
+
     def _end_children(self, end_s: float) -> None:
         """By pid; psutil checks that a pid still is the process it was."""
         _, alive = psutil.wait_procs(self._children.values(), timeout=max(0.0, min(1.0, end_s - time.monotonic())))
@@ -138,6 +148,7 @@ class PrivateCluster:
                 child.kill()
         psutil.wait_procs(alive, timeout=1.0)
         self._children.clear()
+        self._servers.clear()
 
 
 def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any, is_hopeless: Callable[[], bool]) -> bool:
@@ -159,13 +170,6 @@ def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any, i
     if thread.is_alive():
         log.debug("%s is not waited for any longer", what)
     return not thread.is_alive()
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.Error:
-        return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:

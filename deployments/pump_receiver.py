@@ -15,6 +15,7 @@ import zmq
 
 from deployments.loop_socket import LoopSocket
 from deployments.token_pump import (
+    CANCEL,
     CREDIT,
     CREDIT_WINDOW,
     HEARTBEAT,
@@ -115,11 +116,13 @@ class TokenReceiver:
         return stream
 
     def close(self, request_id: str) -> None:
-        """Forgets a request; what still comes for it is dropped."""
+        """Forgets a request; a target that still works on it is told."""
         stream = self._requests.pop(request_id, None)
         self._lagging.pop(request_id, None)
         if stream is not None and stream.source is not None:
             stream.source.requests.pop(request_id, None)
+            if stream.num_open_choices > 0:
+                self._cancel(stream.source, request_id)
 
     def fail_all(self, error: ServeError) -> None:
         """Ends every open stream with this error."""
@@ -179,6 +182,9 @@ class TokenReceiver:
         if self._credits:
             self._send_credits()
 
+    def _cancel(self, source: _Source, request_id: str) -> None:
+        source.socket.send((source.identity, pack(CANCEL, self.address.epoch, [request_id])))
+
     def _check_sequence(self, source: _Source, sequence: int) -> None:
         if sequence != source.sequence:
             self._fail_source(source, f"{sequence - source.sequence} messages from the engine were lost.")
@@ -193,6 +199,9 @@ class TokenReceiver:
                 if stream is not None and deltas:
                     self._push(source, stream, deltas)
                 stream, deltas = self._requests.get(row[0]), []
+                if stream is None:
+                    # Closed before its first token: only now is it known who works on it.
+                    self._cancel(source, row[0])
             if stream is not None:
                 deltas.append(unpack_delta(row))
         if stream is not None and deltas:

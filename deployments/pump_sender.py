@@ -11,6 +11,7 @@ import zmq
 
 from deployments.loop_socket import LoopSocket
 from deployments.token_pump import (
+    CANCEL,
     CREDIT,
     CREDIT_WINDOW,
     HEARTBEAT,
@@ -21,7 +22,7 @@ from deployments.token_pump import (
     pack_tokens,
     unpack,
 )
-from serve_app.errors import EngineFailed
+from serve_app.errors import EngineFailed, Unavailable
 from serve_app.messages import Finish, StreamAddress, TokenDelta
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class TokenSender:
     """Sends tokens, counts credit, notices lost ingress replicas. `publish` is thread-safe, the rest is the loop's.
 
     pause and resume are called with a request id when its client stops and starts again to keep up. A request whose
-    ingress is lost has its future failed with EngineFailed; the caller then aborts it.
+    ingress is lost has its future failed with EngineFailed, one that the ingress gave up with Unavailable; the caller
+    then aborts it.
     """
 
     def __init__(
@@ -197,6 +199,9 @@ class TokenSender:
         if kind == CREDIT:
             for request_id, num_consumed in rest[0]:
                 self._credit(link.requests.get(request_id), num_consumed)
+        elif kind == CANCEL:
+            for request_id in rest[0]:
+                self._cancel(link.requests.get(request_id))
 
     def _credit(self, outgoing: _Outgoing | None, num_consumed: int) -> None:
         if outgoing is None:
@@ -205,6 +210,12 @@ class TokenSender:
         if outgoing.is_paused and outgoing.num_sent - outgoing.num_consumed < self._window:
             outgoing.is_paused = False
             self._resume(outgoing.request_id)
+
+    def _cancel(self, outgoing: _Outgoing | None) -> None:
+        if outgoing is not None:
+            self.close(outgoing.request_id)
+            if not outgoing.finished.done():
+                outgoing.finished.set_exception(Unavailable("Nobody waits for this request any more."))
 
     async def _tick_forever(self) -> None:
         while True:

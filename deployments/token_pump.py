@@ -4,13 +4,15 @@ A target replica connects one DEALER socket to each ingress replica that it work
 directions carry msgpack arrays, never pickles:
 
     target -> ingress   [TOKENS, epoch, sequence, rows]      [HEARTBEAT, epoch, sequence]
-    ingress -> target   [CREDIT, epoch, [[request id, consumed], ...]]   [HEARTBEAT, epoch]
+    ingress -> target   [CREDIT, epoch, [[request id, consumed], ...]]   [CANCEL, epoch, [request id, ...]]
+                        [HEARTBEAT, epoch]
 
 epoch names one life of the ingress replica and is random: a message with another one is for a dead predecessor, or from
 a stranger, and is dropped. sequence counts the messages of one socket, TokenDelta.index the tokens of one choice: a gap
 in either means lost tokens, and the streams concerned end with an error. Without a message (heartbeats included) for
 `SILENCE_TICKS` ticks the other side counts as lost. A request may have `CREDIT_WINDOW` deltas on their way that its
-client has not consumed; then the target pauses it in the engine.
+client has not consumed; then the target pauses it in the engine. Cancelling the target's open call is what ends a
+request whose client has left; CANCEL says the same on this way, for calls whose cancellation gets lost in Serve.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,6 +25,7 @@ from serve_app.messages import Finish, TokenDelta, TokenLogprob, Usage
 TOKENS = 1
 HEARTBEAT = 2
 CREDIT = 3
+CANCEL = 4
 
 TICK_S = 0.25
 SILENCE_TICKS = 20

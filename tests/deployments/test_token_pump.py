@@ -192,6 +192,7 @@ async def test_a_silent_target_ends_its_streams():
 
 async def test_a_silent_ingress_has_its_requests_aborted():
     async with Pair() as pair:
+        pair.receiver.open("r", Sink(), 1)
         end = pair.sender.open("r", pair.receiver.address, 1)
         pair.sender.publish([delta("r", 0)])
         await asyncio.sleep(TICK_S * SILENCE_TICKS * 1.5)
@@ -264,6 +265,33 @@ async def test_a_failed_request_raises_at_the_target_and_stays_open_at_the_ingre
             await asyncio.wait_for(end, 5)
         await asyncio.sleep(0.05)
         assert not stream.finished.done(), "the call that stays open brings the error"
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+async def test_a_request_that_the_ingress_gave_up_ends_at_the_target(has_begun):
+    async with Pair() as pair:
+        stream = pair.receiver.open("r", Sink(), 1)
+        end = pair.sender.open("r", pair.receiver.address, 1)
+        if has_begun:
+            pair.sender.publish([delta("r", 0)])
+            await until(lambda: stream.num_pushed == 1)
+        pair.receiver.close("r")
+        if not has_begun:
+            pair.sender.publish([delta("r", 0)])
+        with pytest.raises(Unavailable, match="Nobody waits"):
+            await asyncio.wait_for(end, 5)
+
+
+async def test_a_finished_request_is_not_cancelled():
+    async with Pair() as pair:
+        stream, other = pair.receiver.open("r", Sink(), 1), pair.receiver.open("s", Sink(), 1)
+        ends = [pair.sender.open(name, pair.receiver.address, 1) for name in "rs"]
+        pair.sender.publish([delta("r", 0, finish="stop"), delta("s", 0)])
+        await asyncio.wait_for(stream.finished, 5)
+        pair.receiver.close("r")
+        pair.sender.publish([delta("s", 1, finish="stop")])
+        await asyncio.wait_for(other.finished, 5)
+        assert [len(await end) for end in ends] == [1, 1]
 
 
 async def test_closed_requests_leave_nothing_behind():
