@@ -26,8 +26,8 @@ class JoinedCluster:
         """For the replicas."""
         return Surroundings()
 
-    def start(self) -> None:
-        """Raises LaunchError if the cluster cannot be reached."""
+    def start(self, when_up: Callable[[], None]) -> None:
+        """Calls when_up once the cluster is joined, before Serve starts. Raises LaunchError if it cannot be reached."""
         address = self._config.deployment.ray_address
         assert address is not None
         _check_reachable(address)
@@ -38,6 +38,7 @@ class JoinedCluster:
             ray.init(address=address, logging_level=LOG_LEVELS[self._config.log])
         except Exception as error:  # Ray raises all kinds of them
             raise LaunchError(f"The Ray cluster at {address} cannot be joined: {error}") from error
+        when_up()
         http = self._config.http
         serve.start(proxy_location="EveryNode", http_options={"host": http.host, "port": http.port})
         self._log_environment()

@@ -50,8 +50,8 @@ class PrivateCluster:
             log_pipe=self._log_pipe.path,
         )
 
-    def start(self) -> None:
-        """Raises LaunchError if Ray cannot be started."""
+    def start(self, when_up: Callable[[], None]) -> None:
+        """Calls when_up once Ray runs, before Serve starts. Raises LaunchError if Ray cannot be started."""
         # What the user has set holds: Ray's switches are many, and some are for looking into Ray.
         for name, value in private_environment(self._config, self._edge, self._directory).items():
             os.environ.setdefault(name, value)
@@ -84,6 +84,7 @@ class PrivateCluster:
                 log.warning("Ray did not start (%s): trying once more", error)
         self._note_children()
         self._servers = [child for child in psutil.Process().children() if child not in others]
+        when_up()
         serve.start(
             proxy_location="Disabled" if self._edge is Edge.DIRECT else "HeadOnly",
             http_options={"host": self._config.http.host, "port": self._config.http.port},

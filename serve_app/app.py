@@ -45,7 +45,7 @@ class Cluster(Protocol):
 
     @property
     def surroundings(self) -> Surroundings: ...
-    def start(self) -> None: ...
+    def start(self, when_up: Callable[[], None]) -> None: ...
     def stop(self, end_streams: Callable[[float], None]) -> bool: ...
     def kill(self) -> None: ...
 
@@ -143,15 +143,10 @@ class HeaderCheck:
         # A check that fails in another way says nothing: the target will.
         if self._process.wait() == EXIT_USAGE and lines:
             self._sentence = lines[-1]
-            # Ray may still be starting: no need to wait for that.
-            signal.raise_signal(signal.SIGINT)
 
     def wait(self) -> None:
-        """Waits for the end of the check."""
+        """Waits for the end of the check. Raises ModelFileError if it has found something."""
         self._thread.join()
-
-    def raise_if_failed(self) -> None:
-        """Raises ModelFileError if the check has found something."""
         if self._sentence:
             raise ModelFileError(self._sentence)
 
@@ -175,21 +170,21 @@ class _Server:
     def run(self) -> int:
         self._take_signals()
         try:
-            self._cluster.start()
-            # Ray puts its own handler in the place of ours.
-            self._take_signals()
-            self._is_started = True
-            if self._header_check is not None:
-                self._header_check.wait()
-                self._header_check.raise_if_failed()
+            self._cluster.start(self._when_up)
             self._exit_code = self._serve()
         except KeyboardInterrupt:
-            if self._header_check is not None:
-                self._header_check.raise_if_failed()
             self._exit_code = EXIT_INTERRUPTED
         finally:
             self._end()
         return self._exit_code
+
+    def _when_up(self) -> None:
+        """Ray runs, and nothing of ours listens yet."""
+        # Ray puts its own handler in the place of ours.
+        self._take_signals()
+        self._is_started = True
+        if self._header_check is not None:
+            self._header_check.wait()
 
     def _serve(self) -> int:
         # Calls to a cluster that is dying do not come back: this thread makes none, and waits for whatever is first.
@@ -259,12 +254,12 @@ class _Server:
         from deployments import application
 
         try:
-            if self._is_started and not self._cluster.stop(application.end_streams):
-                # Ray would try once more while Python exits, and hang there again.
-                atexit.register(_exit_at_once, self._exit_code)
-            elif not self._is_started:
-                self._cluster.kill()
+            has_ended = self._is_started and self._cluster.stop(application.end_streams)
         except KeyboardInterrupt:
+            has_ended = False
+        if not has_ended:
+            # Ray would try once more while Python exits, and hang or crash there.
+            atexit.register(_exit_at_once, self._exit_code)
             self._cluster.kill()
 
 
