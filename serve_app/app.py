@@ -162,6 +162,7 @@ class _Server:
         self._cluster = cluster
         self._model_name = model_name
         self._is_started = False
+        self._is_serving = False
         self._is_stopping = False
         self._exit_code = EXIT_USAGE
         # An exit code or what went wrong. A SimpleQueue may be filled from a signal handler.
@@ -203,6 +204,7 @@ class _Server:
         except Exception as error:
             self._events.put(error)
             return
+        self._is_serving = True
         http = self._config.http
         host = f"[{http.host}]" if ":" in http.host else http.host
         print(f"Sirocco serves {self._model_name} at http://{host}:{http.port}/v1", flush=True)
@@ -248,7 +250,7 @@ class _Server:
             # While starting, and for who asks twice: at once.
             raise KeyboardInterrupt
         self._is_stopping = True
-        self._events.put(EXIT_OK)
+        self._events.put(EXIT_OK if self._is_serving else EXIT_INTERRUPTED)
 
     def _end(self) -> None:
         from deployments import application
