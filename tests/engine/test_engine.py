@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from benchmarks.null_engine import FIRST_TEXT_ID
 from serve_app.engine.engine import Engine
 from serve_app.errors import ContextTooLong, EngineFailed, InvalidRequest, QueueFull, Unavailable
 from serve_app.messages import GenerateRequest, TokenDelta
@@ -351,7 +350,3 @@ def test_random_operations(make_engine: MakeEngine) -> None:
 @pytest.mark.timeout(1800)
 def test_random_operations_for_long(make_engine: MakeEngine) -> None:
     machine_test(make_engine, max_examples=600)
-
-
-def test_ids_of_the_null_runner_are_text() -> None:
-    assert FIRST_TEXT_ID > 258
