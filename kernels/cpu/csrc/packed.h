@@ -1,0 +1,47 @@
+// The one layout in which the native kernels keep every matrix: rows in tiles of 16, and in a tile the rows' blocks as
+// 32-bit words, interleaved, so that one 64-byte vector holds the same word of 16 rows. A block whose size is no multiple
+// of four leaves a last half word (its scale), which goes to a tail of 32 bytes a block at the tile's end. The tile is as
+// large as its rows are in the file, rounded up to 64 bytes. Drawings and the exact rules: docs/kernels.md.
+#pragma once
+#include <cstdint>
+
+// How the activations that meet a type are kept: float32, bfloat16, or 8-bit integers with a scale for 32 or 256 of them.
+enum class Act : int { f32 = 0, bf16 = 1, q8_32 = 2, q8_256 = 3 };
+
+constexpr int kTileRows = 16;
+
+// One storable type. words: whole 32-bit words of a block, or of two weights for 16-bit types (block_length 2 here).
+struct TypeLayout {
+    int type_id;
+    int block_length, block_bytes;
+    int words;      // interleaved words of a block
+    bool has_tail;  // 2 bytes of the block live in the tile's tail
+    Act act;        // default activations
+};
+
+// Null for types that the kernels cannot keep.
+const TypeLayout* type_layout(int type_id);
+
+// A packed matrix as the kernels see it. Rows are padded to whole tiles with zeros, columns to whole blocks.
+struct PackedMatrix {
+    const TypeLayout* layout;
+    int64_t rows, columns, blocks;  // blocks of a row
+    int64_t tile_bytes;
+    const uint8_t* data;  // 64-byte aligned, tiles() * tile_bytes bytes
+
+    int64_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+    int64_t words_bytes() const { return blocks * layout->words * 64; }
+    const uint8_t* tile(int64_t t) const { return data + t * tile_bytes; }
+    const uint8_t* tail(int64_t t) const { return tile(t) + words_bytes(); }
+};
+
+// Blocks of a row of `columns` weights, and the bytes of a tile of such rows.
+int64_t packed_blocks(const TypeLayout& layout, int64_t columns);
+int64_t packed_tile_bytes(const TypeLayout& layout, int64_t columns);
+
+// Tile t of a matrix from 16 rows in file order; null pointers stand for rows of zeros (beyond the last).
+// row_bytes: readable bytes of a row (a 16-bit row of odd length has half a word less than the layout).
+void pack_tile(const TypeLayout& layout, int64_t blocks, const uint8_t* const* rows, int64_t row_bytes, uint8_t* tile);
+
+// The exact inverse for one row of a tile: writes row_bytes bytes in file order.
+void unpack_row(const TypeLayout& layout, int64_t blocks, const uint8_t* tile, int row, int64_t row_bytes, uint8_t* out);
