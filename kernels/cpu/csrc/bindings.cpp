@@ -14,7 +14,7 @@
 #include "philox.h"
 #include "sampling.h"
 #include "scratch.h"
-#include "threads.h"
+#include "team.h"
 
 namespace nb = nanobind;
 
@@ -238,8 +238,9 @@ NB_MODULE(_native, m) {
     m.def("instruction_sets", instruction_sets);
     m.def("instruction_set", [] { return std::string(kernels->name); });
     m.def("use_instruction_set", use_instruction_set);
-    m.def("set_num_threads", set_num_threads, nb::call_guard<nb::gil_scoped_release>());
-    m.def("num_threads", num_threads);
+    m.def("set_num_threads", set_team_size, nb::call_guard<nb::gil_scoped_release>());
+    m.def("num_threads", team_size);
+    m.def("set_spin", set_team_spin, nb::arg("barrier_ns") = kBarrierSpinNs, nb::arg("idle_ns") = kIdleSpinNs);
     m.def("can_decode", can_decode);
     m.def("dequantize", dequantize);
     m.def("matmul", matmul);
