@@ -160,3 +160,8 @@ def grid(name: str, device: torch.device) -> Tensor:
     bits = ((data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1, bits_per_number)
     index = (bits.int() << torch.arange(bits_per_number, dtype=torch.int32)).sum(-1)
     return torch.tensor(levels, dtype=torch.float32)[index].reshape(-1, width).to(device)
+
+
+def grid_bytes(name: str) -> bytes:
+    """All points of a grid, a signed byte each number: the form that the native module takes over when it is loaded."""
+    return bytes(grid(name, torch.device("cpu")).to(torch.int8).view(torch.uint8).flatten().tolist())

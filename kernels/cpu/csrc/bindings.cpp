@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "iq_grids.h"
 #include "jobs.h"
 #include "philox.h"
 #include "sampling.h"
@@ -70,6 +72,15 @@ T* at(uintptr_t address) {
 
 void require(bool holds, const char* message) {
     if (!holds) throw std::out_of_range(message);
+}
+
+void take_iq_grids() {
+    const nb::object packed_points = nb::module_::import_("kernels.reference.iq_grids").attr("grid_bytes");
+    for (const IqGridPlace& grid : iq_grid_places) {
+        const nb::bytes points = nb::cast<nb::bytes>(packed_points(grid.name));
+        if (points.size() != grid.bytes) throw std::length_error(std::string("the points of ") + grid.name + " do not fill its grid");
+        std::memcpy(grid.points, points.data(), grid.bytes);
+    }
 }
 
 bool can_decode(int type_id) { return kernels->decoder(type_id) != nullptr; }
@@ -235,6 +246,7 @@ void draw_tokens(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t voc
 
 NB_MODULE(_native, m) {
     m.attr("ABI") = 1;
+    take_iq_grids();
     m.def("instruction_sets", instruction_sets);
     m.def("instruction_set", [] { return std::string(kernels->name); });
     m.def("use_instruction_set", use_instruction_set);

@@ -160,6 +160,8 @@ void q6_k(const uint8_t* b, float* y, int64_t n) {
 
 }  // namespace
 
+Decode iq_decoder(int type_id);  // decode_iq.cpp
+
 extern Decode decoder(int type_id);
 Decode decoder(int type_id) {
     switch (type_id) {
@@ -176,7 +178,7 @@ Decode decoder(int type_id) {
         case 13: return q5_k;
         case 14: return q6_k;
         case 30: return bf16;
-        default: return nullptr;
+        default: return iq_decoder(type_id);
     }
 }
 
