@@ -25,14 +25,42 @@ def matmul(
     out_type: int,
     out_stride: int,
 ) -> None: ...
-def rms_norm(
-    x: int, residual: int, weight: int, out: int, tokens: int, width: int, epsilon: float, type: int
+def act_row_bytes(kind: int, columns: int) -> int: ...
+def kv_row_bytes(kv_type: int, head_dim: int) -> int: ...
+def norm(
+    x: int,
+    x_stride: int,
+    residual: int,
+    weight: int,
+    bias: int,
+    is_layer_norm: bool,
+    weight_offset: float,
+    epsilon: float,
+    tokens: int,
+    width: int,
+    out: int,
+    out_stride: int,
+    acts: list[tuple[int, int]],
 ) -> None: ...
-def rope(
+def activate(
+    gate_up: int,
+    stride: int,
+    tokens: int,
+    width: int,
+    kind: int,
+    is_gated: bool,
+    out: int,
+    out_stride: int,
+    acts: list[tuple[int, int]],
+) -> None: ...
+def convert(x: int, stride: int, tokens: int, width: int, acts: list[tuple[int, int]]) -> None: ...
+def rope_kv(
     q: int,
     k: int,
+    v: int,
     q_stride: int,
     k_stride: int,
+    v_stride: int,
     n_heads: int,
     n_kv_heads: int,
     head_dim: int,
@@ -40,24 +68,16 @@ def rope(
     table: int,
     table_rows: int,
     positions: int,
-    tokens: int,
-    type: int,
-) -> None: ...
-def silu_mul(gate_up: int, out: int, tokens: int, width: int, type: int) -> None: ...
-def kv_write(
-    k: int,
-    v: int,
-    k_stride: int,
-    v_stride: int,
-    row: int,
+    slots: int,
+    num_slots: int,
     k_cache: int,
     v_cache: int,
-    slots: int,
-    tokens: int,
-    num_slots: int,
-    type: int,
     kv_type: int,
+    tokens: int,
 ) -> None: ...
+def softcap(x: int, count: int, cap: float) -> None: ...
+def add(x: int, y: int, count: int) -> None: ...
+def scale(x: int, count: int, factor: float) -> None: ...
 def uniform(seeds: int, positions: int, out: int, count: int) -> None: ...
 def draw_tokens(
     logits: int,
@@ -73,7 +93,7 @@ def draw_tokens(
 ) -> None: ...
 
 class AttentionPlan:
-    def __init__(
+    def make(
         self,
         block_tables: int,
         tables_stride: int,
@@ -86,7 +106,20 @@ class AttentionPlan:
         n_heads: int,
         n_kv_heads: int,
         head_dim: int,
+        num_threads: int,
     ) -> None: ...
-    def run(self, q: int, q_stride: int, out: int, k_cache: int, v_cache: int, type: int, kv_type: int) -> None: ...
+    def run(
+        self,
+        q: int,
+        q_stride: int,
+        out: int,
+        out_stride: int,
+        k_cache: int,
+        v_cache: int,
+        kv_type: int,
+        scale: float,
+        softcap: float,
+        window: int,
+    ) -> None: ...
     @property
-    def num_items(self) -> int: ...
+    def num_units(self) -> int: ...

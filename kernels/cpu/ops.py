@@ -7,7 +7,8 @@ mistakes and end in an AssertionError; sizes that the batch brings (slots, block
 import torch
 from torch import Tensor
 
-from kernels.cpu import _native
+from kernels.cpu import _native, layers
+from kernels.cpu.attention import AttentionPlan as AttentionPlan
 from kernels.formats import block_format
 
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -61,29 +62,15 @@ def matmul(type_id: int, x: Tensor, blocks: Tensor, out: Tensor | None = None) -
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x [T, H], weight [H] float32 → x / rms(x) * weight, [T, H] in x's dtype."""
-    tokens, width = x.shape
-    out = torch.empty_like(x)
-    _require(x.is_contiguous())
-    _native.rms_norm(x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), tokens, width, epsilon, FLOAT_CODES[x.dtype])
-    return out
+    return layers.norm(x.float(), weight, epsilon).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Adds x to residual in place, then normalises the sum; all [T, H]."""
-    tokens, width = x.shape
-    out = torch.empty_like(x)
-    _require(x.is_contiguous() and residual.is_contiguous() and residual.dtype == x.dtype)
-    _native.rms_norm(
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        out.data_ptr(),
-        tokens,
-        width,
-        epsilon,
-        FLOAT_CODES[x.dtype],
-    )
-    return out
+    if x.dtype == torch.float32:
+        return layers.norm(x, weight, epsilon, residual=residual)
+    residual += x
+    return rms_norm(residual, weight, epsilon)
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
@@ -91,98 +78,21 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
 
     table float32 [positions, rotary_dim]: cosines of the first half, sines in the second. positions [T] int64.
     """
-    tokens, n_heads, head_dim = q.shape
-    _native.rope(
-        q.data_ptr(),
-        k.data_ptr(),
-        q.stride(0),
-        k.stride(0),
-        n_heads,
-        k.shape[1],
-        head_dim,
-        table.shape[1] // 2,
-        table.data_ptr(),
-        table.shape[0],
-        positions.data_ptr(),
-        tokens,
-        FLOAT_CODES[q.dtype],
-    )
+    wide = q.float(), k.float()
+    layers.rope_kv(*wide, table=table, positions=positions)
+    if q.dtype != torch.float32:
+        q.copy_(wide[0])
+        k.copy_(wide[1])
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2 * I] → silu(gate) * up, [T, I]."""
-    tokens, width = gate_up.shape
-    _require(gate_up.is_contiguous())
-    out = torch.empty((tokens, width // 2), dtype=gate_up.dtype)
-    _native.silu_mul(gate_up.data_ptr(), out.data_ptr(), tokens, width // 2, FLOAT_CODES[gate_up.dtype])
-    return out
+    return layers.activate(gate_up.float()).to(gate_up.dtype)
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of caches [num_blocks, block_size, n_kv_heads, head_dim]."""
-    tokens, n_kv_heads, head_dim = k.shape
-    num_blocks, block_size = k_cache.shape[:2]
-    _native.kv_write(
-        k.data_ptr(),
-        v.data_ptr(),
-        k.stride(0),
-        v.stride(0),
-        n_kv_heads * head_dim,
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        slots.data_ptr(),
-        tokens,
-        num_blocks * block_size,
-        FLOAT_CODES[k.dtype],
-        FLOAT_CODES[k_cache.dtype],
-    )
-
-
-class AttentionPlan:
-    """Paged causal attention of one step; the tables are checked and cut into even pieces once for all layers."""
-
-    def __init__(
-        self,
-        block_tables: Tensor,
-        query_start: Tensor,
-        context_lens: Tensor,
-        num_tokens: int,
-        cache_shape: tuple[int, int, int, int],
-        n_heads: int,
-    ) -> None:
-        """block_tables [R, max_blocks], query_start [R + 1], context_lens [R], all int32; kept alive here."""
-        num_blocks, block_size, n_kv_heads, head_dim = cache_shape
-        _require(n_heads % n_kv_heads == 0 and block_tables.stride(1) == 1 and block_tables.dtype == torch.int32)
-        _require(query_start.dtype == context_lens.dtype == torch.int32)
-        self._tensors = (block_tables, query_start, context_lens)
-        self._plan = _native.AttentionPlan(
-            block_tables.data_ptr(),
-            block_tables.stride(0),
-            query_start.data_ptr(),
-            context_lens.data_ptr(),
-            context_lens.shape[0],
-            num_tokens,
-            num_blocks,
-            block_size,
-            n_heads,
-            n_kv_heads,
-            head_dim,
-        )
-
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        """q [T, n_heads, head_dim], only the first dimension strided → [T, n_heads * head_dim] in q's dtype."""
-        tokens, n_heads, head_dim = q.shape
-        out = torch.empty((tokens, n_heads * head_dim), dtype=q.dtype)
-        self._plan.run(
-            q.data_ptr(),
-            q.stride(0),
-            out.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            FLOAT_CODES[q.dtype],
-            FLOAT_CODES[k_cache.dtype],
-        )
-        return out
+    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of caches [num_blocks, block_size, n_kv_heads, row]."""
+    layers.rope_kv(None, k.float(), v.float(), k_cache=k_cache, v_cache=v_cache, slots=slots)
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:

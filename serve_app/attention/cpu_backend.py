@@ -39,5 +39,5 @@ class CpuStep:
             self._plan = self._ops.AttentionPlan(
                 batch.block_tables, batch.query_start, batch.context_lens, batch.num_tokens, k_cache.shape, q.shape[1]
             )
-        out: Tensor = self._plan.run(q, k_cache, v_cache)
-        return out
+        out: Tensor = self._plan.run(q.float(), k_cache, v_cache)
+        return out.to(q.dtype)

@@ -59,7 +59,7 @@ def test_the_same_text_without_native_code(no_native: None, monkeypatch: pytest.
     monkeypatch.undo()
     dispatch.native.cache_clear()
     assert generate(20) == plain_text
-    torch.testing.assert_close(full_logits(our_llama(hf_llama()), list(range(60))), plain_logits)
+    torch.testing.assert_close(full_logits(our_llama(hf_llama()), list(range(60))), plain_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_named_backend_that_cannot_run_is_refused(no_native: None) -> None:

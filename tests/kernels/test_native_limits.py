@@ -20,7 +20,7 @@ def plan(
 
 
 def test_a_fitting_plan_is_cut_by_request_and_head() -> None:
-    assert plan([[0, 1], [3, 0]], [0, 5, 6], [8, 1], 6)._plan.num_items == 2
+    assert plan([[0, 1], [3, 0]], [0, 5, 6], [8, 1], 6).num_units == 2
 
 
 @pytest.mark.parametrize(

@@ -8,28 +8,30 @@
 // and bf16), so that kernels need no tails.
 //   f32:    float values[padded]
 //   bf16:   uint16 values[padded], two to a word as in a packed matrix
-//   q8_32:  int8 q[padded], then float scale[padded / 32], float sum[padded / 32], int32 minus[padded / 32]
-//   q8_256: int8 q[padded], then float scale[padded / 256], float sum[padded / 16], int32 minus[padded / 16]
-// value = q * scale. sum: of the q of 32 (16) columns, as a float; minus: the same with its sign turned, as an integer.
+//   q8_32:  int8 q[padded], then float scale[padded / 32], float sum32[padded / 32], int32 minus[padded / 32]
+//   q8_256: int8 q[padded], then float scale[padded / 256], float sum16[padded / 16], float sum32[padded / 32],
+//           int32 minus[padded / 16]
+// value = q * scale. sum16, sum32: of the q of 16 or 32 columns; minus: the same with its sign turned, as an integer.
 struct ActLayout {
     Act kind;
     int64_t columns, padded;
-    int64_t scale, sum, minus;  // byte offsets
+    int64_t scale, sum16, sum32, minus;  // byte offsets
     int64_t row_bytes;
 
     static ActLayout of(Act kind, int64_t columns) {
         const auto up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
-        ActLayout a{kind, columns, up(columns, kind == Act::q8_32 || kind == Act::q8_256 ? 256 : 64), 0, 0, 0, 0};
+        ActLayout a{kind, columns, up(columns, kind == Act::q8_32 || kind == Act::q8_256 ? 256 : 64), 0, 0, 0, 0, 0};
         // A cache line more: rows whose distance is a power of two would share few cache sets.
         if (kind == Act::f32) a.row_bytes = a.padded * 4 + 64;
         else if (kind == Act::bf16) a.row_bytes = a.padded * 2 + 64;
         else {
-            const int64_t scales = kind == Act::q8_32 ? a.padded / 32 : a.padded / 256;
-            const int64_t sums = kind == Act::q8_32 ? a.padded / 32 : a.padded / 16;
+            const bool is_small = kind == Act::q8_32;
+            const int64_t n32 = a.padded / 32, n16 = a.padded / 16;
             a.scale = a.padded;
-            a.sum = a.scale + up(scales * 4, 64);
-            a.minus = a.sum + up(sums * 4, 64);
-            a.row_bytes = a.minus + up(sums * 4, 64);
+            a.sum16 = a.scale + up((is_small ? n32 : a.padded / 256) * 4, 64);
+            a.sum32 = a.sum16 + (is_small ? 0 : up(n16 * 4, 64));
+            a.minus = a.sum32 + up(n32 * 4, 64);
+            a.row_bytes = a.minus + up((is_small ? n32 : n16) * 4, 64);
         }
         return a;
     }

@@ -5,7 +5,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -117,109 +116,6 @@ void matmul(int type_id, uintptr_t weight, int64_t rows, int64_t row_bytes, int6
                  [&](int64_t begin, int64_t end) { kernels->matmul(job, begin, end); });
 }
 
-void rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, int64_t tokens, int64_t width, float epsilon, int type) {
-    nb::gil_scoped_release release;
-    const NormJob job{at(x), at(residual), at<float>(weight), at(out), width, epsilon, Float(type)};
-    parallel_for(tokens, width, [&](int64_t begin, int64_t end) { kernels->norm(job, begin, end); });
-}
-
-void rope(uintptr_t q, uintptr_t k, int64_t q_stride, int64_t k_stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
-          int64_t half, uintptr_t table, int64_t table_rows, uintptr_t positions, int64_t tokens, int type) {
-    require(2 * half <= head_dim, "rope: more rotated elements than the head has");
-    const int64_t* p = at<int64_t>(positions);
-    for (int64_t t = 0; t < tokens; ++t) require(p[t] >= 0 && p[t] < table_rows, "rope: position outside the table");
-    nb::gil_scoped_release release;
-    const RopeJob job{at(q), at(k), q_stride, k_stride, n_heads, n_kv_heads, head_dim, half, at<float>(table), p, Float(type)};
-    parallel_for(tokens, (n_heads + n_kv_heads) * head_dim,
-                 [&](int64_t begin, int64_t end) { kernels->rope(job, begin, end); });
-}
-
-void silu_mul(uintptr_t gate_up, uintptr_t out, int64_t tokens, int64_t width, int type) {
-    nb::gil_scoped_release release;
-    const SiluJob job{at(gate_up), at(out), width, Float(type)};
-    parallel_for(tokens, width * 2, [&](int64_t begin, int64_t end) { kernels->silu_mul(job, begin, end); });
-}
-
-void kv_write(uintptr_t k, uintptr_t v, int64_t k_stride, int64_t v_stride, int64_t row, uintptr_t k_cache, uintptr_t v_cache,
-              uintptr_t slots, int64_t tokens, int64_t num_slots, int type, int kv_type) {
-    const int64_t* s = at<int64_t>(slots);
-    for (int64_t t = 0; t < tokens; ++t) require(s[t] >= 0 && s[t] < num_slots, "kv_write: slot outside the pool");
-    nb::gil_scoped_release release;
-    const KvWriteJob job{at(k), at(v), k_stride, v_stride, row, at(k_cache), at(v_cache), s, Float(type), Float(kv_type)};
-    parallel_for(tokens, row * 2, [&](int64_t begin, int64_t end) { kernels->kv_write(job, begin, end); });
-}
-
-// A step's attention, planned once for all layers: the checked tables, cut into items of even size.
-class AttentionPlan {
-   public:
-    AttentionPlan(uintptr_t block_tables, int64_t tables_stride, uintptr_t query_start, uintptr_t context_lens, int64_t requests,
-                  int64_t tokens, int64_t num_blocks, int64_t block_size, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim)
-        : tokens_(tokens) {
-        job_.block_tables = at<int32_t>(block_tables);
-        job_.query_start = at<int32_t>(query_start);
-        job_.context_lens = at<int32_t>(context_lens);
-        job_.tables_stride = tables_stride;
-        job_.block_size = block_size;
-        job_.n_heads = n_heads;
-        job_.n_kv_heads = n_kv_heads;
-        job_.head_dim = head_dim;
-        job_.scale = float(1.0 / std::sqrt(double(head_dim)));
-        const int64_t group = n_heads / n_kv_heads;
-        job_.tile = group >= 16 ? 1 : 16 / group;
-        check(requests, num_blocks);
-        cut(requests);
-    }
-
-    void run(uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k_cache, uintptr_t v_cache, int type, int kv_type) const {
-        nb::gil_scoped_release release;
-        AttentionJob job = job_;
-        job.q = at(q);
-        job.q_stride = q_stride;
-        job.out = at(out);
-        job.k_cache = at(k_cache);
-        job.v_cache = at(v_cache);
-        job.type = Float(type);
-        job.kv_type = Float(kv_type);
-        const int64_t count = int64_t(items_.size());
-        parallel_for(count, work_ / (count ? count : 1),
-                     [&](int64_t begin, int64_t end) { kernels->attention(job, items_.data(), begin, end); });
-    }
-
-    int64_t num_items() const { return int64_t(items_.size()); }
-
-   private:
-    void check(int64_t requests, int64_t num_blocks) const {
-        require(job_.query_start[0] == 0 && job_.query_start[requests] == tokens_, "attention: query_start does not span the tokens");
-        for (int64_t r = 0; r < requests; ++r) {
-            const int64_t count = job_.query_start[r + 1] - job_.query_start[r], context = job_.context_lens[r];
-            require(count >= 0 && context >= count, "attention: more query tokens than context");
-            const int64_t blocks = (context + job_.block_size - 1) / job_.block_size;
-            require(blocks <= job_.tables_stride, "attention: context longer than its block table");
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int32_t id = job_.block_tables[r * job_.tables_stride + b];
-                require(id >= 0 && id < num_blocks, "attention: block outside the pool");
-            }
-        }
-    }
-
-    void cut(int64_t requests) {
-        const int64_t heads_work = job_.n_heads / job_.n_kv_heads * job_.head_dim * 2;
-        for (int64_t r = 0; r < requests; ++r) {
-            const int64_t count = job_.query_start[r + 1] - job_.query_start[r];
-            for (int64_t first = 0; first < count; first += job_.tile) {
-                const int64_t size = count - first < job_.tile ? count - first : job_.tile;
-                for (int64_t head = 0; head < job_.n_kv_heads; ++head)
-                    items_.push_back({int32_t(r), int32_t(first), int32_t(size), int32_t(head)});
-                work_ += size * job_.context_lens[r] * heads_work * job_.n_kv_heads;
-            }
-        }
-    }
-
-    AttentionJob job_{};
-    int64_t tokens_, work_ = 0;
-    std::vector<AttentionItem> items_;
-};
-
 // out[i] = the first 32 bits of Philox(key = seeds[i], counter = positions[i]) / 2^32.
 void uniform(uintptr_t seeds, uintptr_t positions, uintptr_t out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
@@ -244,6 +140,10 @@ void draw_tokens(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t voc
 
 }  // namespace
 
+const KernelTable& current_kernels() { return *kernels; }
+
+void bind_layers(nb::module_& m);
+
 NB_MODULE(_native, m) {
     m.attr("ABI") = 1;
     take_iq_grids();
@@ -256,14 +156,7 @@ NB_MODULE(_native, m) {
     m.def("can_decode", can_decode);
     m.def("dequantize", dequantize);
     m.def("matmul", matmul);
-    m.def("rms_norm", rms_norm);
-    m.def("rope", rope);
-    m.def("silu_mul", silu_mul);
-    m.def("kv_write", kv_write);
     m.def("uniform", uniform);
     m.def("draw_tokens", draw_tokens);
-    nb::class_<AttentionPlan>(m, "AttentionPlan")
-        .def(nb::init<uintptr_t, int64_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>())
-        .def("run", &AttentionPlan::run)
-        .def_prop_ro("num_items", &AttentionPlan::num_items);
+    bind_layers(m);
 }

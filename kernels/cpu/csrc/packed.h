@@ -1,6 +1,6 @@
 // The one layout in which the native kernels keep every matrix: rows in tiles of 16, and in a tile the rows' blocks as
 // 32-bit words, interleaved, so that one 64-byte vector holds the same word of 16 rows. A block whose size is no multiple
-// of four leaves a last half word (its scale), which goes to a tail of 32 bytes a block at the tile's end. The tile is as
+// of four has its scale (one or two bytes) taken out of it, into a tail of the tile: 16 of them for each block. The tile is as
 // large as its rows are in the file, rounded up to 64 bytes. Drawings and the exact rules: docs/kernels.md.
 #pragma once
 #include <cstdint>
@@ -14,9 +14,9 @@ constexpr int kTileRows = 16;
 struct TypeLayout {
     int type_id;
     int block_length, block_bytes;
-    int words;      // interleaved words of a block
-    bool has_tail;  // 2 bytes of the block live in the tile's tail
-    Act act;        // default activations
+    int words;                    // interleaved words of a block
+    int tail_bytes, tail_offset;  // the 0 to 2 bytes of a block that live in the tile's tail, and where in the block they were
+    Act act;                      // activations it is multiplied with, unless told to be exact
 };
 
 // Null for types that the kernels cannot keep.

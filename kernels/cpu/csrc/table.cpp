@@ -9,15 +9,33 @@ namespace SIROCCO_ISA {
 Decode decoder(int type_id);
 void matmul(const MatmulJob&, int64_t, int64_t);
 void norm(const NormJob&, int64_t, int64_t);
-void rope(const RopeJob&, int64_t, int64_t);
-void silu_mul(const SiluJob&, int64_t, int64_t);
-void kv_write(const KvWriteJob&, int64_t, int64_t);
-void attention(const AttentionJob&, const AttentionItem*, int64_t, int64_t);
+void activate(const GatedJob&, int64_t, int64_t);
+void convert(const ConvertJob&, int64_t, int64_t);
+void rope_kv(const RopeKvJob&, int64_t, int64_t);
+void softcap(float*, int64_t, float);
+void add(float*, const float*, int64_t);
+void scale(float*, int64_t, float);
+void attend(const AttentionTables&, const AttentionJob&, const AttentionUnit&, float*);
+void merge_segments(const AttentionTables&, const AttentionJob&, const AttentionUnit&, float*);
 void to_f32(const void*, Float, float*, int64_t);
 void exp_shifted(const float*, float, float, float*, int64_t);
 
 extern const KernelTable table;
-const KernelTable table{SIROCCO_TEXT(SIROCCO_ISA), decoder,   matmul, norm,       rope, silu_mul,
-                        kv_write,                  attention, to_f32, exp_shifted};
+const KernelTable table{
+    .name = SIROCCO_TEXT(SIROCCO_ISA),
+    .decoder = decoder,
+    .matmul = matmul,
+    .norm = norm,
+    .activate = activate,
+    .convert = convert,
+    .rope_kv = rope_kv,
+    .softcap = softcap,
+    .add = add,
+    .scale = scale,
+    .attend = attend,
+    .merge_segments = merge_segments,
+    .to_f32 = to_f32,
+    .exp_shifted = exp_shifted,
+};
 
 }  // namespace SIROCCO_ISA

@@ -31,6 +31,37 @@ static inline Vec load(const float* p) {
 
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+// count lanes, the others zero; and count lanes out of a vector.
+static inline Vec load_some(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+    return Vec(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p));
+#else
+    Vec v{};
+    std::memcpy(&v, p, size_t(count) * 4);
+    return v;
+#endif
+}
+
+static inline void store_some(float* p, Vec v, int64_t count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), __m512(v));
+#else
+    std::memcpy(p, &v, size_t(count) * 4);
+#endif
+}
+
+// a * b + c, rounded once where the instruction set can. Sources that promise equal bits on different paths use this and
+// are compiled without contraction, so that no path is fused that another leaves apart.
+static inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return Vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__) && defined(__AVX2__)
+    return Vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+    return a * b + c;
+#endif
+}
+
 typedef float Vec4 __attribute__((vector_size(16)));
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -59,33 +90,12 @@ static inline Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {
 
 static inline float sum(Vec v) { return sum4(v, v, v, v)[0]; }
 
-// e^x with a relative error below 3e-7; 0 below -87, e^88 above 88. x = n ln 2 + r with |r| <= ln 2 / 2, where ln 2 is
-// split so that n times its upper part is exact; e^r is the exponential series up to r^7 (the rest is below 6e-9).
-static inline Vec exp(Vec x) {
-    const VecInt is_low = x < splat(-87.0f);
-    x = x > splat(88.0f) ? splat(88.0f) : x;
-    x = is_low ? splat(-87.0f) : x;
-    const Vec to_whole = splat(0x1.8p23f);  // adding it leaves no bits for a fraction: rounds to a whole number
-    const Vec n = (x * splat(0x1.715476p0f) + to_whole) - to_whole;
-    const Vec r = (x - n * splat(0x1.62e4p-1f)) - n * splat(0x1.7f7d1cp-20f);
-    Vec p = splat(1.0f / 720) + r * splat(1.0f / 5040);
-    p = splat(1.0f / 120) + r * p;
-    p = splat(1.0f / 24) + r * p;
-    p = splat(1.0f / 6) + r * p;
-    p = splat(0.5f) + r * p;
-    p = splat(1.0f) + r * p;
-    p = splat(1.0f) + r * p;
-    const VecInt exponent = (__builtin_convertvector(n, VecInt) + 127) << 23;
-    Vec power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return is_low ? Vec{} : p * power;
-}
-
 struct F32 {
     using Store = float;
     static inline float get(const Store* p) { return *p; }
     static inline void put(Store* p, float v) { *p = v; }
     static inline Vec load(const Store* p) { return SIROCCO_ISA::load(p); }
+    static inline void store(Store* p, Vec v) { SIROCCO_ISA::store(p, v); }
 };
 
 struct Bf16 {
@@ -100,6 +110,14 @@ struct Bf16 {
         std::memcpy(&v, &bits, sizeof v);
         return v;
     }
+    static inline void store(Store* p, Vec v) {
+        VecBits bits;
+        std::memcpy(&bits, &v, sizeof bits);
+        const VecBits is_nan = VecBits(v != v);
+        const VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const VecHalf half = __builtin_convertvector((is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded), VecHalf);
+        std::memcpy(p, &half, sizeof half);
+    }
 };
 
 struct F16 {
@@ -108,13 +126,22 @@ struct F16 {
     static inline void put(Store* p, float v) { *p = f32_to_f16(v); }
     static inline Vec load(const Store* p) {
 #if defined(__AVX512F__)
-        return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+        return Vec(_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__) && defined(__AVX2__)
         return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
         Vec v;
         for (int i = 0; i < kLanes; ++i) v[i] = f16_to_f32(p[i]);
         return v;
+#endif
+    }
+    static inline void store(Store* p, Vec v) {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+        for (int i = 0; i < kLanes; ++i) p[i] = f32_to_f16(v[i]);
 #endif
     }
 };
