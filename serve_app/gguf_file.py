@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kernels.formats import BY_ID
 from serve_app.errors import ModelFileError
+from serve_app.gguf_strings import read_strings, skip_strings
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -91,8 +92,9 @@ class GgufFile:
         self.close()
 
 
-def open_gguf(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> GgufFile:
-    """Opens one file or all shards of a split one.
+def open_gguf(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, with_texts: bool = True) -> GgufFile:
+    """Opens one file or all shards of a split one. Without texts, arrays of strings (vocabularies) are left out of
+    the metadata, which saves most of the time.
 
     A single path that is one shard of several (NAME-00002-of-00003.gguf) brings the others in from its folder; a list
     must hold all of them, in any order. Raises ModelFileError: one sentence with the file and the key or tensor.
@@ -105,10 +107,10 @@ def open_gguf(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -
     shards: list[_Shard] = []
     try:
         for p in paths:
-            shards.append(_read_shard(p))
+            shards.append(_read_shard(p, with_texts))
         if len(paths) == 1 and shards[0].split_count > 1:
             for p in _siblings(paths[0], shards[0].split_count):
-                shards.append(_read_shard(p))
+                shards.append(_read_shard(p, with_texts))
         return GgufFile(_in_order(shards))
     except BaseException:
         for shard in shards:
@@ -174,10 +176,10 @@ def _in_order(shards: list[_Shard]) -> list[_Shard]:
     return shards
 
 
-def _read_shard(path: Path) -> _Shard:
+def _read_shard(path: Path, with_texts: bool) -> _Shard:
     mapped = _map_file(path)
     try:
-        reader = _HeaderReader(path, mapped)
+        reader = _HeaderReader(path, mapped, with_texts)
         version, num_tensors, num_keys = reader.counts()
         metadata = reader.metadata(num_keys)
         return _Shard(path, mapped, version, metadata, reader.tensors(num_tensors, _alignment(path, metadata)))
@@ -228,9 +230,10 @@ def _shown(name: str) -> str:
 class _HeaderReader:
     """A cursor over the header. what: the thing that is read, for the message when the file ends or is wrong there."""
 
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
+    def __init__(self, path: Path, mapped: mmap.mmap, with_texts: bool) -> None:
         self._path = path
         self._map = mapped
+        self._with_texts = with_texts
         self._size = len(mapped)
         self._pos = 0
 
@@ -259,7 +262,7 @@ class _HeaderReader:
             what = f"key {_shown(key)}"
             type_id = self._number(_U32, what)
             metadata[key] = self._array(what) if type_id == _ARRAY else self._scalar(type_id, what)
-        return metadata
+        return {key: value for key, value in metadata.items() if value is not None}
 
     def tensors(self, num_tensors: int, alignment: int) -> dict[str, GgufTensorInfo]:
         """The tensors in file order, all inside the file and apart from each other."""
@@ -313,7 +316,8 @@ class _HeaderReader:
             raise self._bad(f"{what} has the unknown value type {type_id}")
         return self._number(layout, what)
 
-    def _array(self, what: str) -> list[str] | npt.NDArray[Any]:
+    def _array(self, what: str) -> list[str] | npt.NDArray[Any] | None:
+        """None for strings that are not wanted."""
         type_id = self._number(_U32, what)
         count = self._number(_U64, what)
         if type_id == _STRING:
@@ -328,24 +332,18 @@ class _HeaderReader:
         self._pos += count * dtype.itemsize
         return raw != 0 if type_id == _BOOL else raw.copy()
 
-    def _strings(self, count: int, what: str) -> list[str]:
-        """Vocabularies have some 10^5 strings: the loop of _string with everything in locals."""
-        data, pos, size, length_at = self._map, self._pos, self._size, _U64.unpack_from
-        strings: list[str] = []
-        for _ in range(count):
-            if size - pos < 8:
-                raise self._ends(what)
-            (length,) = length_at(data, pos)
-            pos += 8
-            if length > size - pos:
-                raise self._ends(what)
-            try:
-                strings.append(data[pos : pos + length].decode())
-            except UnicodeDecodeError:
-                raise self._bad(f"{what} holds a string that is not UTF-8") from None
-            pos += length
-        self._pos = pos
-        return strings
+    def _strings(self, count: int, what: str) -> list[str] | None:
+        data = np.frombuffer(self._map, np.uint8)
+        try:
+            if self._with_texts:
+                strings, self._pos = read_strings(data, self._pos, count)
+                return strings
+            self._pos = skip_strings(data, self._pos, count)
+        except EOFError:
+            raise self._ends(what) from None
+        except UnicodeDecodeError:
+            raise self._bad(f"{what} holds a string that is not UTF-8") from None
+        return None
 
     def _string(self, what: str, limit: int | None = None) -> str:
         length = self._number(_U64, what)

@@ -1,6 +1,10 @@
 """From a model's name to an engine that is ready to step."""
 
+import gc
 import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from kernels.dispatch import set_num_threads
 from serve_app.cpu_info import num_cores
@@ -27,8 +31,10 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
     set_num_threads(config.num_threads or num_cores())
-    loaded = load_model(files, dtype=files.dtype, device=config.device)
-    tokenizer = open_tokenizer(files.tokenizer_source)
+    with _no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
+        opening = side.submit(open_tokenizer, files.tokenizer_source)
+        loaded = load_model(files, dtype=files.dtype, device=config.device)
+        tokenizer = opening.result()
     kv = _kv_pool(loaded, config, files.max_seq_len)
     pool = ledger(config, kv.num_blocks, loaded.fingerprint)
     eos_ids = frozenset(files.eos_ids) | frozenset(tokenizer.eos_ids)
@@ -42,6 +48,19 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     )  # fmt: skip
     parts = assemble(runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults())
     return Engine(parts, config, on_deltas)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without looking for cycles meanwhile: among the million objects of a vocabulary there are none, and each look
+    walks all modules too."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class DryBreakers:

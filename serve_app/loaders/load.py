@@ -62,7 +62,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     if files.kind == "plain":
         return SafetensorsCheckpoint(files.weight_files)
     # Never closed: the weights are views of its mapping, which ends with the last of them.
-    return GgufCheckpoint(open_gguf(files.weight_files))
+    return GgufCheckpoint(open_gguf(files.weight_files, with_texts=False))
 
 
 def compute_dtype(dtype: DType, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

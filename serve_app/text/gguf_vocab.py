@@ -4,14 +4,17 @@ Keys and their defaults: ggml's docs/gguf.md, and llama.cpp's reading of them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import itemgetter
 from typing import Any, Final
 
+import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from serve_app.errors import ModelFileError
 from serve_app.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
-from serve_app.text.sentencepiece_vocab import Pieces, PieceType, build_backend, special_ids
+from serve_app.text.sentencepiece_vocab import Pieces, PieceType, build_backend, ids_of, special_ids
 from serve_app.text.vocabulary import Vocabulary, added_token, byte_level_bytes, sentencepiece_bytes, token_pieces
 
 _KEY: Final = "tokenizer.ggml."
@@ -55,7 +58,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     except Exception as error:  # the library raises plain Exception for vocabularies that contradict themselves
         raise ModelFileError(f"{_WHERE} describes an impossible tokenizer ({error})") from None
     special = special_ids(types)
-    user_defined = frozenset(i for i, t in enumerate(types) if t == PieceType.USER_DEFINED)
+    user_defined = ids_of(types, PieceType.USER_DEFINED)
     bos_id = fields.token_id("bos_token_id", len(texts), 1 if is_spm else None)
     eos_ids = _eos_ids(fields, texts, special, 2 if is_spm else None)
     return Vocabulary(
@@ -93,16 +96,24 @@ def _sentencepiece(fields: "_Fields", texts: Sequence[str], types: Sequence[int]
 
 def _byte_level_bpe(fields: "_Fields", texts: Sequence[str], types: Sequence[int]) -> Backend:
     pre = fields.pre_tokenizer()
-    merges = [_merge(text) for text in fields.strings("merges")]
-    vocab = {text: i for i, text in enumerate(texts)}
+    merges = _merges(fields.strings("merges"))
+    vocab = dict(zip(texts, range(len(texts)), strict=True))
     backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignores_merges))
     backend.pre_tokenizer = pre.build()
     if pre.normalizer is not None:
         backend.normalizer = pre.normalizer()
     backend.add_special_tokens([added_token(texts[i], special=True) for i in sorted(special_ids(types))])
-    user_defined = [t for t, kind in zip(texts, types, strict=True) if kind == PieceType.USER_DEFINED]
-    backend.add_tokens([added_token(text, special=False) for text in user_defined])
+    user_defined = sorted(ids_of(types, PieceType.USER_DEFINED))
+    backend.add_tokens([added_token(texts[i], special=False) for i in user_defined])
     return backend
+
+
+def _merges(texts: list[str]) -> list[tuple[str, str]]:
+    """The pairs of all merges; almost always each is two words, which is far the quickest to find out for all."""
+    pairs: list[Any] = list(map(tuple, map(str.split, texts, repeat(" "))))
+    if all(map(itemgetter(0), pairs)) and set(map(len, pairs)) <= {2}:
+        return pairs
+    return [_merge(text) for text in texts]
 
 
 def _merge(text: str) -> tuple[str, str]:
@@ -159,10 +170,10 @@ class _Fields:
         return value
 
     def token_types(self, vocab_size: int) -> list[int]:
-        return [int(t) for t in self._numbers("token_type", vocab_size, PieceType.NORMAL)]
+        return list(map(int, self._numbers("token_type", vocab_size, PieceType.NORMAL)))
 
     def scores(self, vocab_size: int) -> list[float]:
-        return [float(s) for s in self._numbers("scores", vocab_size, 0.0)]
+        return self._numbers("scores", vocab_size, 0.0)
 
     def pre_tokenizer(self) -> PreTokenizer:
         name = self._metadata.get(_KEY + "pre", "default")
@@ -171,14 +182,14 @@ class _Fields:
             raise self._bad("pre", f"is {name!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}")
         return kind
 
-    def _numbers(self, key: str, count: int, default: float) -> Sequence[Any]:
+    def _numbers(self, key: str, count: int, default: float) -> list[float]:
         values = self._metadata.get(_KEY + key)
         if values is None:
-            return [default] * count
+            return [float(default)] * count
         if isinstance(values, str | int | float) or len(values) != count:
             raise self._bad(key, f"does not have one number for each of the {count} tokens")
         try:
-            return [float(v) for v in values]
+            return list(map(float, values.tolist() if isinstance(values, np.ndarray) else values))
         except (TypeError, ValueError):
             raise self._bad(key, "does not hold numbers") from None
 

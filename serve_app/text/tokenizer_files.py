@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from serve_app.errors import ModelFileError
 from serve_app.text.sentencepiece_file import read_sentencepiece
-from serve_app.text.sentencepiece_vocab import PieceType, build_backend, special_ids
+from serve_app.text.sentencepiece_vocab import PieceType, build_backend, ids_of, special_ids
 from serve_app.text.vocabulary import (
     ByteRule,
     Vocabulary,
@@ -98,7 +98,7 @@ def vocabulary_from_sentencepiece(path: Path) -> Vocabulary:
         pieces.space_prefix != "never",
         ((bos,) if bos is not None else (), ()),
         special_ids(pieces.types),
-        frozenset(i for i, t in enumerate(pieces.types) if t == PieceType.USER_DEFINED),
+        ids_of(pieces.types, PieceType.USER_DEFINED),
         "<s>",
         "</s>",
     )

@@ -1,18 +1,20 @@
 """What every source of a tokenizer comes down to, and how the text of a token becomes bytes."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 SPACE_MARK: Final = "▁"  # sentencepiece writes a space so
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-ByteRule = Callable[[str], bytes]
+ByteRule = Callable[[Sequence[str]], list[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +46,39 @@ def byte_of_char() -> dict[str, int]:
     return table | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def byte_level_bytes(text: str) -> bytes:
-    """The bytes of a byte-level BPE token; a character outside that alphabet stands for itself."""
-    table = byte_of_char()
-    try:
-        return bytes([table[c] for c in text])
-    except KeyError:
-        return b"".join(bytes([table[c]]) if c in table else c.encode() for c in text)
+@cache
+def _byte_of_code() -> npt.NDArray[np.int16]:
+    """byte_of_char by code point; -1 for those outside, the last one standing for all beyond."""
+    table = np.full(0x145, -1, np.int16)
+    for char, byte in byte_of_char().items():
+        table[ord(char)] = byte
+    return table
 
 
-def sentencepiece_bytes(text: str) -> bytes:
-    """The bytes of a sentencepiece token: ▁ is a space, <0x0A> a byte."""
-    match = _BYTE_TOKEN.fullmatch(text)
-    if match:
-        return bytes.fromhex(match[1])
-    return text.replace(SPACE_MARK, " ").encode()
+def byte_level_bytes(texts: Sequence[str]) -> list[bytes]:
+    """The bytes of byte-level BPE tokens; a character outside that alphabet stands for itself. All in one go:
+    a vocabulary has some 10^6 characters."""
+    table = _byte_of_code()
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
+    values = table[np.minimum(codes, len(table) - 1)]
+    ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+    raw = values.astype(np.uint8).tobytes()
+    bounds = ends.tolist()
+    pieces = [raw[begin:end] for begin, end in zip([0, *bounds], bounds, strict=False)]
+    for i in np.unique(np.searchsorted(ends, np.flatnonzero(values < 0), side="right")).tolist():
+        alphabet = byte_of_char()
+        pieces[i] = b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in texts[i])
+    return pieces
+
+
+def sentencepiece_bytes(texts: Sequence[str]) -> list[bytes]:
+    """The bytes of sentencepiece tokens: ▁ is a space, <0x0A> a byte."""
+    return [_byte_token(text) or text.replace(SPACE_MARK, " ").encode() for text in texts]
+
+
+def _byte_token(text: str) -> bytes | None:
+    match = _BYTE_TOKEN.fullmatch(text) if text.startswith("<0x") else None
+    return bytes.fromhex(match[1]) if match else None
 
 
 def added_token(text: str, *, special: bool, rstrip: bool = False) -> AddedToken:
@@ -67,15 +87,13 @@ def added_token(text: str, *, special: bool, rstrip: bool = False) -> AddedToken
 
 
 def token_pieces(
-    texts: Iterable[str | None], byte_rule: ByteRule, special_ids: frozenset[int], verbatim_ids: frozenset[int]
+    texts: Sequence[str | None], byte_rule: ByteRule, special_ids: frozenset[int], verbatim_ids: frozenset[int]
 ) -> list[bytes]:
     """pieces for a Vocabulary; verbatim_ids are added tokens, whose text is no encoding of anything."""
-    pieces = []
-    for i, text in enumerate(texts):
-        if text is None or i in special_ids:
-            pieces.append(b"")
-        elif i in verbatim_ids:
-            pieces.append(text.replace(SPACE_MARK, " ").encode() if byte_rule is sentencepiece_bytes else text.encode())
-        else:
-            pieces.append(byte_rule(text))
+    pieces = byte_rule([text or "" for text in texts])
+    for i in verbatim_ids:
+        text = texts[i] or ""
+        pieces[i] = text.replace(SPACE_MARK, " ").encode() if byte_rule is sentencepiece_bytes else text.encode()
+    for i in special_ids:
+        pieces[i] = b""
     return pieces
