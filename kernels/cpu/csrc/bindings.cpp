@@ -13,6 +13,7 @@
 #include "iq_grids.h"
 #include "jobs.h"
 #include "philox.h"
+#include "probe.h"
 #include "sampling.h"
 #include "scratch.h"
 #include "team.h"
@@ -147,6 +148,7 @@ void bind_layers(nb::module_& m);
 NB_MODULE(_native, m) {
     m.attr("ABI") = 1;
     take_iq_grids();
+    bind_probe(m);
     m.def("instruction_sets", instruction_sets);
     m.def("instruction_set", [] { return std::string(kernels->name); });
     m.def("use_instruction_set", use_instruction_set);

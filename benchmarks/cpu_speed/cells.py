@@ -1,0 +1,56 @@
+"""What is measured: one cell is one kind of work of one size."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["prefill", "decode", "batch"]
+
+BATCH_PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """prefill: the time of prompt tokens. decode: of new tokens behind a prompt, for each of the streams.
+
+    A batch is a decode of several streams with short prompts; its rate counts the tokens of all of them.
+    """
+
+    kind: Kind
+    prompt: int
+    new: int = 0
+    streams: int = 1
+
+    @property
+    def label(self) -> str:
+        """As a table shows it."""
+        if self.kind == "prefill":
+            return f"prefill {self.prompt}"
+        if self.kind == "decode":
+            return f"decode at {self.prompt}"
+        return f"batch {self.streams}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose time is taken."""
+        return self.prompt if self.kind == "prefill" else self.new * self.streams
+
+
+def make_cells(prefills: list[int], depths: list[int], batches: list[int], new: int) -> list[Cell]:
+    """All cells of a run; batch 1 is the decode at depth 0 and adds no cell."""
+    cells = [Cell("prefill", n) for n in prefills]
+    cells += [Cell("decode", depth, new) for depth in depths]
+    return cells + [Cell("batch", BATCH_PROMPT_TOKENS, new, n) for n in batches if n > 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement of a cell: tokens, seconds of wall clock, and of the processor (None: not known)."""
+
+    tokens: int
+    seconds: float
+    cpu_s: float | None
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds

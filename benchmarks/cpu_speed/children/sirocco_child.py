@@ -1,0 +1,75 @@
+"""Sirocco's engine, alone in a process: no Ray, no HTTP. See child_loop."""
+
+from typing import Any
+
+from child_loop import Cell, Clock, Figures, Measure, serve, token_ids
+
+from kernels import dispatch
+from serve_app import __version__
+from serve_app.engine.build import build_engine
+from serve_app.engine.engine import Engine
+from serve_app.messages import GenerateRequest
+from serve_app.options import EngineConfig, ModelSource, SamplingParams
+
+
+class Sirocco:
+    """One engine, stepped by the measurement itself. Prompts behind which is decoded stay in the prefix cache."""
+
+    def __init__(self, engine: Engine, vocab_size: int) -> None:
+        self._engine = engine
+        self._vocab_size = vocab_size
+        self._num_requests = 0
+
+    def measure(self, cell: Cell) -> Figures:
+        """See child_loop."""
+        clock = Clock()
+        if cell["kind"] == "prefill":
+            self._add(cell["prompt"], 1, cell["seed"])
+            clock.mark()
+            self._run(1)
+            clock.mark()
+            return clock.figures(cell["prompt"])
+        # The same prompt each time at a depth, other ones in a batch; the first token comes with the prompt.
+        for stream in range(cell["streams"]):
+            self._add(
+                max(1, cell["prompt"]), cell["new"] + 1, stream if cell["kind"] == "decode" else cell["seed"] + stream
+            )
+        self._run(cell["streams"])
+        clock.mark()
+        self._run(cell["streams"] * cell["new"])
+        clock.mark()
+        return clock.figures(cell["streams"] * cell["new"])
+
+    def _add(self, prompt: int, new: int, seed: int) -> None:
+        self._num_requests += 1
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+        ids = token_ids(prompt, self._vocab_size, seed)
+        self._engine.add(GenerateRequest(f"cell-{self._num_requests}", ids, params))
+
+    def _run(self, tokens: int) -> None:
+        """Steps until exactly so many tokens have come."""
+        while tokens:
+            for delta in self._engine.step():
+                if delta.finish is not None and delta.finish.error is not None:
+                    raise delta.finish.error
+                tokens -= len(delta.token_ids)
+            assert tokens >= 0, "the streams did not start in one step"
+
+
+def load(options: dict[str, Any]) -> tuple[Measure, dict[str, Any]]:
+    """options: model, threads, kv, context (tokens of the longest request), streams."""
+    config = EngineConfig(
+        max_seqs=options["streams"],
+        # Room for the prompts of all depths, which the prefills of random prompts must not push out.
+        pool_tokens=4 * options["context"],
+        num_threads=options["threads"],
+    )
+    engine = build_engine(
+        ModelSource(model=options["model"], max_seq_len=options["context"]), config, lambda deltas: None
+    )
+    facts = {"version": __version__, "kernels": dispatch.native().reason, "kv": str(engine.parts.kv.k[0].dtype)}
+    return Sirocco(engine, engine.parts.tokenizer.vocab_size).measure, facts
+
+
+if __name__ == "__main__":
+    serve(load)
