@@ -40,7 +40,8 @@ std::vector<const KernelTable*> usable_tables() {  // best first
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni"))
         tables.push_back(&avx512::table);
     if (has_avx2) tables.push_back(&avx2::table);
 #endif
@@ -111,10 +112,10 @@ void matmul(int type_id, uintptr_t weight, int64_t rows, int64_t row_bytes, int6
         }
         wide = buffer;
     }
-    const MatmulJob job{decode, at<uint8_t>(weight), row_bytes, block_bytes, block_length, wide, tokens, in_features,
+    const FileMatmulJob job{decode, at<uint8_t>(weight), row_bytes, block_bytes, block_length, wide, tokens, in_features,
                         padded, at(out), out_stride, Float(out_type)};
     parallel_for(rows, in_features * (tokens + 1) / 4,
-                 [&](int64_t begin, int64_t end) { kernels->matmul(job, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernels->matmul_file(job, begin, end); });
 }
 
 // out[i] = the first 32 bits of Philox(key = seeds[i], counter = positions[i]) / 2^32.
@@ -144,11 +145,13 @@ void draw_tokens(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t voc
 const KernelTable& current_kernels() { return *kernels; }
 
 void bind_layers(nb::module_& m);
+void bind_packed(nb::module_& m);
 
 NB_MODULE(_native, m) {
     m.attr("ABI") = 1;
     take_iq_grids();
     bind_probe(m);
+    bind_packed(m);
     m.def("instruction_sets", instruction_sets);
     m.def("instruction_set", [] { return std::string(kernels->name); });
     m.def("use_instruction_set", use_instruction_set);

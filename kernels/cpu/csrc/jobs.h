@@ -2,8 +2,10 @@
 #pragma once
 #include <cstdint>
 
+#include "act.h"
 #include "attention.h"
 #include "layer_jobs.h"
+#include "matmul.h"
 
 enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 
@@ -11,7 +13,7 @@ enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 using Decode = void (*)(const uint8_t* blocks, float* out, int64_t num_weights);
 
 // out[t, row] = sum over i of x[t, i] * decoded weight[row, i]. x is float32 with rows padded by zeros to x_stride.
-struct MatmulJob {
+struct FileMatmulJob {
     Decode decode;
     const uint8_t* weight;
     int64_t row_bytes, block_bytes, block_length;
@@ -26,7 +28,10 @@ struct MatmulJob {
 struct KernelTable {
     const char* name;
     Decode (*decoder)(int type_id);
-    void (*matmul)(const MatmulJob&, int64_t begin, int64_t end);
+    void (*matmul_file)(const FileMatmulJob&, int64_t begin, int64_t end);
+    MatmulKernel matmul;
+    // Columns [begin, end) of a row of float32 into activations; begin is a multiple of 256, end too or the row's end.
+    void (*to_act)(const ActLayout&, const float* x, uint8_t* row, int64_t begin, int64_t end);
     void (*norm)(const NormJob&, int64_t token_begin, int64_t token_end);
     void (*activate)(const GatedJob&, int64_t unit_begin, int64_t unit_end);
     void (*convert)(const ConvertJob&, int64_t unit_begin, int64_t unit_end);

@@ -1,77 +1,80 @@
-// Packed weights times float32 activations: rows are decoded piecewise into L1 and multiplied at once. The sum of each
-// (token, row) is formed in the same order whatever the number of tokens, so a token's result does not depend on its batch.
+// Picks the kernel for a matrix's type and its activations. Built for each instruction set.
+#include "jobs.h"
+#include "matmul_kernel.h"
 #include "scratch.h"
-#include "vec.h"
 
 namespace SIROCCO_ISA {
+
+Decode decoder(int type_id);
+#if defined(SIROCCO_BF16_DOT)
+MatmulKernel bf16_dot_kernel();  // null where the CPU has no bfloat16 products
+#endif
+
 namespace {
 
-constexpr int kRows = 4;
-constexpr int64_t kPiece = 1024;  // weights of a row decoded at a time: 4 rows fill half of L1
-
-template <int Tokens>
-inline void multiply(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, float* sums) {
-    Vec acc[Tokens][kRows];
-    for (int t = 0; t < Tokens; ++t)
-        for (int r = 0; r < kRows; ++r) acc[t][r] = load(sums + (t * kRows + r) * kLanes);
-    for (int64_t i = 0; i < count; i += kLanes) {
-        Vec wv[kRows];
-        for (int r = 0; r < kRows; ++r) wv[r] = load(w + r * w_stride + i);
-        for (int t = 0; t < Tokens; ++t) {
-            const Vec xv = load(x + t * x_stride + i);
-            for (int r = 0; r < kRows; ++r) acc[t][r] += xv * wv[r];
-        }
-    }
-    for (int t = 0; t < Tokens; ++t)
-        for (int r = 0; r < kRows; ++r) store(sums + (t * kRows + r) * kLanes, acc[t][r]);
+template <typename Q>
+MatmulKernel packed_kernel(Act act) {
+    return act == Act::f32 ? multiply_all<Packed<Q>::template Exact> : multiply_all<Packed<Q>::template Q8>;
 }
 
-void multiply_all(const float* w, const float* x, const MatmulJob& job, int64_t count, float* sums) {
-    constexpr int kTokens = kLanes == 16 ? 4 : 2;
-    int64_t t = 0;
-    for (; t + kTokens <= job.num_tokens; t += kTokens)
-        multiply<kTokens>(w, kPiece, x + t * job.x_stride, job.x_stride, count, sums + t * kRows * kLanes);
-    for (; t < job.num_tokens; ++t)
-        multiply<1>(w, kPiece, x + t * job.x_stride, job.x_stride, count, sums + t * kRows * kLanes);
+MatmulKernel bf16_kernel() {
+#if defined(SIROCCO_BF16_DOT)
+    if (const MatmulKernel kernel = bf16_dot_kernel()) return kernel;
+#endif
+    return multiply_all<Bf16Pairs::Kernel>;
+}
+
+MatmulKernel find_kernel(int type_id, Act act) {
+    if (type_id == 30 && act == Act::bf16) return bf16_kernel();
+    switch (type_id) {
+        case 0: return multiply_all<Dense<0>::Exact>;
+        case 1: return multiply_all<Dense<1>::Exact>;
+        case 30: return multiply_all<Dense<30>::Exact>;
+        case Q4_0::kType: return packed_kernel<Q4_0>(act);
+        case Q4_1::kType: return packed_kernel<Q4_1>(act);
+        case Q5_0::kType: return packed_kernel<Q5_0>(act);
+        case Q5_1::kType: return packed_kernel<Q5_1>(act);
+        case Q8_0::kType: return packed_kernel<Q8_0>(act);
+        case Q2_K::kType: return packed_kernel<Q2_K>(act);
+        case Q3_K::kType: return packed_kernel<Q3_K>(act);
+        case Q4_K::kType: return packed_kernel<Q4_K>(act);
+        case Q5_K::kType: return packed_kernel<Q5_K>(act);
+        case Q6_K::kType: return packed_kernel<Q6_K>(act);
+        default: return nullptr;
+    }
+}
+
+// Types without a kernel of their own: each tile is decoded into float32 words, 16 rows side by side, and multiplied so.
+void multiply_decoded(const MatmulJob& job, int64_t tile_begin, int64_t tile_end, int64_t token_begin, int64_t token_end) {
+    const PackedMatrix& w = job.weight;
+    const int64_t columns = w.blocks * w.layout->block_length, row_bytes = w.blocks * w.layout->block_bytes;
+    float* interleaved = scratch(0, columns * kTileRows);
+    float* row_values = scratch(1, columns);
+    auto* row = reinterpret_cast<uint8_t*>(scratch(2, row_bytes / 4 + 1));
+    const Decode decode = decoder(w.layout->type_id);
+    MatmulJob dense = job;
+    dense.weight.layout = type_layout(0);
+    dense.weight.blocks = columns;
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+        for (int r = 0; r < kTileRows; ++r) {
+            if (tile * kTileRows + r < w.rows) {
+                unpack_row(*w.layout, w.blocks, w.tile(tile), r, row_bytes, row);
+                decode(row, row_values, columns);
+                for (int64_t i = 0; i < columns; ++i) interleaved[i * kTileRows + r] = row_values[i];
+            } else {
+                for (int64_t i = 0; i < columns; ++i) interleaved[i * kTileRows + r] = 0.0f;
+            }
+        }
+        dense.weight.data = reinterpret_cast<const uint8_t*>(interleaved) - tile * dense.weight.tile_bytes;
+        multiply_all<Dense<0>::Exact>(dense, tile, tile + 1, token_begin, token_end);
+    }
 }
 
 }  // namespace
 
-void matmul(const MatmulJob& job, int64_t begin, int64_t end) {
-    float* w = scratch(0, kRows * kPiece);
-    const int64_t num_sums = job.num_tokens * kRows * kLanes;
-    float* sums = scratch(1, num_sums);
-    for (int64_t row = begin; row < end; row += kRows) {
-        const int rows = int(end - row < kRows ? end - row : kRows);
-        std::memset(sums, 0, size_t(num_sums) * 4);
-        for (int64_t start = 0; start < job.in_features; start += kPiece) {
-            const int64_t left = job.in_features - start;
-            const int64_t count = left < kPiece ? left : kPiece, padded = round_up(count, kLanes);
-            for (int r = 0; r < rows; ++r) {
-                const uint8_t* blocks = job.weight + (row + r) * job.row_bytes + start / job.block_length * job.block_bytes;
-                job.decode(blocks, w + r * kPiece, count);
-                for (int64_t i = count; i < padded; ++i) w[r * kPiece + i] = 0.0f;
-            }
-            for (int r = rows; r < kRows; ++r) std::memset(w + r * kPiece, 0, size_t(padded) * 4);
-            multiply_all(w, job.x + start, job, padded, sums);
-        }
-        with_type(job.out_type, [&](auto type) {
-            using T = decltype(type);
-            auto* out = static_cast<typename T::Store*>(job.out);
-            for (int64_t t = 0; t < job.num_tokens; ++t) {
-                const float* s = sums + t * kRows * kLanes;
-                const Vec4 y = sum4(load(s), load(s + kLanes), load(s + 2 * kLanes), load(s + 3 * kLanes));
-                for (int r = 0; r < rows; ++r) T::put(out + t * job.out_stride + row + r, y[r]);
-            }
-        });
-    }
-}
-
-void to_f32(const void* from, Float type, float* to, int64_t count) {
-    with_type(type, [&](auto tag) {
-        using T = decltype(tag);
-        widen<T>(static_cast<const typename T::Store*>(from), to, count, count);
-    });
+void matmul(const MatmulJob& job, int64_t tile_begin, int64_t tile_end, int64_t token_begin, int64_t token_end) {
+    const MatmulKernel kernel = find_kernel(job.weight.layout->type_id, job.x.layout.kind);
+    (kernel ? kernel : multiply_decoded)(job, tile_begin, tile_end, token_begin, token_end);
 }
 
 }  // namespace SIROCCO_ISA

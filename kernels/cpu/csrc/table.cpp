@@ -7,7 +7,9 @@
 namespace SIROCCO_ISA {
 
 Decode decoder(int type_id);
-void matmul(const MatmulJob&, int64_t, int64_t);
+void matmul_file(const FileMatmulJob&, int64_t, int64_t);
+void matmul(const MatmulJob&, int64_t, int64_t, int64_t, int64_t);
+void to_act(const ActLayout&, const float*, uint8_t*, int64_t, int64_t);
 void norm(const NormJob&, int64_t, int64_t);
 void activate(const GatedJob&, int64_t, int64_t);
 void convert(const ConvertJob&, int64_t, int64_t);
@@ -24,7 +26,9 @@ extern const KernelTable table;
 const KernelTable table{
     .name = SIROCCO_TEXT(SIROCCO_ISA),
     .decoder = decoder,
+    .matmul_file = matmul_file,
     .matmul = matmul,
+    .to_act = to_act,
     .norm = norm,
     .activate = activate,
     .convert = convert,
@@ -37,5 +41,4 @@ const KernelTable table{
     .to_f32 = to_f32,
     .exp_shifted = exp_shifted,
 };
-
 }  // namespace SIROCCO_ISA

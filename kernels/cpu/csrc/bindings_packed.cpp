@@ -1,0 +1,113 @@
+// Python's view of packed matrices. Addresses and counts come from kernels/cpu/packed.py, which owns the tensors; what
+// could read or write outside of them is checked here.
+#include <nanobind/nanobind.h>
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "jobs.h"
+#include "packed_memory.h"
+#include "scratch.h"
+#include "team.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+template <typename T = void>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void require(bool holds, const char* message) {
+    if (!holds) throw std::out_of_range(message);
+}
+
+// Rows [first, first + count) from file order. order: which row of the file each of them is, or null.
+void pack(PackedMemory& memory, int64_t first, int64_t count, uintptr_t blocks, int64_t blocks_rows, uintptr_t order) {
+    const PackedMatrix& m = memory.matrix();
+    require(first >= 0 && count >= 0 && first % kTileRows == 0 && first + count <= m.rows, "pack: rows outside the matrix");
+    require((first + count) % kTileRows == 0 || first + count == m.rows, "pack: rows must fill whole tiles");
+    require(order || count <= blocks_rows, "pack: more rows than there are");
+    const int64_t row_bytes = memory.row_bytes();
+    if (const auto* rows = at<const int64_t>(order))
+        for (int64_t i = 0; i < count; ++i) require(rows[i] >= 0 && rows[i] < blocks_rows, "pack: row order outside the rows");
+    nb::gil_scoped_release release;
+    parallel_for((count + kTileRows - 1) / kTileRows, m.tile_bytes, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            const uint8_t* rows[kTileRows];
+            for (int r = 0; r < kTileRows; ++r) {
+                const int64_t i = t * kTileRows + r;
+                rows[r] = i < count ? at<const uint8_t>(blocks) + (order ? at<const int64_t>(order)[i] : i) * row_bytes : nullptr;
+            }
+            pack_tile(*m.layout, m.blocks, rows, row_bytes, memory.tile(first / kTileRows + t));
+        }
+    });
+}
+
+void unpack(const PackedMemory& memory, int64_t first, int64_t count, uintptr_t out) {
+    const PackedMatrix& m = memory.matrix();
+    require(first >= 0 && count >= 0 && first + count <= m.rows, "unpack: rows outside the matrix");
+    const int64_t row_bytes = memory.row_bytes();
+    nb::gil_scoped_release release;
+    parallel_for(count, row_bytes, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            unpack_row(*m.layout, m.blocks, m.tile((first + i) / kTileRows), int((first + i) % kTileRows), row_bytes,
+                       at<uint8_t>(out) + i * row_bytes);
+    });
+}
+
+// The rows ids[i] as float32 [count, columns].
+void rows(const PackedMemory& memory, uintptr_t ids, int64_t count, uintptr_t out) {
+    const PackedMatrix& m = memory.matrix();
+    for (int64_t i = 0; i < count; ++i) require(at<int64_t>(ids)[i] >= 0 && at<int64_t>(ids)[i] < m.rows, "rows: id outside the matrix");
+    nb::gil_scoped_release release;
+    parallel_for(count, m.columns, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) packed_row(m, at<int64_t>(ids)[i], at<float>(out) + i * m.columns);
+    });
+}
+
+void matmul(const PackedMemory& memory, uintptr_t x, int64_t tokens, bool is_exact, uintptr_t bias, uintptr_t out, int64_t out_stride) {
+    const PackedMatrix& m = memory.matrix();
+    require(out_stride >= m.rows, "matmul: rows of the result overlap");
+    nb::gil_scoped_release release;
+    const KernelTable& kernels = current_kernels();
+    const ActLayout layout = ActLayout::of(is_exact ? Act::f32 : m.layout->act, m.columns);
+    auto* acts = reinterpret_cast<uint8_t*>(scratch(3, tokens * layout.row_bytes / 4));
+    parallel_for(tokens, m.columns * 4, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+            kernels.to_act(layout, at<const float>(x) + t * m.columns, acts + t * layout.row_bytes, 0, m.columns);
+    });
+    const MatmulJob job{m, {layout, acts}, at<const float>(bias), at<float>(out), out_stride};
+    const MatmulUnits units = matmul_units(job, tokens, team_size());
+    parallel_for(units.count, units.tiles * kTileRows * m.columns * units.tokens / 16,
+                 [&](int64_t begin, int64_t end) { run_units(kernels.matmul, job, units, tokens, begin, end); });
+}
+
+}  // namespace
+
+void packed_row(const PackedMatrix& m, int64_t id, float* out) {
+    const TypeLayout& layout = *m.layout;
+    const int64_t blocks_bytes = m.blocks * layout.block_bytes, padded = m.blocks * layout.block_length;
+    auto* row = reinterpret_cast<uint8_t*>(scratch(0, blocks_bytes / 4 + 1));
+    unpack_row(layout, m.blocks, m.tile(id / kTileRows), int(id % kTileRows), blocks_bytes, row);
+    float* values = padded == m.columns ? out : scratch(1, padded);
+    current_kernels().decoder(layout.type_id)(row, values, padded);
+    if (values != out) std::memcpy(out, values, size_t(m.columns) * 4);
+}
+
+void bind_packed(nb::module_& m) {
+    nb::class_<PackedMemory>(m, "PackedMatrix")
+        .def(nb::init<int, int64_t, int64_t>())
+        .def_prop_ro("rows", [](const PackedMemory& p) { return p.matrix().rows; })
+        .def_prop_ro("columns", [](const PackedMemory& p) { return p.matrix().columns; })
+        .def_prop_ro("type_id", [](const PackedMemory& p) { return p.matrix().layout->type_id; })
+        .def_prop_ro("row_bytes", &PackedMemory::row_bytes)
+        .def_prop_ro("num_bytes", &PackedMemory::num_bytes)
+        .def("pack", pack)
+        .def("unpack", unpack)
+        .def("gather", rows)
+        .def("matmul", matmul);
+}

@@ -1,0 +1,223 @@
+// The products of one tile of rows with a few tokens, written for any instruction set: what differs is dot4 and the
+// dense kernels' loads. Each (token, row) sum is formed by the same operations in the same order whatever the number of
+// tokens, so a token's result does not depend on its neighbours.
+#pragma once
+#include "block_types.h"
+#include "matmul.h"
+
+namespace SIROCCO_ISA {
+
+#if defined(__AVX512VNNI__)
+constexpr int kTokens = 8;  // that the registers hold sums for
+#define SIROCCO_UNROLL _Pragma("GCC unroll 16")
+
+// sum + the four products of unsigned bytes w with the four signed bytes at x.
+static inline Ints dot4(Ints sum, Words w, const uint8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return Ints(_mm512_dpbusd_epi32(__m512i(sum), __m512i(w), _mm512_set1_epi32(four)));
+}
+static inline Floats fma(Floats a, Floats b, Floats c) { return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
+#else
+constexpr int kTokens = 1;
+#define SIROCCO_UNROLL
+
+static inline Ints dot4(Ints sum, Words w, const uint8_t* x) {
+    for (int i = 0; i < 4; ++i) sum += Ints((w >> (8 * i)) & 0xffu) * int32_t(int8_t(x[i]));
+    return sum;
+}
+static inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+#endif
+
+static inline float load_float(const uint8_t* p) {
+    float v;
+    std::memcpy(&v, p, 4);
+    return v;
+}
+
+static inline Floats all(float v) { return Floats{} + v; }
+
+// Blocks of 8-bit activations: integer dots of the sub-blocks, scaled in float32.
+template <typename Q, int M>
+static inline void multiply_q8(const MatmulJob& job, const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc) {
+    constexpr int kSubs = Q::kBlock / Q::kSub, kGroups = Q::kSub / 4;
+    const ActLayout& layout = job.x.layout;
+    const int64_t scale_at = layout.scale, sum_at = Q::kSub == 32 ? layout.sum32 : layout.sum16, minus_at = layout.minus;
+    for (int64_t b = 0; b < job.weight.blocks; ++b, words += Q::kWords * 64, tail += Q::kTail) {
+        Scales scales;
+        Q::scales(words, tail, scales);
+        Floats sums[M];
+        for (int m = 0; m < M; ++m) sums[m] = Floats{};
+        SIROCCO_UNROLL
+        for (int sub = 0; sub < kSubs; ++sub) {
+            Words w[kGroups];
+        SIROCCO_UNROLL
+            for (int g = 0; g < kGroups; ++g) w[g] = Q::weights(words, sub, g);
+            const int64_t column = b * Q::kBlock + sub * Q::kSub, at = (b * kSubs + sub) * 4;
+        SIROCCO_UNROLL
+            for (int m = 0; m < M; ++m) {
+                Ints dot{};
+                if constexpr (Q::kOffsetBits >= 0) {
+                    int32_t minus;
+                    std::memcpy(&minus, x[m] + minus_at + at, 4);
+                    dot = (Ints{} + minus) << Q::kOffsetBits;
+                }
+        SIROCCO_UNROLL
+                for (int g = 0; g < kGroups; ++g) dot = dot4(dot, w[g], x[m] + column + 4 * g);
+                const Floats value = __builtin_convertvector(dot, Floats);
+                sums[m] = kSubs == 1 ? value * scales.scale[0] : fma(value, scales.scale[sub], sums[m]);
+                if constexpr (Q::kHasMinimum) sums[m] = fma(scales.minimum[sub], all(load_float(x[m] + sum_at + at)), sums[m]);
+            }
+        }
+        SIROCCO_UNROLL
+        for (int m = 0; m < M; ++m) acc[m] = fma(sums[m], all(load_float(x[m] + scale_at + b * 4)), acc[m]);
+    }
+}
+
+// The same weights as exact float32, times float32 activations.
+template <typename Q, int M>
+static inline void multiply_exact(const MatmulJob& job, const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc) {
+    constexpr int kSubs = Q::kBlock / Q::kSub, kGroups = Q::kSub / 4;
+    for (int64_t b = 0; b < job.weight.blocks; ++b, words += Q::kWords * 64, tail += Q::kTail) {
+        Scales scales;
+        Q::scales(words, tail, scales);
+        for (int sub = 0; sub < kSubs; ++sub) {
+            for (int g = 0; g < kGroups; ++g) {
+                const Words w = Q::weights(words, sub, g);
+                const int64_t at = (b * Q::kBlock + sub * Q::kSub + 4 * g) * 4;
+        SIROCCO_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    Ints number = Ints((w >> (8 * i)) & 0xffu);
+                    if constexpr (Q::kOffsetBits >= 0) number -= 1 << Q::kOffsetBits;
+                    Floats value = scales.scale[sub] * __builtin_convertvector(number, Floats);
+                    if constexpr (Q::kHasMinimum) value = value + scales.minimum[sub];
+        SIROCCO_UNROLL
+                    for (int m = 0; m < M; ++m) acc[m] = fma(value, all(load_float(x[m] + at + 4 * i)), acc[m]);
+                }
+            }
+        }
+    }
+}
+
+// Words of one float32 or of two 16-bit floats, times float32 activations.
+template <int Type, int M>
+static inline void multiply_dense(const MatmulJob& job, const uint8_t* words, const uint8_t* const* x, Floats* acc) {
+    for (int64_t b = 0; b < job.weight.blocks; ++b, words += 64) {
+        const Words w = load_words(words);
+        if constexpr (Type == 0) {
+        SIROCCO_UNROLL
+            for (int m = 0; m < M; ++m) acc[m] = fma(as_floats(w), all(load_float(x[m] + b * 4)), acc[m]);
+        } else {
+            const Floats first = Type == 1 ? low_halves(w) : as_floats(w << 16);
+            const Floats second = Type == 1 ? high_halves(w) : as_floats(w & 0xffff0000u);
+        SIROCCO_UNROLL
+            for (int m = 0; m < M; ++m) {
+                acc[m] = fma(first, all(load_float(x[m] + b * 8)), acc[m]);
+                acc[m] = fma(second, all(load_float(x[m] + b * 8 + 4)), acc[m]);
+            }
+        }
+    }
+}
+
+// bfloat16 weights and activations, each widened.
+template <int M>
+static inline void multiply_bf16(const MatmulJob& job, const uint8_t* words, const uint8_t* const* x, Floats* acc) {
+    for (int64_t b = 0; b < job.weight.blocks; ++b, words += 64) {
+        const Words w = load_words(words);
+        const Floats first = as_floats(w << 16), second = as_floats(w & 0xffff0000u);
+        SIROCCO_UNROLL
+        for (int m = 0; m < M; ++m) {
+            acc[m] = fma(first, all(bf16_to_f32(load_u16(x[m] + b * 4))), acc[m]);
+            acc[m] = fma(second, all(bf16_to_f32(load_u16(x[m] + b * 4 + 2))), acc[m]);
+        }
+    }
+}
+
+// Sixteen sums of each token to their places.
+template <int M>
+static inline void store_sums(const MatmulJob& job, int64_t tile, int64_t token, const Floats* acc) {
+    const int64_t row = tile * kTileRows, rows = job.weight.rows - row;
+    for (int m = 0; m < M; ++m) {
+        float* out = job.out + (token + m) * job.out_stride + row;
+        Floats y = acc[m];
+        if (rows >= kTileRows) {
+            if (job.bias) {
+                Floats bias;
+                std::memcpy(&bias, job.bias + row, sizeof bias);
+                y += bias;
+            }
+            std::memcpy(out, &y, sizeof y);
+        } else {
+            for (int64_t r = 0; r < rows; ++r) out[r] = job.bias ? y[r] + job.bias[row + r] : y[r];
+        }
+    }
+}
+
+// One tile, M tokens. Body: void(const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc).
+template <int M, typename Body>
+static inline void multiply_tile(const MatmulJob& job, int64_t tile, int64_t token, Body body) {
+    const uint8_t* x[M];
+    Floats acc[M];
+    for (int m = 0; m < M; ++m) {
+        x[m] = job.x.row(token + m);
+        acc[m] = Floats{};
+    }
+    body(job.weight.tile(tile), job.weight.tail(tile), x, acc);
+    store_sums<M>(job, tile, token, acc);
+}
+
+// The last tokens, fewer than a group.
+template <template <int> typename Kernel, int M>
+static inline void multiply_rest(const MatmulJob& job, int64_t tile, int64_t token, int64_t count) {
+    if constexpr (M > 0) {
+        if (count == M) return Kernel<M>::run(job, tile, token);
+        multiply_rest<Kernel, M - 1>(job, tile, token, count);
+    }
+}
+
+// All tokens of a range in groups that fit the registers; a tile's weights stay in the cache while groups go by.
+template <template <int> typename Kernel>
+static void multiply_all(const MatmulJob& job, int64_t tile_begin, int64_t tile_end, int64_t token_begin, int64_t token_end) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+        int64_t token = token_begin;
+        for (; token + kTokens <= token_end; token += kTokens) Kernel<kTokens>::run(job, tile, token);
+        multiply_rest<Kernel, kTokens - 1>(job, tile, token, token_end - token);
+    }
+}
+
+template <typename Q>
+struct Packed {
+    template <int M>
+    struct Q8 {
+        static void run(const MatmulJob& job, int64_t tile, int64_t token) {
+            multiply_tile<M>(job, tile, token, [&](auto words, auto tail, auto x, auto acc) { multiply_q8<Q, M>(job, words, tail, x, acc); });
+        }
+    };
+    template <int M>
+    struct Exact {
+        static void run(const MatmulJob& job, int64_t tile, int64_t token) {
+            multiply_tile<M>(job, tile, token, [&](auto words, auto tail, auto x, auto acc) { multiply_exact<Q, M>(job, words, tail, x, acc); });
+        }
+    };
+};
+
+template <int Type>
+struct Dense {
+    template <int M>
+    struct Exact {
+        static void run(const MatmulJob& job, int64_t tile, int64_t token) {
+            multiply_tile<M>(job, tile, token, [&](auto words, auto, auto x, auto acc) { multiply_dense<Type, M>(job, words, x, acc); });
+        }
+    };
+};
+
+struct Bf16Pairs {
+    template <int M>
+    struct Kernel {
+        static void run(const MatmulJob& job, int64_t tile, int64_t token) {
+            multiply_tile<M>(job, tile, token, [&](auto words, auto, auto x, auto acc) { multiply_bf16<M>(job, words, x, acc); });
+        }
+    };
+};
+
+}  // namespace SIROCCO_ISA
