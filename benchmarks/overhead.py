@@ -41,11 +41,11 @@ class Round:
     cpu_s: Counter[str]
 
 
-def body(tokens: int) -> bytes:
+def body(tokens: int, prompt: str | list[int] = PROMPT) -> bytes:
     """One streaming completion of exactly `tokens` tokens."""
     fields = {
         "model": "default",
-        "prompt": PROMPT,
+        "prompt": prompt,
         "max_tokens": tokens,
         "ignore_eos": True,
         "temperature": 0,
@@ -55,10 +55,9 @@ def body(tokens: int) -> bytes:
     return json.dumps(fields).encode()
 
 
-async def stream(port: int, tokens: int) -> int:
+async def stream(port: int, content: bytes) -> int:
     """Reads one stream to its end; the completion tokens that its usage states."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    content = body(tokens)
     lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     head = "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""])
     writer.write(head.encode() + content)
@@ -73,12 +72,12 @@ async def stream(port: int, tokens: int) -> int:
     return int(found[-1])
 
 
-def run_client(port: int, streams: int, tokens: int) -> tuple[int, float]:
+def run_client(port: int, contents: list[bytes]) -> tuple[int, float]:
     """All streams at once: (tokens, seconds). Runs in a process of its own."""
 
     async def run() -> tuple[int, float]:
         start = time.perf_counter()
-        counts = await asyncio.gather(*(stream(port, tokens) for _ in range(streams)))
+        counts = await asyncio.gather(*(stream(port, content) for content in contents))
         return sum(counts), time.perf_counter() - start
 
     return asyncio.run(run())
@@ -134,10 +133,10 @@ class Server:
                 time.sleep(0.2)
         raise TimeoutError("the server did not become ready")
 
-    def measure(self, pool: ProcessPoolExecutor, streams: int, tokens: int) -> Round:
-        """One round of all streams."""
+    def measure(self, pool: ProcessPoolExecutor, contents: list[bytes]) -> Round:
+        """One round: a stream for each body."""
         before = cpu_by_kind(self._root)
-        count, seconds = pool.submit(run_client, self.port, streams, tokens).result()
+        count, seconds = pool.submit(run_client, self.port, contents).result()
         cpu_s: Counter[str] = Counter()
         for process, (kind, spent) in cpu_by_kind(self._root).items():
             cpu_s[kind] += spent - before.get(process, (kind, 0.0))[1]
@@ -203,7 +202,7 @@ def main() -> None:
     alone = EngineAlone()
     pairs = []
     for number in range(args.rounds + 1):
-        pair = alone.measure(args.streams, args.tokens), server.measure(pool, args.streams, args.tokens)
+        pair = alone.measure(args.streams, args.tokens), server.measure(pool, [body(args.tokens)] * args.streams)
         if number:
             pairs.append(pair)
     report(pairs)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["prefill", "decode", "batch"]
+Kind = Literal["prefill", "decode", "batch", "serve"]
 
 BATCH_PROMPT_TOKENS = 32
 
@@ -12,7 +12,8 @@ BATCH_PROMPT_TOKENS = 32
 class Cell:
     """prefill: the time of prompt tokens. decode: of new tokens behind a prompt, for each of the streams.
 
-    A batch is a decode of several streams with short prompts; its rate counts the tokens of all of them.
+    A batch is a decode of several streams with short prompts; its rate counts the tokens of all of them. serve: the new
+    tokens of whole requests, from their arrival to their last token.
     """
 
     kind: Kind
@@ -27,7 +28,7 @@ class Cell:
             return f"prefill {self.prompt}"
         if self.kind == "decode":
             return f"decode at {self.prompt}"
-        return f"batch {self.streams}"
+        return f"{self.kind} {self.streams}"
 
     @property
     def num_tokens(self) -> int:

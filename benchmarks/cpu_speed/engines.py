@@ -1,6 +1,7 @@
 """Which engines take part in the run of one model and type, and with what."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,22 +32,25 @@ class Peers:
     with_sirocco: bool = True
 
 
+def sirocco(model: Path, cells: Sequence[Cell], threads: int, kv: str) -> ChildEngine:
+    """Our engine, alone in a process, for the GGUF at `model`; kv as --kv-cache-dtype takes it, auto too."""
+    context, streams = _sizes(cells)
+    options = {"model": str(model), "threads": threads, "kv": kv, "context": context, "streams": streams}
+    command = [sys.executable, str(CHILDREN / "sirocco_child.py")]
+    kv_bytes = _kv_bytes(ModelFacts.of(model), context, kv)
+    needed = int(1.15 * model.stat().st_size) + kv_bytes + _GIB
+    return ChildEngine(SIROCCO, command, options, needed, environment={"PYTHONPATH": str(ROOT)})
+
+
 def make_engines(
-    peers: Peers, folder: Path, model: str, quant_type: str, cells: list[Cell], threads: int, kv: str
+    peers: Peers, folder: Path, model: str, quant_type: str, cells: Sequence[Cell], threads: int, kv: str
 ) -> list[Engine]:
     """The engines for a model's files in `folder`, named as benchmarks.models names them; none is started."""
     path = gguf_path(folder, model, quant_type)
     facts, size = ModelFacts.of(path), path.stat().st_size
-    # A chat template, a first token and unequal prompts take a few more.
-    context = max(cell.prompt + cell.new for cell in cells) + 256
-    streams = max(cell.streams for cell in cells)
-    kv_bytes = int(4 * context * facts.kv_values * KV_BYTES[kv])
-    engines: list[Engine] = []
-    if peers.with_sirocco:
-        options = {"model": str(path), "threads": threads, "kv": kv, "context": context, "streams": streams}
-        command = [sys.executable, str(CHILDREN / "sirocco_child.py")]
-        needed = int(1.15 * size) + kv_bytes + _GIB
-        engines.append(ChildEngine(SIROCCO, command, options, needed, environment={"PYTHONPATH": str(ROOT)}))
+    context, streams = _sizes(cells)
+    kv_bytes = _kv_bytes(facts, context, kv)
+    engines: list[Engine] = [sirocco(path, cells, threads, kv)] if peers.with_sirocco else []
     if peers.llama_bench is not None:
         engines.append(LlamaCpp(peers.llama_bench, path, threads, _LLAMA_KV.get(kv, kv)))
     if peers.mistralrs is not None:
@@ -65,3 +69,12 @@ def make_engines(
         options = {"model": str(folder / model), "threads": threads}
         engines.append(ChildEngine(TRANSFORMERS, command, options, int(1.3 * size) + kv_bytes + _GIB))
     return engines
+
+
+def _sizes(cells: Sequence[Cell]) -> tuple[int, int]:
+    """Context and number of streams that all cells need; a template and unequal prompts take a few tokens more."""
+    return max(cell.prompt + cell.new for cell in cells) + 256, max(cell.streams for cell in cells)
+
+
+def _kv_bytes(facts: ModelFacts, context: int, kv: str) -> int:
+    return int(4 * context * facts.kv_values * KV_BYTES.get(kv, max(KV_BYTES.values())))

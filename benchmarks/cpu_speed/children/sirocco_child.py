@@ -23,22 +23,29 @@ class Sirocco:
     def measure(self, cell: Cell) -> Figures:
         """See child_loop."""
         clock = Clock()
+        streams, new = cell["streams"], cell["new"]
         if cell["kind"] == "prefill":
             self._add(cell["prompt"], 1, cell["seed"])
             clock.mark()
             self._run(1)
             clock.mark()
             return clock.figures(cell["prompt"])
+        if cell["kind"] == "serve":
+            clock.mark()
+            for stream in range(streams):
+                self._add(cell["prompt"], new, cell["seed"] + stream)
+            self._run(streams * new)
+            clock.mark()
+            return clock.figures(streams * new)
         # The same prompt each time at a depth, other ones in a batch; the first token comes with the prompt.
-        for stream in range(cell["streams"]):
-            self._add(
-                max(1, cell["prompt"]), cell["new"] + 1, stream if cell["kind"] == "decode" else cell["seed"] + stream
-            )
-        self._run(cell["streams"])
+        first_seed = 0 if cell["kind"] == "decode" else cell["seed"]
+        for stream in range(streams):
+            self._add(max(1, cell["prompt"]), new + 1, first_seed + stream)
+        self._run(streams)
         clock.mark()
-        self._run(cell["streams"] * cell["new"])
+        self._run(streams * new)
         clock.mark()
-        return clock.figures(cell["streams"] * cell["new"])
+        return clock.figures(streams * new)
 
     def _add(self, prompt: int, new: int, seed: int) -> None:
         self._num_requests += 1
