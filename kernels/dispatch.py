@@ -10,12 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import kernels
 from kernels.reference import norm, sampling
+
+if TYPE_CHECKING:
+    from kernels.cpu.packed import PackedMatrix
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "rms_norm": norm.rms_norm,
@@ -94,6 +97,16 @@ def native_matmul(type_id: int) -> Callable[..., torch.Tensor] | None:
     if ops is None or not ops._native.can_decode(type_id):
         return None
     return lambda x, blocks, out=None: ops.matmul(type_id, x, blocks, out)
+
+
+def native_matrix(type_id: int, rows: int, columns: int) -> "PackedMatrix | None":
+    """A matrix of zeros in the native kernels' layout; None without them, or for a type that they do not know."""
+    ops = native().ops
+    if ops is None or not ops._native.can_decode(type_id):
+        return None
+    from kernels.cpu.packed import PackedMatrix
+
+    return PackedMatrix(type_id, rows, columns)
 
 
 def set_num_threads(count: int) -> None:

@@ -5,15 +5,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.dispatch import native_matrix
 from kernels.reference.quant import dequantize
 from serve_app.errors import ModelFileError
 from serve_app.loaders.checkpoint import Checkpoint, StoredTensor, num_elements
 from serve_app.loaders.pages import as_tensor, drop_pages
+from serve_app.quant.native_weight import NativeWeight
 from serve_app.quant.packed import PackedWeight, fuse
 from serve_app.quant.weight import DenseWeight, FusedWeight, Weight
 
 SMALL_MODEL_BYTES = 64 << 20
-"""Models that take at most this much in float32 keep a decoded copy where no native kernel multiplies packed blocks."""
+"""Models that take at most this much in float32 keep a decoded copy where torch multiplies packed blocks."""
+
+PACK_BYTES = 16 << 20
+"""How much of a file is resident at most while it is packed: enough for all threads, little beside the model."""
+
+TILE_ROWS = 16
+"""Rows are packed in multiples of this, except the last ones of a matrix."""
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -21,9 +29,10 @@ PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 class CheckpointSource:
     """The WeightSource (serve_app.models.base) over a checkpoint.
 
-    A matrix whose stored type is the compute dtype is a view of the mapped file; one in another plain type that is as
-    wide or wider is converted, its pages given back; every other stays packed, float16 for a float32 model included.
-    Remembers which tensors were asked for.
+    With native kernels on the CPU every matrix is packed into their layout, bit by bit, and its pages of the file are
+    given back. Elsewhere a matrix whose stored type is the compute dtype is a view of the mapped file; one in another
+    plain type that is as wide or wider is converted, its pages given back; every other stays packed, float16 for a
+    float32 model included. Remembers which tensors were asked for.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -78,6 +87,26 @@ class CheckpointSource:
         return as_tensor(stored.data).view(num_rows, -1)
 
     def _matrix(self, stored: StoredTensor) -> Weight:
+        return self._native(stored) or self._torch(stored)
+
+    def _native(self, stored: StoredTensor) -> NativeWeight | None:
+        """None where native kernels cannot multiply by it."""
+        matrix = native_matrix(stored.form.type_id, *stored.shape) if self._device.type == "cpu" else None
+        if matrix is None:
+            return None
+        num_rows, rows = stored.shape[0], self._rows(stored, stored.shape[0])
+        if stored.row_order is not None:
+            matrix.pack(0, rows, stored.row_order)
+            drop_pages(stored.data)
+            return NativeWeight(matrix, self._dtype)
+        row_bytes = rows.shape[1]
+        step = max(1, PACK_BYTES // (TILE_ROWS * row_bytes)) * TILE_ROWS
+        for first in range(0, num_rows, step):
+            matrix.pack(first, rows[first : first + step])
+            drop_pages(stored.data[first * row_bytes : (first + step) * row_bytes])
+        return NativeWeight(matrix, self._dtype)
+
+    def _torch(self, stored: StoredTensor) -> Weight:
         rows = self._rows(stored, stored.shape[0])
         if stored.row_order is not None:
             rows = rows[stored.row_order]

@@ -1,4 +1,4 @@
-"""Matrices kept as packed blocks, usually the mapped bytes of a GGUF file."""
+"""Matrices kept as packed blocks and multiplied in plain torch, usually the mapped bytes of a GGUF file."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.dispatch import native_dequantize, native_matmul
 from kernels.formats import BlockFormat
 from kernels.reference.quant import dequantize
 from serve_app.quant.weight import FUSED_COPY_BYTES, DenseWeight, FusedWeight, Weight
@@ -18,10 +17,10 @@ TILE_ELEMENTS = 1 << 18
 class PackedWeight:
     """Rows of packed blocks, decoded piece by piece while they are multiplied and never kept expanded.
 
-    blocks [out, bytes per row] uint8, contiguous, on any device, owned by the file mapping; dtype: of activations. On
-    the CPU the native kernel multiplies, where it knows the type; else plain torch decodes one tile of rows at a time.
-    keep_decoded makes plain torch keep an expanded copy beside the blocks, for models so small that decoding them
-    would take most of a step.
+    blocks [out, bytes per row] uint8, contiguous, on any device, owned by the file mapping; dtype: of activations.
+    One tile of rows is decoded at a time. keep_decoded keeps an expanded copy beside the blocks, for models so small
+    that decoding them would take most of a step. On the CPU a NativeWeight takes its place where there are native
+    kernels.
     """
 
     def __init__(self, form: BlockFormat, blocks: Tensor, dtype: torch.dtype, *, keep_decoded: bool = False) -> None:
@@ -30,12 +29,7 @@ class PackedWeight:
         self._dtype = dtype
         self._in_features = form.row_length(blocks.shape[1])
         self._tile_rows = max(1, TILE_ELEMENTS // max(1, self._in_features))
-        is_native = blocks.device.type == "cpu"
-        self._native_matmul = native_matmul(form.type_id) if is_native else None
-        self._native_dequantize = native_dequantize(form.type_id) if is_native else None
-        self._decoded: Tensor | None = None
-        if keep_decoded and self._native_matmul is None:
-            self._decoded = self._decode(blocks)
+        self._decoded = self._decode(blocks) if keep_decoded else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,8 +53,6 @@ class PackedWeight:
 
     def matmul(self, x: Tensor) -> Tensor:
         """See Weight. Scratch: one tile."""
-        if self._native_matmul is not None:
-            return self._native_matmul(x.contiguous(), self.blocks)
         if self._decoded is not None:
             return functional.linear(x, self._decoded)
         tiles = torch.split(self.blocks, self._tile_rows)
@@ -77,8 +69,6 @@ class PackedWeight:
         return self._decode(self.blocks) if self._decoded is None else self._decoded
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        if self._native_dequantize is not None:
-            return self._native_dequantize(blocks).to(self._dtype)
         return dequantize(self.form, blocks).to(self._dtype)
 
 

@@ -95,32 +95,32 @@ class FusedWeight:
     """Matrices over the same input, one below the other, each kept as it is."""
 
     def __init__(self, parts: Sequence[Weight]) -> None:
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(sum of outs, in)."""
-        return sum(p.shape[0] for p in self._parts), self._parts[0].shape[1]
+        return sum(p.shape[0] for p in self.parts), self.parts[0].shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the parts."""
-        return self._parts[0].dtype
+        return self.parts[0].dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(p.nbytes for p in self._parts)
+        return sum(p.nbytes for p in self.parts)
 
     def matmul(self, x: Tensor) -> Tensor:
         """See Weight."""
-        return torch.cat([p.matmul(x) for p in self._parts], dim=-1)
+        return torch.cat([p.matmul(x) for p in self.parts], dim=-1)
 
     def rows(self, ids: Tensor) -> Tensor:
         """See Weight."""
         out = torch.empty(len(ids), self.shape[1], dtype=self.dtype, device=ids.device)
         start = 0
-        for part in self._parts:
+        for part in self.parts:
             here = (ids >= start) & (ids < start + part.shape[0])
             out[here] = part.rows(ids[here] - start)
             start += part.shape[0]
@@ -128,4 +128,4 @@ class FusedWeight:
 
     def dequantize(self) -> Tensor:
         """See Weight."""
-        return torch.cat([p.dequantize() for p in self._parts])
+        return torch.cat([p.dequantize() for p in self.parts])

@@ -8,44 +8,20 @@ from kernels.reference.quant import dequantize
 from serve_app.quant import packed, weight
 from serve_app.quant.packed import PackedWeight, fuse
 from serve_app.quant.weight import DenseWeight, FusedWeight
-
-DECODABLE = sorted(name for name, form in BY_NAME.items() if form.is_decodable)
-IN_FEATURES = 512
+from tests.quant.blocks import DECODABLE, IN_FEATURES, random_blocks
 
 
 @pytest.fixture(params=["native", "torch"])
 def compute(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the native kernels, where they are built, and without them."""
+    """Runs a test of dense matrices with the native kernels, where they are built, and without them."""
     if request.param == "torch":
-        for module in (packed, weight):
-            monkeypatch.setattr(module, "native_matmul", lambda type_id: None)
-        monkeypatch.setattr(packed, "native_dequantize", lambda type_id: None)
+        monkeypatch.setattr(weight, "native_matmul", lambda type_id: None)
     return str(request.param)
-
-
-def random_blocks(name: str, rows: int, seed: int = 0) -> Tensor:
-    """Random packed rows whose scales are of a size as in real weights."""
-    form = BY_NAME[name]
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(0, 256, (rows, form.row_bytes(IN_FEATURES)), dtype=torch.uint8, generator=generator)
-    if form.block_length == 1:
-        values = torch.randn(rows, IN_FEATURES, generator=generator)
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
-        return values.to(dtype).view(torch.uint8)
-    view = blocks.view(-1, form.block_bytes)
-    for field, size in form.fields:
-        if field in ("d", "dmin", "m") and size == 2:
-            view[:, form.offset(field) + 1] = (view[:, form.offset(field) + 1] & 0x83) | 0x20
-    if name == "IQ1_M":  # the top nibble of the last scale word holds the exponent's high bits
-        view[:, -1] = (view[:, -1] & 0x0F) | 0x20
-    if name == "MXFP4":
-        view[:, 0] = 120
-    return blocks
 
 
 @pytest.mark.parametrize("name", DECODABLE)
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_packed_product_is_that_of_the_decoded_matrix(name: str, tokens: int, compute: str) -> None:
+def test_packed_product_is_that_of_the_decoded_matrix(name: str, tokens: int) -> None:
     blocks = random_blocks(name, rows=37)
     packed_weight = PackedWeight(BY_NAME[name], blocks, torch.float32)
     x = torch.randn(tokens, IN_FEATURES, generator=torch.Generator().manual_seed(1))
@@ -58,7 +34,6 @@ def test_packed_product_is_that_of_the_decoded_matrix(name: str, tokens: int, co
 @pytest.mark.parametrize("name", ["Q4_K", "IQ2_S"])
 def test_tiles_of_any_height_give_the_same_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = random_blocks(name, rows=37)
-    monkeypatch.setattr(packed, "native_matmul", lambda type_id: None)
     x = torch.randn(3, IN_FEATURES)
     results = []
     for elements in (1, 8 * IN_FEATURES, 1 << 20):
@@ -76,8 +51,6 @@ def test_never_more_than_a_tile_is_decoded(monkeypatch: pytest.MonkeyPatch) -> N
         decoded.append(result.numel())
         return result
 
-    for name in ("native_matmul", "native_dequantize"):
-        monkeypatch.setattr(packed, name, lambda type_id: None)
     monkeypatch.setattr(packed, "dequantize", spy)
     monkeypatch.setattr(packed, "TILE_ELEMENTS", 4 * IN_FEATURES)
     PackedWeight(BY_NAME["Q8_0"], random_blocks("Q8_0", rows=37), torch.float32).matmul(torch.randn(2, IN_FEATURES))
@@ -86,7 +59,7 @@ def test_never_more_than_a_tile_is_decoded(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "IQ3_S", "F16"])
-def test_rows_and_whole_matrix_are_exact(name: str, compute: str) -> None:
+def test_rows_and_whole_matrix_are_exact(name: str) -> None:
     blocks = random_blocks(name, rows=20)
     packed_weight = PackedWeight(BY_NAME[name], blocks, torch.float32)
     expected = dequantize(name, blocks)
@@ -97,9 +70,7 @@ def test_rows_and_whole_matrix_are_exact(name: str, compute: str) -> None:
     assert packed_weight.nbytes == blocks.nbytes
 
 
-def test_a_kept_copy_is_used_without_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("native_matmul", "native_dequantize"):
-        monkeypatch.setattr(packed, name, lambda type_id: None)
+def test_a_kept_copy_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = random_blocks("Q5_0", rows=8)
     kept = PackedWeight(BY_NAME["Q5_0"], blocks, torch.float32, keep_decoded=True)
     monkeypatch.setattr(packed, "dequantize", None)
@@ -110,7 +81,7 @@ def test_a_kept_copy_is_used_without_native_kernels(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_activations_of_sixteen_bits(dtype: torch.dtype, compute: str) -> None:
+def test_activations_of_sixteen_bits(dtype: torch.dtype) -> None:
     blocks = random_blocks("Q4_K", rows=16)
     packed_weight = PackedWeight(BY_NAME["Q4_K"], blocks, dtype)
     x = (torch.randn(3, IN_FEATURES) / 16).to(dtype)
@@ -145,7 +116,7 @@ def parts(*names: str) -> list[PackedWeight]:
 
 
 @pytest.mark.parametrize("names", [("Q4_K", "Q4_K", "Q4_K"), ("Q4_K", "Q6_K", "Q4_K"), ("Q8_0", "Q8_0")])
-def test_fused_outputs_are_those_of_the_parts(names: tuple[str, ...], compute: str) -> None:
+def test_fused_outputs_are_those_of_the_parts(names: tuple[str, ...]) -> None:
     weights = parts(*names)
     fused = fuse(weights)
     x = torch.randn(2, IN_FEATURES)
