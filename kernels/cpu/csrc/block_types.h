@@ -8,6 +8,9 @@
 #include <immintrin.h>
 #endif
 
+// Left to itself the compiler calls these in the innermost loops, with vectors passed through memory.
+#define SIROCCO_INLINE __attribute__((always_inline)) inline
+
 namespace SIROCCO_ISA {
 
 // Sixteen lanes, one for each row of a tile; narrower instruction sets hold them in several registers.
@@ -15,22 +18,22 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
 
-static inline Words load_words(const uint8_t* p) {
+SIROCCO_INLINE static Words load_words(const uint8_t* p) {
     Words v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-static inline Floats as_floats(Words bits) {
+SIROCCO_INLINE static Floats as_floats(Words bits) {
     Floats v;
     std::memcpy(&v, &bits, sizeof v);
     return v;
 }
 
-static inline Floats to_floats(Words small) { return __builtin_convertvector(Ints(small), Floats); }
+SIROCCO_INLINE static Floats to_floats(Words small) { return __builtin_convertvector(Ints(small), Floats); }
 
 // The float16 in 16 neighbouring half words.
-static inline Floats load_halves(const uint8_t* p) {
+SIROCCO_INLINE static Floats load_halves(const uint8_t* p) {
 #if defined(__AVX512F__)
     return Floats(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #else
@@ -41,7 +44,7 @@ static inline Floats load_halves(const uint8_t* p) {
 }
 
 // The float16 in the lower half of each word.
-static inline Floats low_halves(Words w) {
+SIROCCO_INLINE static Floats low_halves(Words w) {
 #if defined(__AVX512F__)
     return Floats(_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, __m512i(w))));
 #else
@@ -51,9 +54,9 @@ static inline Floats low_halves(Words w) {
 #endif
 }
 
-static inline Floats high_halves(Words w) { return low_halves(w >> 16); }
+SIROCCO_INLINE static Floats high_halves(Words w) { return low_halves(w >> 16); }
 
-static inline Words nibbles(Words w, int shift) { return (w >> shift) & 0x0f0f0f0fu; }
+SIROCCO_INLINE static Words nibbles(Words w, int shift) { return (w >> shift) & 0x0f0f0f0fu; }
 
 // Scales and minimums of up to 16 sub-blocks.
 struct Scales {
@@ -65,17 +68,17 @@ struct Scales {
 struct Q4_0 {
     static constexpr int kType = 2, kBlock = 32, kSub = 32, kWords = 4, kTail = 32, kOffsetBits = 3;
     static constexpr bool kHasMinimum = false;
-    static inline Words weights(const uint8_t* words, int, int g) { return nibbles(load_words(words + (g & 3) * 64), g < 4 ? 0 : 4); }
-    static inline void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) { return nibbles(load_words(words + (g & 3) * 64), g < 4 ? 0 : 4); }
+    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
 };
 
 struct Q4_1 {
     static constexpr int kType = 3, kBlock = 32, kSub = 32, kWords = 5, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
-    static inline Words weights(const uint8_t* words, int, int g) {
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 64 + (g & 3) * 64), g < 4 ? 0 : 4);
     }
-    static inline void scales(const uint8_t* words, const uint8_t*, Scales& s) {
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t*, Scales& s) {
         const Words w = load_words(words);
         s.scale[0] = low_halves(w);
         s.minimum[0] = high_halves(w);
@@ -83,41 +86,41 @@ struct Q4_1 {
 };
 
 // The high bits of Q5_0 and Q5_1 were spread while packing: bit g of byte b belongs to weight 4g + b.
-static inline Words fifth_bits(Words high, int g) { return ((high >> g) & 0x01010101u) << 4; }
+SIROCCO_INLINE static Words fifth_bits(Words high, int g) { return ((high >> g) & 0x01010101u) << 4; }
 
 struct Q5_0 {
     static constexpr int kType = 6, kBlock = 32, kSub = 32, kWords = 5, kTail = 32, kOffsetBits = 4;
     static constexpr bool kHasMinimum = false;
-    static inline Words weights(const uint8_t* words, int, int g) {
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 64 + (g & 3) * 64), g < 4 ? 0 : 4) | fifth_bits(load_words(words), g);
     }
-    static inline void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
+    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
 };
 
 struct Q5_1 {
     static constexpr int kType = 7, kBlock = 32, kSub = 32, kWords = 6, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
-    static inline Words weights(const uint8_t* words, int, int g) {
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 128 + (g & 3) * 64), g < 4 ? 0 : 4) | fifth_bits(load_words(words + 64), g);
     }
-    static inline void scales(const uint8_t* words, const uint8_t* tail, Scales& s) { Q4_1::scales(words, tail, s); }
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* tail, Scales& s) { Q4_1::scales(words, tail, s); }
 };
 
 struct Q8_0 {
     static constexpr int kType = 8, kBlock = 32, kSub = 32, kWords = 8, kTail = 32, kOffsetBits = 7;
     static constexpr bool kHasMinimum = false;
-    static inline Words weights(const uint8_t* words, int, int g) { return load_words(words + g * 64); }
-    static inline void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) { return load_words(words + g * 64); }
+    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
 };
 
 struct Q2_K {
     static constexpr int kType = 10, kBlock = 256, kSub = 16, kWords = 21, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
-    static inline Words weights(const uint8_t* words, int sub, int g) {
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const Words w = load_words(words + (4 + 8 * (sub / 8) + 4 * (sub & 1) + g) * 64);
         return (w >> (sub & 6)) & 0x03030303u;
     }
-    static inline void scales(const uint8_t* words, const uint8_t*, Scales& s) {
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t*, Scales& s) {
         const Words d = load_words(words + 20 * 64);
         const Floats scale = low_halves(d), minimum = high_halves(d);
         for (int sub = 0; sub < 16; ++sub) {
@@ -131,12 +134,12 @@ struct Q2_K {
 struct Q3_K {
     static constexpr int kType = 11, kBlock = 256, kSub = 16, kWords = 27, kTail = 32, kOffsetBits = 2;
     static constexpr bool kHasMinimum = false;
-    static inline Words weights(const uint8_t* words, int sub, int g) {
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const Words low = load_words(words + (8 + 8 * (sub / 8) + 4 * (sub & 1) + g) * 64);
         const Words high = load_words(words + (4 * (sub & 1) + g) * 64);
         return ((low >> (sub & 6)) & 0x03030303u) | (((high >> (sub / 2)) & 0x01010101u) << 2);
     }
-    static inline void scales(const uint8_t* words, const uint8_t* tail, Scales& s) {
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* tail, Scales& s) {
         const Floats d = load_halves(tail);
         const Words high = load_words(words + 26 * 64);
         for (int sub = 0; sub < 16; ++sub) {
@@ -148,7 +151,7 @@ struct Q3_K {
 };
 
 // The 6-bit scales and minimums of Q4_K and Q5_K, eight of each in words 1 to 3 after the two float16 in word 0.
-static inline void six_bit_scales(const uint8_t* words, Scales& s) {
+SIROCCO_INLINE static void six_bit_scales(const uint8_t* words, Scales& s) {
     const Words d = load_words(words), a = load_words(words + 64), b = load_words(words + 128), c = load_words(words + 192);
     const Floats scale = low_halves(d), minimum = -high_halves(d);
     const Words scales[2] = {a & 0x3f3f3f3fu, (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u)};
@@ -162,32 +165,32 @@ static inline void six_bit_scales(const uint8_t* words, Scales& s) {
 struct Q4_K {
     static constexpr int kType = 12, kBlock = 256, kSub = 32, kWords = 36, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
-    static inline Words weights(const uint8_t* words, int sub, int g) {
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         return nibbles(load_words(words + (4 + 8 * (sub / 2) + g) * 64), 4 * (sub & 1));
     }
-    static inline void scales(const uint8_t* words, const uint8_t*, Scales& s) { six_bit_scales(words, s); }
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t*, Scales& s) { six_bit_scales(words, s); }
 };
 
 struct Q5_K {
     static constexpr int kType = 13, kBlock = 256, kSub = 32, kWords = 44, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
-    static inline Words weights(const uint8_t* words, int sub, int g) {
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const Words high = load_words(words + (4 + g) * 64);
         return nibbles(load_words(words + (12 + 8 * (sub / 2) + g) * 64), 4 * (sub & 1)) | (((high >> sub) & 0x01010101u) << 4);
     }
-    static inline void scales(const uint8_t* words, const uint8_t*, Scales& s) { six_bit_scales(words, s); }
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t*, Scales& s) { six_bit_scales(words, s); }
 };
 
 struct Q6_K {
     static constexpr int kType = 14, kBlock = 256, kSub = 16, kWords = 52, kTail = 32, kOffsetBits = 5;
     static constexpr bool kHasMinimum = false;
-    static inline Words weights(const uint8_t* words, int sub, int g) {
+    SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const int half = sub / 8, part = sub & 7;
         const Words low = load_words(words + (16 * half + 4 * (part & 3) + g) * 64);
         const Words high = load_words(words + (32 + 8 * half + 4 * (part & 1) + g) * 64);
         return nibbles(low, 4 * (part / 4)) | (((high >> (2 * (part / 2))) & 0x03030303u) << 4);
     }
-    static inline void scales(const uint8_t* words, const uint8_t* tail, Scales& s) {
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* tail, Scales& s) {
         const Floats d = load_halves(tail);
         for (int sub = 0; sub < 16; ++sub) {
             const Ints w = Ints(load_words(words + (48 + sub / 4) * 64) << (24 - 8 * (sub & 3))) >> 24;

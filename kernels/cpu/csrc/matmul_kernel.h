@@ -12,34 +12,40 @@ constexpr int kTokens = 8;  // that the registers hold sums for
 #define SIROCCO_UNROLL _Pragma("GCC unroll 16")
 
 // sum + the four products of unsigned bytes w with the four signed bytes at x.
-static inline Ints dot4(Ints sum, Words w, const uint8_t* x) {
+SIROCCO_INLINE static Ints dot4(Ints sum, Words w, const uint8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
     return Ints(_mm512_dpbusd_epi32(__m512i(sum), __m512i(w), _mm512_set1_epi32(four)));
 }
-static inline Floats fma(Floats a, Floats b, Floats c) { return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
+SIROCCO_INLINE static Floats fma(Floats a, Floats b, Floats c) { return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
 #else
 constexpr int kTokens = 1;
 #define SIROCCO_UNROLL
 
-static inline Ints dot4(Ints sum, Words w, const uint8_t* x) {
+SIROCCO_INLINE static Ints dot4(Ints sum, Words w, const uint8_t* x) {
     for (int i = 0; i < 4; ++i) sum += Ints((w >> (8 * i)) & 0xffu) * int32_t(int8_t(x[i]));
     return sum;
 }
-static inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+SIROCCO_INLINE static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 #endif
 
-static inline float load_float(const uint8_t* p) {
+SIROCCO_INLINE static float load_float(const uint8_t* p) {
     float v;
     std::memcpy(&v, p, 4);
     return v;
 }
 
-static inline Floats all(float v) { return Floats{} + v; }
+SIROCCO_INLINE static int32_t load_int(const uint8_t* p) {
+    int32_t v;
+    std::memcpy(&v, p, 4);
+    return v;
+}
+
+SIROCCO_INLINE static Floats all(float v) { return Floats{} + v; }
 
 // Blocks of 8-bit activations: integer dots of the sub-blocks, scaled in float32.
 template <typename Q, int M>
-static inline void multiply_q8(const MatmulJob& job, const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc) {
+SIROCCO_INLINE static void multiply_q8(const MatmulJob& job, const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc) {
     constexpr int kSubs = Q::kBlock / Q::kSub, kGroups = Q::kSub / 4;
     const ActLayout& layout = job.x.layout;
     const int64_t scale_at = layout.scale, sum_at = Q::kSub == 32 ? layout.sum32 : layout.sum16, minus_at = layout.minus;
@@ -50,21 +56,23 @@ static inline void multiply_q8(const MatmulJob& job, const uint8_t* words, const
         for (int m = 0; m < M; ++m) sums[m] = Floats{};
         SIROCCO_UNROLL
         for (int sub = 0; sub < kSubs; ++sub) {
-            Words w[kGroups];
-        SIROCCO_UNROLL
-            for (int g = 0; g < kGroups; ++g) w[g] = Q::weights(words, sub, g);
             const int64_t column = b * Q::kBlock + sub * Q::kSub, at = (b * kSubs + sub) * 4;
-        SIROCCO_UNROLL
+            // Tokens are the inner loop: each sum waits for its last product while the others take their turns.
+            Ints dots[M];
+            SIROCCO_UNROLL
             for (int m = 0; m < M; ++m) {
-                Ints dot{};
-                if constexpr (Q::kOffsetBits >= 0) {
-                    int32_t minus;
-                    std::memcpy(&minus, x[m] + minus_at + at, 4);
-                    dot = (Ints{} + minus) << Q::kOffsetBits;
-                }
-        SIROCCO_UNROLL
-                for (int g = 0; g < kGroups; ++g) dot = dot4(dot, w[g], x[m] + column + 4 * g);
-                const Floats value = __builtin_convertvector(dot, Floats);
+                dots[m] = Ints{};
+                if constexpr (Q::kOffsetBits >= 0) dots[m] = (Ints{} + load_int(x[m] + minus_at + at)) << Q::kOffsetBits;
+            }
+            SIROCCO_UNROLL
+            for (int g = 0; g < kGroups; ++g) {
+                const Words w = Q::weights(words, sub, g);
+                SIROCCO_UNROLL
+                for (int m = 0; m < M; ++m) dots[m] = dot4(dots[m], w, x[m] + column + 4 * g);
+            }
+            SIROCCO_UNROLL
+            for (int m = 0; m < M; ++m) {
+                const Floats value = __builtin_convertvector(dots[m], Floats);
                 sums[m] = kSubs == 1 ? value * scales.scale[0] : fma(value, scales.scale[sub], sums[m]);
                 if constexpr (Q::kHasMinimum) sums[m] = fma(scales.minimum[sub], all(load_float(x[m] + sum_at + at)), sums[m]);
             }
@@ -76,7 +84,7 @@ static inline void multiply_q8(const MatmulJob& job, const uint8_t* words, const
 
 // The same weights as exact float32, times float32 activations.
 template <typename Q, int M>
-static inline void multiply_exact(const MatmulJob& job, const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc) {
+SIROCCO_INLINE static void multiply_exact(const MatmulJob& job, const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc) {
     constexpr int kSubs = Q::kBlock / Q::kSub, kGroups = Q::kSub / 4;
     for (int64_t b = 0; b < job.weight.blocks; ++b, words += Q::kWords * 64, tail += Q::kTail) {
         Scales scales;
@@ -101,7 +109,7 @@ static inline void multiply_exact(const MatmulJob& job, const uint8_t* words, co
 
 // Words of one float32 or of two 16-bit floats, times float32 activations.
 template <int Type, int M>
-static inline void multiply_dense(const MatmulJob& job, const uint8_t* words, const uint8_t* const* x, Floats* acc) {
+SIROCCO_INLINE static void multiply_dense(const MatmulJob& job, const uint8_t* words, const uint8_t* const* x, Floats* acc) {
     for (int64_t b = 0; b < job.weight.blocks; ++b, words += 64) {
         const Words w = load_words(words);
         if constexpr (Type == 0) {
@@ -121,7 +129,7 @@ static inline void multiply_dense(const MatmulJob& job, const uint8_t* words, co
 
 // bfloat16 weights and activations, each widened.
 template <int M>
-static inline void multiply_bf16(const MatmulJob& job, const uint8_t* words, const uint8_t* const* x, Floats* acc) {
+SIROCCO_INLINE static void multiply_bf16(const MatmulJob& job, const uint8_t* words, const uint8_t* const* x, Floats* acc) {
     for (int64_t b = 0; b < job.weight.blocks; ++b, words += 64) {
         const Words w = load_words(words);
         const Floats first = as_floats(w << 16), second = as_floats(w & 0xffff0000u);
@@ -135,7 +143,7 @@ static inline void multiply_bf16(const MatmulJob& job, const uint8_t* words, con
 
 // Sixteen sums of each token to their places.
 template <int M>
-static inline void store_sums(const MatmulJob& job, int64_t tile, int64_t token, const Floats* acc) {
+SIROCCO_INLINE static void store_sums(const MatmulJob& job, int64_t tile, int64_t token, const Floats* acc) {
     const int64_t row = tile * kTileRows, rows = job.weight.rows - row;
     for (int m = 0; m < M; ++m) {
         float* out = job.out + (token + m) * job.out_stride + row;
@@ -155,7 +163,7 @@ static inline void store_sums(const MatmulJob& job, int64_t tile, int64_t token,
 
 // One tile, M tokens. Body: void(const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc).
 template <int M, typename Body>
-static inline void multiply_tile(const MatmulJob& job, int64_t tile, int64_t token, Body body) {
+SIROCCO_INLINE static void multiply_tile(const MatmulJob& job, int64_t tile, int64_t token, Body body) {
     const uint8_t* x[M];
     Floats acc[M];
     for (int m = 0; m < M; ++m) {
@@ -168,7 +176,7 @@ static inline void multiply_tile(const MatmulJob& job, int64_t tile, int64_t tok
 
 // The last tokens, fewer than a group.
 template <template <int> typename Kernel, int M>
-static inline void multiply_rest(const MatmulJob& job, int64_t tile, int64_t token, int64_t count) {
+SIROCCO_INLINE static void multiply_rest(const MatmulJob& job, int64_t tile, int64_t token, int64_t count) {
     if constexpr (M > 0) {
         if (count == M) return Kernel<M>::run(job, tile, token);
         multiply_rest<Kernel, M - 1>(job, tile, token, count);

@@ -42,15 +42,19 @@ int high_bits_word(int type_id) { return type_id == 6 ? 0 : type_id == 7 ? 1 : -
 // neighbouring weights to the four bytes of a word.
 uint32_t spread(uint32_t bits) {
     uint32_t out = 0;
-    for (int g = 0; g < 8; ++g)
-        for (int b = 0; b < 4; ++b) out |= ((bits >> (4 * g + b)) & 1u) << (8 * b + g);
+    for (int g = 0; g < 8; ++g) {
+        const uint32_t four = bits >> (4 * g);
+        out |= ((four & 1u) | (four & 2u) << 7 | (four & 4u) << 14 | (four & 8u) << 21) << g;
+    }
     return out;
 }
 
 uint32_t gather(uint32_t bits) {
     uint32_t out = 0;
-    for (int g = 0; g < 8; ++g)
-        for (int b = 0; b < 4; ++b) out |= ((bits >> (8 * b + g)) & 1u) << (4 * g + b);
+    for (int g = 0; g < 8; ++g) {
+        const uint32_t four = bits >> g;
+        out |= ((four & 1u) | (four >> 7 & 2u) | (four >> 14 & 4u) | (four >> 21 & 8u)) << (4 * g);
+    }
     return out;
 }
 
@@ -75,38 +79,45 @@ int64_t packed_blocks(const TypeLayout& layout, int64_t columns) {
     return (columns + layout.block_length - 1) / layout.block_length;
 }
 
+int64_t packed_padding(const TypeLayout& layout, int64_t blocks) { return -(blocks * layout.block_bytes * kTileRows) & 63; }
+
 int64_t packed_tile_bytes(const TypeLayout& layout, int64_t columns) {
     return (packed_blocks(layout, columns) * layout.block_bytes * kTileRows + 63) / 64 * 64;
 }
 
 void pack_tile(const TypeLayout& layout, int64_t blocks, const uint8_t* const* rows, int64_t row_bytes, uint8_t* tile) {
-    const int64_t words_bytes = blocks * layout.words * 64;
+    // Missing rows are read from a block of zeros.
+    static const uint8_t zeros[256] = {};
+    const uint8_t* from[kTileRows];
+    int64_t step[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+        from[r] = rows[r] ? rows[r] : zeros;
+        step[r] = rows[r] ? layout.block_bytes : 0;
+    }
     const int high = high_bits_word(layout.type_id);
+    uint8_t *out = tile, *tail = tile + blocks * layout.words * 64;
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t block = b * layout.block_bytes;
-        uint8_t* out = tile + b * layout.words * 64;
         // A 16-bit row of odd length ends in half a word.
-        const bool is_whole = block + layout.block_bytes <= row_bytes;
-        for (int w = 0; w < layout.words; ++w) {
-            uint32_t words[kTileRows];
-            const int64_t at = block + word_offset(layout, w);
-            for (int r = 0; r < kTileRows; ++r) {
-                words[r] = 0;
-                if (rows[r]) std::memcpy(&words[r], rows[r] + at, is_whole ? 4 : size_t(row_bytes - at));
-            }
+        const bool is_whole = (b + 1) * layout.block_bytes <= row_bytes;
+        for (int w = 0; w < layout.words; ++w, out += 64) {
+            const int64_t at = word_offset(layout, w);
+            uint32_t words[kTileRows] = {};
+            if (is_whole)
+                for (int r = 0; r < kTileRows; ++r) std::memcpy(&words[r], from[r] + at, 4);
+            else
+                for (int r = 0; r < kTileRows; ++r) std::memcpy(&words[r], from[r] + at, 2);
             if (w == high)
                 for (uint32_t& word : words) word = spread(word);
             if (layout.type_id == kQ8_0)
                 for (uint32_t& word : words) word ^= kBias;
-            std::memcpy(out + w * 64, words, sizeof words);
+            std::memcpy(out, words, sizeof words);
         }
-        uint8_t* tail = tile + words_bytes + b * kTileRows * layout.tail_bytes;
-        for (int r = 0; r < kTileRows; ++r)
-            for (int i = 0; i < layout.tail_bytes; ++i)
-                tail[r * layout.tail_bytes + i] = rows[r] ? rows[r][block + layout.tail_offset + i] : 0;
+        for (int r = 0; r < kTileRows; ++r) {
+            for (int i = 0; i < layout.tail_bytes; ++i) *tail++ = from[r][layout.tail_offset + i];
+            from[r] += step[r];
+        }
     }
-    const int64_t used = words_bytes + blocks * kTileRows * layout.tail_bytes;
-    std::memset(tile + used, 0, size_t((used + 63) / 64 * 64 - used));
+    std::memset(tail, 0, size_t(packed_padding(layout, blocks)));
 }
 
 void unpack_row(const TypeLayout& layout, int64_t blocks, const uint8_t* tile, int row, int64_t row_bytes, uint8_t* out) {

@@ -38,6 +38,8 @@ struct PackedMatrix {
 // Blocks of a row of `columns` weights, and the bytes of a tile of such rows.
 int64_t packed_blocks(const TypeLayout& layout, int64_t columns);
 int64_t packed_tile_bytes(const TypeLayout& layout, int64_t columns);
+// Bytes between the last scale of a tile and its end.
+int64_t packed_padding(const TypeLayout& layout, int64_t blocks);
 
 // Tile t of a matrix from 16 rows in file order; null pointers stand for rows of zeros (beyond the last).
 // row_bytes: readable bytes of a row (a 16-bit row of odd length has half a word less than the layout).
