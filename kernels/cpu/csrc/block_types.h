@@ -13,10 +13,16 @@
 
 namespace SIROCCO_ISA {
 
-// Sixteen lanes, one for each row of a tile; narrower instruction sets hold them in several registers.
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
+// A lane for each row of a tile. In a build for AVX2, whose registers are half as wide, for 8 rows: the same functions
+// serve the other 8 with pointers half a vector further on.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kRowLanes = 8;
+#else
+constexpr int kRowLanes = 16;
+#endif
+typedef uint32_t Words __attribute__((vector_size(kRowLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kRowLanes * 4)));
+typedef float Floats __attribute__((vector_size(kRowLanes * 4)));
 
 SIROCCO_INLINE static Words load_words(const uint8_t* p) {
     Words v;
@@ -32,10 +38,12 @@ SIROCCO_INLINE static Floats as_floats(Words bits) {
 
 SIROCCO_INLINE static Floats to_floats(Words small) { return __builtin_convertvector(Ints(small), Floats); }
 
-// The float16 in 16 neighbouring half words.
+// The float16 in neighbouring half words.
 SIROCCO_INLINE static Floats load_halves(const uint8_t* p) {
 #if defined(__AVX512F__)
     return Floats(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return Floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     Floats v;
     for (int r = 0; r < 16; ++r) v[r] = f16_to_f32(load_u16(p + 2 * r));
@@ -47,6 +55,10 @@ SIROCCO_INLINE static Floats load_halves(const uint8_t* p) {
 SIROCCO_INLINE static Floats low_halves(Words w) {
 #if defined(__AVX512F__)
     return Floats(_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, __m512i(w))));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m256i low = _mm256_and_si256(__m256i(w), _mm256_set1_epi32(0xffff));
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 8);
+    return Floats(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
 #else
     Floats v;
     for (int r = 0; r < 16; ++r) v[r] = f16_to_f32(uint16_t(w[r]));
@@ -63,17 +75,17 @@ struct Scales {
     Floats scale[16], minimum[16];
 };
 
-// Each type: kBlock weights a block in kBlock / kSub sub-blocks; weights(words, sub, g) gives weights 4g to 4g + 3 of a
-// sub-block; kOffsetBits: log2 of the offset, -1 without one.
+// Each type: kBlock weights of kBits bits a block in kBlock / kSub sub-blocks; weights(words, sub, g) gives weights 4g to
+// 4g + 3 of a sub-block; kOffsetBits: log2 of the offset, -1 without one.
 struct Q4_0 {
-    static constexpr int kType = 2, kBlock = 32, kSub = 32, kWords = 4, kTail = 32, kOffsetBits = 3;
+    static constexpr int kType = 2, kBits = 4, kBlock = 32, kSub = 32, kWords = 4, kTail = 32, kOffsetBits = 3;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) { return nibbles(load_words(words + (g & 3) * 64), g < 4 ? 0 : 4); }
     SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
 };
 
 struct Q4_1 {
-    static constexpr int kType = 3, kBlock = 32, kSub = 32, kWords = 5, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 3, kBits = 4, kBlock = 32, kSub = 32, kWords = 5, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 64 + (g & 3) * 64), g < 4 ? 0 : 4);
@@ -89,7 +101,7 @@ struct Q4_1 {
 SIROCCO_INLINE static Words fifth_bits(Words high, int g) { return ((high >> g) & 0x01010101u) << 4; }
 
 struct Q5_0 {
-    static constexpr int kType = 6, kBlock = 32, kSub = 32, kWords = 5, kTail = 32, kOffsetBits = 4;
+    static constexpr int kType = 6, kBits = 5, kBlock = 32, kSub = 32, kWords = 5, kTail = 32, kOffsetBits = 4;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 64 + (g & 3) * 64), g < 4 ? 0 : 4) | fifth_bits(load_words(words), g);
@@ -98,7 +110,7 @@ struct Q5_0 {
 };
 
 struct Q5_1 {
-    static constexpr int kType = 7, kBlock = 32, kSub = 32, kWords = 6, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 7, kBits = 5, kBlock = 32, kSub = 32, kWords = 6, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 128 + (g & 3) * 64), g < 4 ? 0 : 4) | fifth_bits(load_words(words + 64), g);
@@ -107,14 +119,14 @@ struct Q5_1 {
 };
 
 struct Q8_0 {
-    static constexpr int kType = 8, kBlock = 32, kSub = 32, kWords = 8, kTail = 32, kOffsetBits = 7;
+    static constexpr int kType = 8, kBits = 8, kBlock = 32, kSub = 32, kWords = 8, kTail = 32, kOffsetBits = 7;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) { return load_words(words + g * 64); }
     SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
 };
 
 struct Q2_K {
-    static constexpr int kType = 10, kBlock = 256, kSub = 16, kWords = 21, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 10, kBits = 2, kBlock = 256, kSub = 16, kWords = 21, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const Words w = load_words(words + (4 + 8 * (sub / 8) + 4 * (sub & 1) + g) * 64);
@@ -132,7 +144,7 @@ struct Q2_K {
 };
 
 struct Q3_K {
-    static constexpr int kType = 11, kBlock = 256, kSub = 16, kWords = 27, kTail = 32, kOffsetBits = 2;
+    static constexpr int kType = 11, kBits = 3, kBlock = 256, kSub = 16, kWords = 27, kTail = 32, kOffsetBits = 2;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const Words low = load_words(words + (8 + 8 * (sub / 8) + 4 * (sub & 1) + g) * 64);
@@ -163,7 +175,7 @@ SIROCCO_INLINE static void six_bit_scales(const uint8_t* words, Scales& s) {
 }
 
 struct Q4_K {
-    static constexpr int kType = 12, kBlock = 256, kSub = 32, kWords = 36, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 12, kBits = 4, kBlock = 256, kSub = 32, kWords = 36, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         return nibbles(load_words(words + (4 + 8 * (sub / 2) + g) * 64), 4 * (sub & 1));
@@ -172,7 +184,7 @@ struct Q4_K {
 };
 
 struct Q5_K {
-    static constexpr int kType = 13, kBlock = 256, kSub = 32, kWords = 44, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 13, kBits = 5, kBlock = 256, kSub = 32, kWords = 44, kTail = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const Words high = load_words(words + (4 + g) * 64);
@@ -182,7 +194,7 @@ struct Q5_K {
 };
 
 struct Q6_K {
-    static constexpr int kType = 14, kBlock = 256, kSub = 16, kWords = 52, kTail = 32, kOffsetBits = 5;
+    static constexpr int kType = 14, kBits = 6, kBlock = 256, kSub = 16, kWords = 52, kTail = 32, kOffsetBits = 5;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const int half = sub / 8, part = sub & 7;

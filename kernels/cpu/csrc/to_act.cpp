@@ -1,10 +1,15 @@
 // float32 rows into the forms that matrix products read (act.h). The same operations in every build: all give equal bits.
 #include "act.h"
-#include "block_types.h"
+#include "half.h"
 #include "jobs.h"
 
 namespace SIROCCO_ISA {
 namespace {
+
+// Sixteen columns in every build; narrower instruction sets hold them in several registers.
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
 
 inline Floats load_floats(const float* p) {
     Floats v;
@@ -23,7 +28,9 @@ inline Floats load_some(const float* p, int64_t left) {
 inline Floats magnitude(Floats v) {
     Words bits;
     std::memcpy(&bits, &v, sizeof bits);
-    return as_floats(bits & 0x7fffffffu);
+    bits &= 0x7fffffffu;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
 }
 
 // The largest magnitude, or NaN where a value is NaN or infinite: the row's products are NaN then.
