@@ -1,9 +1,11 @@
 """AppConfig → what Serve is told about each deployment, and the environment its processes need. Imports no Ray."""
 
+from dataclasses import replace
 from typing import Any
 
 from serve_app.config import RAY_LOG_LEVELS, AppConfig
-from serve_app.cpu_info import num_cores
+from serve_app.cpu_info import num_physical_cores
+from serve_app.options import EngineConfig
 
 INGRESS = "Ingress"
 PREPROCESSOR = "Preprocessor"
@@ -51,7 +53,7 @@ def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
     """Serve's options of the engine's replica: it takes all that the engine runs or lets wait."""
     deployment = config.deployment
     num_requests = config.engine.max_seqs + config.engine.max_waiting
-    num_threads = config.engine.num_threads or num_cores()
+    num_threads = target_threads(config, is_private=is_private)
     options: dict[str, Any] = {
         **_common(config, num_requests + _SPARE_REQUESTS, is_private=is_private),
         "ray_actor_options": _actor(deployment.target_cpus, num_threads, is_private=is_private),
@@ -66,6 +68,32 @@ def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
             "target_ongoing_requests": config.engine.max_seqs,
         }
     return options
+
+
+def target_threads(config: AppConfig, *, is_private: bool) -> int:
+    """Computing threads of one engine, on the machine that asks.
+
+    Unless told, the replicas of a private cluster divide the machine's cores; on a cluster of others an engine takes
+    the whole processors that it reserves there, or all where it reserves less than one.
+    """
+    deployment, cores = config.deployment, num_physical_cores()
+    if config.engine.num_threads:
+        return config.engine.num_threads
+    if is_private:
+        return max(1, cores // _most_targets(config))
+    return min(cores, int(deployment.target_cpus) or cores)
+
+
+def target_engine(config: AppConfig, *, is_private: bool) -> EngineConfig:
+    """The configuration of one engine on the machine that asks: its threads, and whether it shares its cores."""
+    num_threads = target_threads(config, is_private=is_private)
+    neighbours = _most_targets(config) if is_private else 1
+    shares_cores = config.engine.shares_cores or num_threads * neighbours > num_physical_cores()
+    return replace(config.engine.to_config(), num_threads=num_threads, shares_cores=shares_cores)
+
+
+def _most_targets(config: AppConfig) -> int:
+    return config.deployment.max_target_replicas or config.deployment.target_replicas
 
 
 def node_environment(config: AppConfig) -> dict[str, str]:

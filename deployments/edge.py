@@ -8,9 +8,8 @@ import tempfile
 from enum import Enum
 from pathlib import Path
 
-from deployments.actor_options import REPLICA_ENVIRONMENT, thread_environment
+from deployments.actor_options import REPLICA_ENVIRONMENT, target_threads, thread_environment
 from serve_app.config import AppConfig, DeploymentConfig
-from serve_app.cpu_info import num_cores
 from serve_app.errors import LaunchError
 
 
@@ -40,7 +39,7 @@ def private_environment(config: AppConfig, edge: Edge, directory: Path) -> dict[
     environment = {
         **REPLICA_ENVIRONMENT,
         # Here and not in the actors' options: Ray gives its first workers, started ahead, to actors without such.
-        **thread_environment(config.engine.num_threads or num_cores()),
+        **thread_environment(target_threads(config, is_private=True)),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ray import serve
 
-from deployments.actor_options import TARGET
+from deployments.actor_options import TARGET, target_engine
 from deployments.handle_stream import HandleStreams
 from deployments.pump_sender import TokenSender
 from deployments.replica_process import Surroundings, prepare_process
@@ -69,12 +69,20 @@ class TargetServer:
     """
 
     def __init__(
-        self, config: AppConfig, replica_id: str, node_id: str, build_engine: EngineBuilder | None = None
+        self,
+        config: AppConfig,
+        replica_id: str,
+        node_id: str,
+        build_engine: EngineBuilder | None = None,
+        *,
+        is_private: bool = False,
     ) -> None:
+        """is_private: on a cluster of this machine alone, whose cores the targets divide."""
         loop = asyncio.get_running_loop()
         started_s = time.monotonic()
         build = build_engine or _engine_builder()
-        self._engine = build(config.model.to_source(), config.engine.to_config(), self._publish)
+        engine_config = target_engine(config, is_private=is_private)
+        self._engine = build(config.model.to_source(), engine_config, self._publish)
         pause, resume = self._engine.pause, self._engine.resume
         self._sender = TokenSender(replica_id, node_id, loop, pause=pause, resume=resume)
         self._handle_streams = HandleStreams(loop, pause=pause, resume=resume)
@@ -168,7 +176,8 @@ class Target(TargetServer):
 
         prepare_process(config, surroundings)
         context = serve.get_replica_context()
-        super().__init__(config, context.replica_id.unique_id, ray.get_runtime_context().get_node_id())
+        node_id = ray.get_runtime_context().get_node_id()
+        super().__init__(config, context.replica_id.unique_id, node_id, is_private=surroundings.is_private)
 
     def __del__(self) -> None:
         # Serve calls this when it stops the replica; after a failed constructor there is nothing to stop.

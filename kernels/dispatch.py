@@ -15,17 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kernels
-from kernels.reference import norm, sampling
+from kernels.reference import sampling
 
 if TYPE_CHECKING:
     from kernels.cpu.packed import PackedMatrix
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
-    "rms_norm": norm.rms_norm,
-    "add_rms_norm": norm.add_rms_norm,
-    "rope": norm.rope,
-    "silu_mul": norm.silu_mul,
-    "kv_write": norm.kv_write,
     "uniform": sampling.uniform,
     "draw_tokens": sampling.draw_tokens,
 }
@@ -109,8 +104,18 @@ def native_matrix(type_id: int, rows: int, columns: int) -> "PackedMatrix | None
     return PackedMatrix(type_id, rows, columns)
 
 
-def set_num_threads(count: int) -> None:
-    """How many threads the kernels of this process use, torch's operators included. 1 at first for native ones."""
-    torch.set_num_threads(count)
-    if (ops := native().ops) is not None:
-        ops._native.set_num_threads(count)
+def set_num_threads(count: int, *, parks_at_once: bool = False) -> None:
+    """How many threads compute in this process: the native kernels', of which torch then has one, or torch's.
+
+    parks_at_once: they sleep as soon as a step is done, for others who use the same cores, and else a little later.
+    """
+    ops = native().ops
+    if ops is None:
+        torch.set_num_threads(count)
+        return
+    torch.set_num_threads(1)
+    ops._native.set_num_threads(count)
+    if parks_at_once:
+        ops._native.set_spin(idle_ns=0)
+    else:
+        ops._native.set_spin()

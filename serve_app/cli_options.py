@@ -11,7 +11,7 @@ from typing import Annotated
 from typer import Option
 
 from serve_app.config import DeploymentConfig, EngineSettings, HttpConfig, IngressMode, LogLevel, ModelConfig, ProxyMode
-from serve_app.options import DType
+from serve_app.options import DType, KvDType
 
 # What the help shows as the type of an option that takes no value.
 _FLAG = ""
@@ -140,8 +140,21 @@ class EngineOptions:
     ] = _ENGINE.queue_timeout_s
     num_threads: Annotated[
         int,
-        _engine_option("--threads", help="Computing threads; 0: the cores of the cgroup."),
+        _engine_option(
+            "--threads",
+            help="Computing threads; 0: the physical cores of cgroup and affinity mask, "
+            "divided among the replicas of one machine.",
+        ),
     ] = _ENGINE.num_threads
+    cpu_exact: Annotated[
+        bool,
+        _engine_option(
+            "--cpu-exact",
+            metavar=_FLAG,
+            help="On the CPU, multiply by activations as they are, not rounded to 8 or 16 bits: slower, for "
+            "comparisons. Keeps keys and values in float32 too, unless told otherwise.",
+        ),
+    ] = _ENGINE.cpu_exact
     attention_backend: Annotated[
         str,
         _engine_option(
@@ -184,6 +197,14 @@ class EngineOptions:
         int | None,
         _cache_option("--pa-ctxt-len", help="Size of the KV pool in tokens."),
     ] = _ENGINE.pool_tokens
+    kv_cache_dtype: Annotated[
+        KvDType,
+        _cache_option(
+            "--kv-cache-dtype",
+            help="Number format of keys and values; auto: bf16 or f32 for a model of that kind, else f16; q8 (8 bits "
+            "with a scale for each 32) takes half of the memory.",
+        ),
+    ] = _ENGINE.kv_cache_dtype
     block_size: Annotated[
         int,
         _cache_option("--pa-blk-size", help="Tokens in a block of the KV cache, a multiple of 16."),

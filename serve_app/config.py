@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from serve_app.errors import LaunchError
-from serve_app.options import DType, EngineConfig, ModelKind, ModelSource
+from serve_app.options import DType, EngineConfig, KvDType, ModelKind, ModelSource
 
 LogLevel = Literal["off", "error", "warn", "info", "debug", "trace"]
 IngressMode = Literal["pump", "handle"]
@@ -94,7 +94,10 @@ class EngineSettings(Section):
     max_waiting: Annotated[int, Field(ge=0)] = 1024
     queue_timeout_s: Seconds = 300.0
     device: Text = "cpu"
+    kv_cache_dtype: KvDType = "auto"
+    cpu_exact: bool = False
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    shares_cores: bool = False
     attention_backend: Text = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
 

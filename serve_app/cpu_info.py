@@ -34,6 +34,19 @@ def num_cores() -> int:
     return allowed if quota is None else min(allowed, max(1, int(quota)))
 
 
+def num_physical_cores(root: Path = Path("/")) -> int:
+    """Like num_cores, counting cores that share their units (hyper-threads) once: as many threads as computing uses."""
+    siblings = {_siblings(cpu, root) for cpu in os.sched_getaffinity(0)}
+    quota = quota_cores(root)
+    return len(siblings) if quota is None else min(len(siblings), max(1, int(quota)))
+
+
+def _siblings(cpu: int, root: Path) -> str:
+    """The processors that are one core with this one, as Linux lists them; itself where that is not told."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    return _read(topology / "core_cpus_list").strip() or _read(topology / "thread_siblings_list").strip() or str(cpu)
+
+
 def _cpuinfo(root: Path) -> dict[str, str]:
     """The first processor's block of /proc/cpuinfo."""
     first = _read(root / "proc/cpuinfo").split("\n\n")[0]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 DType = Literal["auto", "f32", "f16", "bf16"]
+KvDType = Literal["auto", "f32", "f16", "bf16", "q8"]
 ModelKind = Literal["auto", "plain", "gguf"]
 
 
@@ -82,7 +83,9 @@ class EngineConfig:
     --pa-ctxt-len options); with none it is the smaller of a quarter of the memory that the cgroup leaves free and
     max_seqs * context. prefix_cache_n: how many released prompts keep their blocks, 0 = no prefix cache.
     max_batched_tokens bounds one step's tokens, prefill_chunk_tokens one request's share of it.
-    max_waiting: requests that may wait; more are refused with QueueFull. num_threads 0: the cores of the cgroup.
+    max_waiting: requests that may wait; more are refused with QueueFull. kv_cache_dtype 'auto' suits the weights
+    (loaders.load.kv_dtype). cpu_exact: on the CPU no product rounds its input. num_threads 0: the physical cores of
+    cgroup and affinity; shares_cores: others use them too, so that threads sleep at once after each step.
     """
 
     max_seqs: int = 32
@@ -97,6 +100,9 @@ class EngineConfig:
     max_waiting: int = 1024
     queue_timeout_s: float = 300.0
     device: str = "cpu"
+    kv_cache_dtype: KvDType = "auto"
+    cpu_exact: bool = False
     num_threads: int = 0
+    shares_cores: bool = False
     attention_backend: str = "auto"
     seed: int | None = None

@@ -90,9 +90,10 @@ def test_chat_and_doctor_have_options_of_their_own() -> None:
 
 def test_every_option_reaches_the_configuration() -> None:
     """Each option of serve, given a value other than its default, changes the configuration."""
-    flags = {"--offline", "--no-paged-attn", "--strict-model-name"}
+    flags = {"--offline", "--no-paged-attn", "--strict-model-name", "--cpu-exact"}
     values = {
         "--dtype": "f16",
+        "--kv-cache-dtype": "q8",
         "--token-source": "none",
         "--ingress": "handle",
         "--proxy": "python",
@@ -137,6 +138,7 @@ def test_names_that_other_programs_use(alias: str) -> None:
         ("--port zero", "--port"),
         ("--port 70000", "--port"),
         ("--dtype f8", "--dtype"),
+        ("--kv-cache-dtype q2", "--kv-cache-dtype"),
         ("--log loud", "--log"),
         ("--max-seqs 0", "--max-seqs"),
         ("--pa-blk-size 24", "--pa-blk-size"),

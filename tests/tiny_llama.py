@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
-from serve_app.attention.choose import choose_backend
 from serve_app.batch import ForwardBatch
+from serve_app.engine.forward import choose_forward
+from serve_app.kv_cache.kv_pool import row_elements
 from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
 from serve_app.quant.weight import DenseWeight, Weight
 
@@ -65,10 +67,13 @@ class TinyPool:
     """K and V tensors, as kv_cache.kv_pool.KvPool has them, filled with NaN: what was not written must not be read."""
 
     def __init__(self, args: Any, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32) -> None:
-        shape = (num_blocks, block_size, args.n_kv_heads, args.head_dim)
+        shape = (num_blocks, block_size, args.n_kv_heads, row_elements(args.head_dim, dtype))
+        self.num_blocks = num_blocks
         self.block_size = block_size
-        self.k = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(args.n_layers)]
-        self.v = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(args.n_layers)]
+        self.dtype = dtype
+        filler = 0xFF if dtype == torch.uint8 else torch.nan
+        self.k = [torch.full(shape, filler, dtype=dtype) for _ in range(args.n_layers)]
+        self.v = [torch.full(shape, filler, dtype=dtype) for _ in range(args.n_layers)]
 
 
 @dataclass
@@ -85,40 +90,45 @@ def make_batch(pool: Any, pieces: Sequence[Piece], rows: Sequence[int] | None = 
     """One step of these pieces. rows given: the last token of each piece is sampled in its row; else every token's
     logits are wanted."""
     size = pool.block_size
-    counts = torch.tensor([p.stop - p.start for p in pieces])
-    ends = counts.cumsum(0)
-    tables = torch.zeros(len(pieces), max(-(-p.stop // size) for p in pieces), dtype=torch.int32)
+    counts = np.array([p.stop - p.start for p in pieces])
+    ends = counts.cumsum()
+    tables = np.zeros((len(pieces), max(-(-p.stop // size) for p in pieces)), np.int32)
     for r, piece in enumerate(pieces):
         used = -(-piece.stop // size)
-        tables[r, :used] = torch.tensor(piece.blocks[:used])
-    slots = [p.blocks[i // size] * size + i % size for p in pieces for i in range(p.start, p.stop)]
+        tables[r, :used] = piece.blocks[:used]
     return ForwardBatch(
-        token_ids=torch.tensor([t for p in pieces for t in p.ids[p.start : p.stop]]),
-        positions=torch.cat([torch.arange(p.start, p.stop) for p in pieces]),
-        slot_mapping=torch.tensor(slots),
+        token_ids=np.array([t for p in pieces for t in p.ids[p.start : p.stop]]),
+        positions=np.concatenate([np.arange(p.start, p.stop) for p in pieces]),
+        slot_mapping=np.array([p.blocks[i // size] * size + i % size for p in pieces for i in range(p.start, p.stop)]),
         block_tables=tables,
-        query_start=torch.cat([torch.zeros(1), ends]).to(torch.int32),
-        context_lens=torch.tensor([p.stop for p in pieces], dtype=torch.int32),
-        logit_index=torch.arange(int(ends[-1])) if rows is None else ends - 1,
-        sample_rows=torch.tensor([] if rows is None else rows, dtype=torch.int64),
-        sample_positions=torch.tensor([] if rows is None else [p.stop for p in pieces], dtype=torch.int64),
+        query_start=np.concatenate([[0], ends]).astype(np.int32),
+        context_lens=np.array([p.stop for p in pieces], np.int32),
+        logit_index=np.arange(ends[-1]) if rows is None else ends - 1,
+        sample_rows=np.array([] if rows is None else rows, np.int64),
+        sample_positions=np.array([] if rows is None else [p.stop for p in pieces], np.int64),
         max_query_len=int(counts.max()),
         max_context_len=max(p.stop for p in pieces),
-        kv=pool,
     )
 
 
-def step_logits(model: LlamaForCausalLM, pool: Any, pieces: Sequence[Piece], backend: str = "auto") -> list[Tensor]:
+def step_logits(
+    model: LlamaForCausalLM, pool: Any, pieces: Sequence[Piece], backend: str = "auto", *, is_exact: bool = True
+) -> list[Tensor]:
     """Runs one step; the logits of every token, piece by piece."""
-    batch = make_batch(pool, pieces)
-    batch.attention = choose_backend("cpu", pool.k[0].dtype, backend).plan(batch)
-    with torch.inference_mode():
-        logits = model.logits(model.forward(batch))
+    forward = choose_forward(model, pool, "cpu", backend, is_exact=is_exact)
+    logits = torch.from_numpy(np.array(forward(make_batch(pool, pieces))))
     return list(logits.split([p.stop - p.start for p in pieces]))
 
 
-def full_logits(model: LlamaForCausalLM, ids: Sequence[int], backend: str = "auto", block_size: int = 16) -> Tensor:
+def full_logits(
+    model: LlamaForCausalLM,
+    ids: Sequence[int],
+    backend: str = "auto",
+    block_size: int = 16,
+    *,
+    is_exact: bool = True,
+) -> Tensor:
     """Logits [len(ids), vocab] of one request computed in one step, its blocks in ascending order."""
     num_blocks = -(-len(ids) // block_size)
     pool = TinyPool(model.args, num_blocks, block_size)
-    return step_logits(model, pool, [Piece(ids, 0, len(ids), range(num_blocks))], backend)[0]
+    return step_logits(model, pool, [Piece(ids, 0, len(ids), range(num_blocks))], backend, is_exact=is_exact)[0]

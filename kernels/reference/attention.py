@@ -17,11 +17,16 @@ def paged_attention(
     block_tables_RB: Tensor,
     query_start: Sequence[int],
     context_lens: Sequence[int],
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> Tensor:
     """Each query attends over its request's tokens up to its own: the last query is the context's last token.
 
     Caches [num_blocks, S, K, D]; query_start (R + 1 numbers) and context_lens (R) on the host. Returns [T, N * D] in
-    q's dtype; scores, softmax and sums are formed in float32. Query head h reads KV head h // (N // K).
+    q's dtype; scores, softmax and sums are formed in float32. Query head h reads KV head h // (N // K). scale: of the
+    scores, None = D ** -0.5. softcap: bound of the scores, 0 = none. window: keys that a query sees, itself included,
+    0 = all.
     """
     out = torch.empty_like(q_TND)
     for r, context in enumerate(context_lens):
@@ -33,23 +38,40 @@ def paged_attention(
         k_CKD = k_cache[blocks].flatten(0, 1)[:context]
         v_CKD = v_cache[blocks].flatten(0, 1)[:context]
         rows = torch.arange(context - (end - begin), context, device=q_TND.device)
-        visible_QC = torch.arange(context, device=q_TND.device) <= rows.unsqueeze(1)
-        out[begin:end] = _attend(q_TND[begin:end], k_CKD, v_CKD, visible_QC)
+        keys = torch.arange(context, device=q_TND.device)
+        visible_QC = keys <= rows.unsqueeze(1)
+        if window:
+            visible_QC &= keys > rows.unsqueeze(1) - window
+        out[begin:end] = _attend(q_TND[begin:end], k_CKD, v_CKD, visible_QC, scale, softcap)
     return out.flatten(1)
 
 
-def _attend(q_QND: Tensor, k_CKD: Tensor, v_CKD: Tensor, visible_QC: Tensor) -> Tensor:
+def _scores(dots: Tensor, head_dim: int, scale: float | None, softcap: float) -> Tensor:
+    scores = dots * (1.0 / math.sqrt(head_dim) if scale is None else scale)
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _attend(
+    q_QND: Tensor, k_CKD: Tensor, v_CKD: Tensor, visible_QC: Tensor, scale: float | None, softcap: float
+) -> Tensor:
     queries, n_heads, head_dim = q_QND.shape
     n_kv_heads = k_CKD.shape[1]
     q_KGQD = q_QND.float().view(queries, n_kv_heads, n_heads // n_kv_heads, head_dim).permute(1, 2, 0, 3)
-    scores = torch.matmul(q_KGQD, k_CKD.float().permute(1, 2, 0).unsqueeze(1)) * (1.0 / math.sqrt(head_dim))
-    scores = scores.masked_fill(~visible_QC, float("-inf"))
+    dots = torch.matmul(q_KGQD, k_CKD.float().permute(1, 2, 0).unsqueeze(1))
+    scores = _scores(dots, head_dim, scale, softcap).masked_fill(~visible_QC, float("-inf"))
     out_KGQD = torch.matmul(scores.softmax(-1), v_CKD.float().transpose(0, 1).unsqueeze(1))
     return out_KGQD.permute(2, 0, 1, 3).reshape(queries, n_heads, head_dim).to(q_QND.dtype)
 
 
 def paged_decode(
-    q_RND: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables_RB: Tensor, context_lens: Tensor
+    q_RND: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables_RB: Tensor,
+    context_lens: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> Tensor:
     """paged_attention where every request has exactly one query: all of them at once, without a loop.
 
@@ -58,11 +80,14 @@ def paged_decode(
     requests, n_heads, head_dim = q_RND.shape
     n_kv_heads = k_cache.shape[2]
     k_RCKD = k_cache[block_tables_RB.long()].flatten(1, 2).float()
-    hidden_RC = torch.arange(k_RCKD.shape[1], device=q_RND.device) >= context_lens.unsqueeze(1)
+    keys = torch.arange(k_RCKD.shape[1], device=q_RND.device)
+    hidden_RC = keys >= context_lens.unsqueeze(1)
+    if window:
+        hidden_RC |= keys < context_lens.unsqueeze(1) - window
     # Zero, not only unweighted: slots that nobody wrote, or another request did, may hold NaN.
     v_RCKD = v_cache[block_tables_RB.long()].flatten(1, 2).float().masked_fill_(hidden_RC[:, :, None, None], 0.0)
     q_RKGD = q_RND.float().view(requests, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    scores_RKGC = torch.matmul(q_RKGD, k_RCKD.permute(0, 2, 3, 1)) * (1.0 / math.sqrt(head_dim))
+    scores_RKGC = _scores(torch.matmul(q_RKGD, k_RCKD.permute(0, 2, 3, 1)), head_dim, scale, softcap)
     scores_RKGC = scores_RKGC.masked_fill(hidden_RC[:, None, None], float("-inf"))
     out_RKGD = torch.matmul(scores_RKGC.softmax(-1), v_RCKD.transpose(1, 2))
     return out_RKGD.reshape(requests, n_heads * head_dim).to(q_RND.dtype)

@@ -19,6 +19,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
     return rms_norm(residual, weight, epsilon)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """x [T, H], weight and bias [H] float32 → (x - mean) / deviation * weight + bias, [T, H] in x's dtype."""
+    return functional.layer_norm(x.float(), weight.shape, weight, bias, epsilon).to(x.dtype)
+
+
 def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
     """Rotates q [T, n_heads, head_dim] and k [T, n_kv_heads, head_dim] in place, first half against second half.
 
@@ -34,10 +39,25 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
         x[..., :half], x[..., half : 2 * half] = rotated
 
 
+def activate(x: Tensor, kind: str) -> Tensor:
+    """x [T, I] → silu, gelu_erf (by the error function) or gelu_tanh (its usual approximation) of x."""
+    y = x.float()
+    if kind == "silu":
+        y = functional.silu(y)
+    else:
+        y = functional.gelu(y, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return y.to(x.dtype)
+
+
+def gate(gate_up: Tensor, kind: str) -> Tensor:
+    """gate_up [T, 2 * I] → activate(gate) * up, [T, I]."""
+    left, right = gate_up.float().chunk(2, dim=-1)
+    return (activate(left, kind) * right).to(gate_up.dtype)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2 * I] → silu(gate) * up, [T, I]."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (functional.silu(gate) * up).to(gate_up.dtype)
+    return gate(gate_up, "silu")
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from kernels.reference.attention import paged_attention, paged_decode
 from kernels.reference.norm import kv_write
-from serve_app.batch import ForwardBatch
+from serve_app.attention.backend import AttentionShape
+from serve_app.attention.device_batch import DeviceBatch
 
 
 class TorchAttention:
@@ -12,25 +13,27 @@ class TorchAttention:
 
     name = "torch"
 
-    def plan(self, batch: ForwardBatch) -> "TorchStep":
-        """Copies the lengths to the host when the step needs them there."""
-        return TorchStep(batch)
+    def plan(self, batch: DeviceBatch) -> "TorchPlan":
+        """Takes the lengths from the host when the step needs them there."""
+        return TorchPlan(batch)
 
 
-class TorchStep:
+class TorchPlan:
     """See PlannedAttention."""
 
-    def __init__(self, batch: ForwardBatch) -> None:
+    def __init__(self, batch: DeviceBatch) -> None:
+        host = batch.host
         self._batch = batch
-        self._is_decode = batch.max_query_len == 1 and batch.num_tokens == batch.num_requests
-        self._query_start: list[int] = [] if self._is_decode else batch.query_start.tolist()
-        self._context_lens: list[int] = [] if self._is_decode else batch.context_lens.tolist()
+        self._is_decode = host.max_query_len == 1 and host.num_tokens == host.num_requests
+        self._query_start: list[int] = [] if self._is_decode else host.query_start.tolist()
+        self._context_lens: list[int] = [] if self._is_decode else host.context_lens.tolist()
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(self, shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See PlannedAttention."""
         batch = self._batch
-        k_cache, v_cache = batch.kv.k[layer], batch.kv.v[layer]
+        k_cache, v_cache = batch.k[shape.layer], batch.v[shape.layer]
         kv_write(k, v, k_cache, v_cache, batch.slot_mapping)
+        extra = (shape.scale, shape.softcap, shape.window)
         if self._is_decode:
-            return paged_decode(q, k_cache, v_cache, batch.block_tables, batch.context_lens)
-        return paged_attention(q, k_cache, v_cache, batch.block_tables, self._query_start, self._context_lens)
+            return paged_decode(q, k_cache, v_cache, batch.block_tables, batch.context_lens, *extra)
+        return paged_attention(q, k_cache, v_cache, batch.block_tables, self._query_start, self._context_lens, *extra)

@@ -70,12 +70,13 @@ def _program() -> Iterable[Finding]:
 
 
 def _cpu() -> Iterable[Finding]:
-    from serve_app.cpu_info import cpu_flags, cpu_name, num_cores, quota_cores
+    from serve_app.cpu_info import cpu_flags, cpu_name, num_cores, num_physical_cores, quota_cores
 
     yield Finding("model", cpu_name())
     quota = quota_cores()
     note = "" if quota is None else f"the cgroup's quota is {quota:g}"
     yield Finding("cores", num_cores(), note)
+    yield Finding("physical_cores", num_physical_cores(), "as many threads compute unless --threads says otherwise")
     flags = cpu_flags()
     yield Finding("flags", [flag for flag in CPU_FLAGS if flag in flags])
 
@@ -93,7 +94,7 @@ def _torch() -> Iterable[Finding]:
     import torch
 
     yield Finding("version", str(torch.__version__), torch.__file__)
-    yield Finding("threads", torch.get_num_threads(), "what torch takes by itself; --threads sets it for the server")
+    yield Finding("threads", torch.get_num_threads(), "what torch takes by itself; one where native kernels compute")
     yield Finding("cpu_capability", torch.backends.cpu.get_cpu_capability())
 
 

@@ -1,7 +1,5 @@
 """The parts of an engine, put together around a runner."""
 
-import torch
-
 from serve_app.engine.batch_builder import BatchBuilder
 from serve_app.engine.engine import EngineParts, Runner
 from serve_app.engine.outputs import OutputCollector
@@ -35,7 +33,7 @@ def assemble(
     )
     return EngineParts(
         scheduler=Scheduler(pool, config),
-        builder=BatchBuilder(config.max_seqs, max_blocks, config.block_size, kv, torch.device(config.device)),
+        builder=BatchBuilder(config.max_seqs, max_blocks, config.block_size),
         runner=runner,
         factory=factory,
         collector=OutputCollector(tokenizer, eos_ids),

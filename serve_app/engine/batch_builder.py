@@ -1,30 +1,23 @@
-"""The schedule of a step → the flat tensors of a ForwardBatch."""
+"""The schedule of a step → the flat arrays of a ForwardBatch."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
 
 from serve_app.batch import ForwardBatch
 from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Schedule
-from serve_app.kv_cache.kv_pool import KvPool
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class BatchBuilder:
-    """Builds batches in numpy, without a loop over the tokens, and hands them to the device in one place.
+    """Builds batches in numpy, without a loop over the tokens.
 
     Keeps the block tables of running requests by row, so that a decode step only touches those that got a block.
     """
 
-    def __init__(self, max_seqs: int, max_blocks: int, block_size: int, kv: KvPool, device: torch.device) -> None:
+    def __init__(self, max_seqs: int, max_blocks: int, block_size: int) -> None:
         self._tables = np.zeros((max_seqs, max_blocks), np.int32)
         self._block_size = block_size
-        self._kv = kv
-        self._device = device
 
     def set_blocks(self, request: Request) -> None:
         """Takes over a running request's whole block list."""
@@ -74,19 +67,15 @@ class BatchBuilder:
             first = starts[num_decode + i] - prefill[i][0].num_computed
             logit_index.append(np.arange(span.start, span.stop) + first)
         return ForwardBatch(
-            token_ids=self._to_device(token_ids),
-            positions=self._to_device(positions),
-            slot_mapping=self._to_device(slots),
-            block_tables=self._to_device(tables),
-            query_start=self._to_device(starts.astype(np.int32)),
-            context_lens=self._to_device(context.astype(np.int32)),
-            logit_index=self._to_device(np.concatenate(logit_index)),
-            sample_rows=self._to_device(rows[sampled]),
-            sample_positions=self._to_device(context[sampled]),
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slots,
+            block_tables=tables,
+            query_start=starts.astype(np.int32),
+            context_lens=context.astype(np.int32),
+            logit_index=np.concatenate(logit_index),
+            sample_rows=rows[sampled],
+            sample_positions=context[sampled],
             max_query_len=int(counts.max()),
             max_context_len=int(context.max()),
-            kv=self._kv,
         )
-
-    def _to_device(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)

@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from kernels.dispatch import set_num_threads
-from serve_app.cpu_info import num_cores
+from serve_app.cpu_info import num_physical_cores
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampler import Sampler
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.arena import PosixShmArena
-from serve_app.kv_cache.kv_pool import KvPool
+from serve_app.kv_cache.kv_pool import KvPool, kv_dtype_name
 from serve_app.kv_cache.pool_size import num_pool_blocks
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles, resolve
@@ -30,10 +30,12 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     Raises ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
-    set_num_threads(config.num_threads or num_cores())
+    set_num_threads(config.num_threads or num_physical_cores(), parks_at_once=config.shares_cores)
     with _no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
         opening = side.submit(open_tokenizer, files.tokenizer_source)
-        loaded = load_model(files, dtype=files.dtype, device=config.device)
+        loaded = load_model(
+            files, dtype=files.dtype, device=config.device, kv=config.kv_cache_dtype, is_exact=config.cpu_exact
+        )
         tokenizer = opening.result()
     kv = _kv_pool(loaded, config, files.max_seq_len)
     pool = ledger(config, kv.num_blocks, loaded.fingerprint)
@@ -41,10 +43,10 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     sampler = Sampler(
         loaded.args.vocab_size, config.max_seqs, config.device, sorted(eos_ids), DryBreakers(tokenizer).ids
     )
-    runner = ModelRunner(loaded.model, sampler, kv, config.device, config.attention_backend)
+    runner = ModelRunner(loaded.model, sampler, kv, config.device, config.attention_backend, is_exact=config.cpu_exact)
     log.info(
-        "%s: %d KV blocks of %d tokens (%.0f MB), context %d, %s",
-        files.model_name, kv.num_blocks, kv.block_size, kv.num_bytes / 1e6, files.max_seq_len, loaded.compute_dtype,
+        "%s: %d KV blocks of %d tokens (%.0f MB, %s), context %d",
+        files.model_name, kv.num_blocks, kv.block_size, kv.num_bytes / 1e6, kv_dtype_name(kv.dtype), files.max_seq_len,
     )  # fmt: skip
     parts = assemble(runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults())
     return Engine(parts, config, on_deltas)
@@ -86,5 +88,5 @@ def _kv_pool(loaded: LoadedModel, config: EngineConfig, max_seq_len: int) -> KvP
         )
     args = loaded.args
     shape = (config.block_size, args.n_layers, args.n_kv_heads, args.head_dim)
-    num_blocks = num_pool_blocks(config, KvPool.bytes_per_block(*shape, loaded.compute_dtype), max_seq_len)
-    return KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.compute_dtype)
+    num_blocks = num_pool_blocks(config, KvPool.bytes_per_block(*shape, loaded.kv_dtype), max_seq_len)
+    return KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.kv_dtype)

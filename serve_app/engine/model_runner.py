@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serve_app.attention.choose import choose_backend
 from serve_app.batch import ForwardBatch
+from serve_app.engine.forward import choose_forward
 from serve_app.engine.sampler import Sampler, StepLogprobs
 from serve_app.models.base import CausalLM
 
@@ -35,42 +35,35 @@ class ModelRunner:
     """Owns the model, the KV tensors and the sampler of one engine."""
 
     def __init__(
-        self, model: CausalLM, sampler: Sampler, kv_pool: "KvPool", device: str | torch.device, attention: str = "auto"
+        self,
+        model: CausalLM,
+        sampler: Sampler,
+        kv_pool: "KvPool",
+        device: str | torch.device,
+        attention: str = "auto",
+        *,
+        is_exact: bool = False,
     ) -> None:
         """attention: name of an attention backend, 'auto' = the first of the order that can run here (LaunchError
-        where the named one cannot)."""
+        where the named one cannot). is_exact: native products take their input as it is."""
         self.model = model
         self.sampler = sampler
         self.kv_pool = kv_pool
-        self.attention = choose_backend(device, kv_pool.k[0].dtype, attention)
+        self._forward = choose_forward(model, kv_pool, device, attention, is_exact=is_exact)
 
     def execute(self, batch: ForwardBatch) -> StepResult:
-        """Runs the step: plans attention, one forward, logits where wanted, one draw per sampled row.
+        """Runs the step: one forward, logits where wanted, one draw per sampled row.
 
         After an error (a broken batch, a failing kernel) the rows' states are those from before the step, and KV slots
         of the step may hold anything.
         """
-        with torch.inference_mode():
-            # Before the forward: on a GPU this waits for a few bytes, after it for the whole step.
-            rows, positions = batch.sample_rows.cpu().numpy(), batch.sample_positions.cpu().numpy()
-            hidden = self._forward(batch)
-            wanted = batch.logit_index.shape[0]
-            if wanted == 0:
-                return StepResult(rows, None, None)
-            logits = self.model.logits(hidden.index_select(0, batch.logit_index))
-            num_sampled = len(rows)
-            token_ids, logprobs = rows, None
-            if num_sampled:
-                sampled = self.sampler.sample(logits[:num_sampled], rows, positions)
-                token_ids, logprobs = sampled.token_ids, sampled.logprobs
-        # Cloned outside, so that the caller gets an ordinary tensor, without the sampled rows behind it.
-        extra = logits[num_sampled:].clone() if wanted > num_sampled else None
-        return StepResult(token_ids, logprobs, extra)
-
-    def _forward(self, batch: ForwardBatch) -> Tensor:
-        batch.attention = self.attention.plan(batch)
-        try:
-            return self.model.forward(batch)
-        finally:
-            # The plan refers to the batch: no cycle may be left for the garbage collector.
-            batch.attention = None
+        logits = self._forward(batch)
+        num_sampled, num_wanted = len(batch.sample_rows), len(batch.logit_index)
+        extra = None
+        if num_wanted > num_sampled:
+            # A copy: the sampler and the next step write into what the forward returned.
+            extra = torch.as_tensor(logits[num_sampled:]).clone()
+        if not num_sampled:
+            return StepResult(batch.sample_rows, None, extra)
+        sampled = self.sampler.sample(logits[:num_sampled], batch.sample_rows, batch.sample_positions)
+        return StepResult(sampled.token_ids, sampled.logprobs, extra)

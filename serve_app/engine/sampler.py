@@ -161,12 +161,14 @@ class Sampler:
         if src in self._masks:
             self._masks[dst] = self._masks[src].fork()
 
-    def sample(self, logits: Tensor, rows: Ints, positions: Ints) -> Sampled:
+    def sample(self, logits: "Tensor | NDArray[np.float32]", rows: Ints, positions: Ints) -> Sampled:
         """Draws one token for each row and updates the rows' states with it.
 
         logits [S, vocab_size] float32 on the device (overwritten), rows [S] without repetition, positions [S] of the
         tokens to be drawn: the random number is a function of the row's seed and the position alone.
         """
+        if isinstance(logits, np.ndarray):
+            logits = torch.from_numpy(logits)
         needs = self._needs[rows]
         if not needs.any():
             return Sampled(logits.argmax(dim=-1).cpu().numpy(), None)

@@ -17,9 +17,23 @@ _MAGIC = b"siroccKV"
 _VERSION = 1
 
 
+Q8_BLOCK = 32
+"""Elements of a q8 row that share a scale."""
+
+
+def row_elements(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements that one head of one token takes. uint8 stands for q8 rows: int8 values, then float16 scales."""
+    return head_dim + 2 * -(-head_dim // Q8_BLOCK) if dtype == torch.uint8 else head_dim
+
+
+def kv_dtype_name(dtype: torch.dtype) -> str:
+    """How users call it."""
+    return "q8" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class KvGeometry:
-    """What two processes must agree on before they share a pool."""
+    """What two processes must agree on before they share a pool. dtype uint8: q8 rows, see row_elements."""
 
     num_blocks: int
     block_size: int
@@ -31,7 +45,7 @@ class KvGeometry:
     @property
     def bytes_per_block(self) -> int:
         """Of one block in all layers, K and V."""
-        elements = self.n_layers * 2 * self.block_size * self.n_kv_heads * self.head_dim
+        elements = self.n_layers * 2 * self.block_size * self.n_kv_heads * row_elements(self.head_dim, self.dtype)
         return elements * self.dtype.itemsize
 
     @property
@@ -41,8 +55,9 @@ class KvGeometry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole pool: [layer, K or V, block, slot in block, head, dimension]."""
-        return (self.n_layers, 2, self.num_blocks, self.block_size, self.n_kv_heads, self.head_dim)
+        """Of the whole pool: [layer, K or V, block, slot in block, head, element of a row]."""
+        row = row_elements(self.head_dim, self.dtype)
+        return (self.n_layers, 2, self.num_blocks, self.block_size, self.n_kv_heads, row)
 
     def header(self) -> bytes:
         """These facts as they stand at the head of the arena."""
@@ -52,9 +67,9 @@ class KvGeometry:
 
 
 class KvPool:
-    """K and V of every block: k[layer] and v[layer] are [num_blocks, block_size, n_kv_heads, head_dim].
+    """K and V of every block: k[layer] and v[layer] are [num_blocks, block_size, n_kv_heads, row_elements].
 
-    Slot s of the pool (slot = block id * block_size + offset) is row s of k[layer].view(-1, n_kv_heads, head_dim).
+    Slot s of the pool (slot = block id * block_size + offset) is row s of k[layer].view(-1, n_kv_heads, row_elements).
     The pool owns its arena. The views are contiguous and zero at first.
     """
 
@@ -106,7 +121,7 @@ class KvPool:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of K and V."""
+        """Of K and V; uint8 for q8."""
         return self.geometry.dtype
 
     @property

@@ -1,20 +1,20 @@
 """Token ids to vectors, and vectors to logits."""
 
-from torch import Tensor
-
-from serve_app.batch import ForwardBatch
+from serve_app.layers.step import Rows, Step
 from serve_app.quant.weight import Weight
 
 
 class Embedding:
     """Rows of a matrix [vocab, hidden] by token id."""
 
-    def __init__(self, weight: Weight) -> None:
+    def __init__(self, weight: Weight, factor: float = 1.0) -> None:
+        """factor: what every row is multiplied with."""
         self.weight = weight
+        self._factor = factor
 
-    def __call__(self, batch: ForwardBatch) -> Tensor:
-        """The step's tokens → a new tensor [T, hidden]."""
-        return self.weight.rows(batch.token_ids)
+    def __call__(self, step: Step) -> Rows:
+        """The step's tokens → new rows [T, hidden]."""
+        return step.embed(self.weight, self._factor)
 
 
 class OutputHead:
@@ -24,6 +24,6 @@ class OutputHead:
         """weight [vocab, hidden]."""
         self.weight = weight
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [L, hidden] → float32 [L, vocab]."""
-        return self.weight.matmul(hidden).float()
+    def __call__(self, hidden: Rows, step: Step) -> Rows:
+        """hidden [L, hidden] → [L, vocab]."""
+        return step.linear(hidden, self.weight, None)

@@ -2,19 +2,18 @@
 
 from torch import Tensor
 
-from serve_app.batch import ForwardBatch
+from serve_app.layers.step import Rows, Step
 from serve_app.quant.weight import Weight
 
 
 class Linear:
-    """y = x W^T + b. The batch says which request each token belongs to, for what is chosen per request (adapters)."""
+    """y = x W^T + b. The step knows which request each token belongs to, for what is chosen per request (adapters)."""
 
     def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         """bias [out] of any float dtype, or None."""
         self.weight = weight
-        self.bias = None if bias is None else bias.to(weight.dtype)
+        self.bias = None if bias is None else bias.float()
 
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Rows, step: Step) -> Rows:
         """x [T, in] → [T, out]."""
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y.add_(self.bias)
+        return step.linear(x, self.weight, self.bias)

@@ -1,21 +1,18 @@
 """Feed-forward layers."""
 
-from torch import Tensor
-
-from serve_app.batch import ForwardBatch
-from serve_app.layers.layer_ops import LayerOps
 from serve_app.layers.linear import Linear
+from serve_app.layers.step import Activation, Rows, Step
 
 
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)). Source: Shazeer 2020, SwiGLU."""
+    """down(f(gate(x)) * up(x)). Source: Shazeer 2020, SwiGLU."""
 
-    def __init__(self, gate_up: Linear, down: Linear, ops: LayerOps) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: Activation = "silu") -> None:
         """gate_up: hidden → 2 * intermediate: gate, then up."""
         self._gate_up = gate_up
         self._down = down
-        self._ops = ops
+        self._activation = activation
 
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Rows, step: Step) -> Rows:
         """x [T, hidden] → [T, hidden]."""
-        return self._down(self._ops.silu_mul(self._gate_up(x, batch)), batch)
+        return self._down(step.gate(self._gate_up(x, step), self._activation), step)

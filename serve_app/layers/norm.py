@@ -2,22 +2,28 @@
 
 from torch import Tensor
 
-from serve_app.layers.layer_ops import LayerOps
+from serve_app.layers.step import NormWeights, Rows, Step
 
 
-class RMSNorm:
-    """x / rms(x) * weight. Source: Zhang and Sennrich 2019."""
+class Norm:
+    """An RMS norm (Zhang and Sennrich 2019) or, with is_layer_norm, a layer norm (Ba et al. 2016)."""
 
-    def __init__(self, weight: Tensor, epsilon: float, ops: LayerOps) -> None:
-        """weight [H] float32."""
-        self.weight = weight
-        self.epsilon = epsilon
-        self._ops = ops
+    def __init__(
+        self,
+        weight: Tensor,
+        epsilon: float,
+        bias: Tensor | None = None,
+        *,
+        offset: float = 0.0,
+        is_layer_norm: bool = False,
+    ) -> None:
+        """See NormWeights."""
+        self._weights = NormWeights(weight, epsilon, bias, offset, is_layer_norm)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows, step: Step) -> Rows:
         """x [T, H] → [T, H]."""
-        return self._ops.rms_norm(x, self.weight, self.epsilon)
+        return step.norm(x, self._weights)
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Rows, residual: Rows, step: Step) -> Rows:
         """Adds x to residual in place and returns the sum normalised: one pass over memory instead of two."""
-        return self._ops.add_rms_norm(x, residual, self.weight, self.epsilon)
+        return step.add_norm(x, residual, self._weights)

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels.reference.norm import rotary_table
-from serve_app.batch import ForwardBatch
-from serve_app.layers.layer_ops import LayerOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +41,23 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 class Rotary:
-    """Rotates queries and keys of all layers; its table of angles grows with the longest context seen."""
+    """Angles of queries and keys of all layers that share them; the table grows with the longest context seen."""
 
-    def __init__(self, frequencies: Tensor, max_positions: int, ops: LayerOps) -> None:
+    def __init__(self, frequencies: Tensor, max_positions: int) -> None:
         """frequencies [rotary_dim / 2] float32 on the model's device; max_positions: of the model."""
         self._frequencies = frequencies
         self._max_positions = max_positions
-        self._ops = ops
         self._table = rotary_table(torch.empty(0, device=frequencies.device), frequencies)
 
-    def __call__(self, q: Tensor, k: Tensor, batch: ForwardBatch) -> None:
-        """Rotates q [T, n_heads, head_dim] and k [T, n_kv_heads, head_dim] in place."""
-        if batch.max_context_len > self._table.shape[0]:
-            self._grow(batch.max_context_len)
-        self._ops.rope(q, k, batch.positions, self._table)
+    @property
+    def rotary_dim(self) -> int:
+        """See AngleTable."""
+        return 2 * int(self._frequencies.shape[0])
 
-    def _grow(self, num_positions: int) -> None:
-        size = max(num_positions, min(self._max_positions, max(512, 2 * num_positions)))
-        positions = torch.arange(size, device=self._frequencies.device)
-        self._table = rotary_table(positions, self._frequencies)
+    def covering(self, num_positions: int) -> Tensor:
+        """See AngleTable."""
+        if num_positions > self._table.shape[0]:
+            size = max(num_positions, min(self._max_positions, max(512, 2 * num_positions)))
+            positions = torch.arange(size, device=self._frequencies.device)
+            self._table = rotary_table(positions, self._frequencies)
+        return self._table

@@ -12,41 +12,52 @@ from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.loaders.fingerprint import fingerprint
 from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.model_files import ModelFiles
+from serve_app.loaders.number_formats import compute_dtype, kv_dtype
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.base import CausalLM, ModelArgs
 from serve_app.models.registry import Family, find_family
-from serve_app.options import DType
+from serve_app.options import DType, KvDType
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with its weights. fingerprint: 16 bytes, equal where keys and values may be shared."""
+    """A model with its weights.
+
+    fingerprint: 16 bytes, equal where keys and values may be shared. kv_dtype: for the KV pool.
+    """
 
     model: CausalLM
     args: ModelArgs
     fingerprint: bytes
     compute_dtype: torch.dtype
+    kv_dtype: torch.dtype
 
 
-def load_model(files: ModelFiles, *, dtype: DType, device: str) -> LoadedModel:
+def load_model(
+    files: ModelFiles, *, dtype: DType, device: str, kv: KvDType = "auto", is_exact: bool = False
+) -> LoadedModel:
     """Builds the model over its mapped files; weights stay in the files where their form allows it.
 
-    dtype: of activations, keys and values; 'auto' see compute_dtype. Resident memory peaks at the files' size plus the
+    dtype, kv, is_exact: see loaders.number_formats. Resident memory peaks at the files' size plus the
     process. Raises ModelFileError naming the file and the tensor or key that is missing, misshapen or not supported.
     """
     family, args = find_args(files)
     checkpoint = open_checkpoint(files)
     chosen = compute_dtype(dtype, checkpoint, torch.device(device))
-    source = CheckpointSource(checkpoint, chosen, torch.device(device))
+    source = CheckpointSource(checkpoint, chosen, torch.device(device), is_exact=is_exact)
     model = family.build(args, source)
     _report_unused(checkpoint, source)
-    facts = {"architecture": files.architecture, "args": asdict(cast(Any, args)), "dtype": str(chosen)}
-    return LoadedModel(model, args, fingerprint(facts, checkpoint.stored()), chosen)
+    kept = kv_dtype(kv, dtype, checkpoint, torch.device(device), is_exact=is_exact)
+    facts = {
+        "architecture": files.architecture,
+        "args": asdict(cast(Any, args)),
+        "dtypes": f"{chosen} {kept}",
+        "is_exact": is_exact,
+    }
+    return LoadedModel(model, args, fingerprint(facts, checkpoint.stored()), chosen, kept)
 
 
 def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
@@ -63,24 +74,6 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
         return SafetensorsCheckpoint(files.weight_files)
     # Never closed: the weights are views of its mapping, which ends with the last of them.
     return GgufCheckpoint(open_gguf(files.weight_files, with_texts=False))
-
-
-def compute_dtype(dtype: DType, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The dtype named, or for 'auto' the one that suits the weights and the device.
-
-    On the CPU: bfloat16 for a bfloat16 checkpoint where the CPU multiplies it natively, else float32. Elsewhere:
-    float16 for a float16 checkpoint, else bfloat16.
-    """
-    if dtype != "auto":
-        return _DTYPES[dtype]
-    bytes_of: dict[str, int] = {}
-    for tensor in checkpoint.stored():
-        bytes_of[tensor.form.name] = bytes_of.get(tensor.form.name, 0) + len(tensor.data)
-    main = max(bytes_of, key=lambda name: bytes_of[name], default="F32")
-    if device.type == "cpu":
-        is_native = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-        return torch.bfloat16 if main == "BF16" and is_native else torch.float32
-    return torch.float16 if main == "F16" else torch.bfloat16
 
 
 def _architecture(files: ModelFiles) -> str:

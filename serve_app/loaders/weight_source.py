@@ -32,13 +32,16 @@ class CheckpointSource:
     With native kernels on the CPU every matrix is packed into their layout, bit by bit, and its pages of the file are
     given back. Elsewhere a matrix whose stored type is the compute dtype is a view of the mapped file; one in another
     plain type that is as wide or wider is converted, its pages given back; every other stays packed, float16 for a
-    float32 model included. Remembers which tensors were asked for.
+    float32 model included. Remembers which tensors were asked for. is_exact: see NativeWeight.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, is_exact: bool = False
+    ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._is_exact = is_exact
         self._taken: set[str] = set()
         num_weights = sum(num_elements(t.shape) for t in checkpoint.stored())
         self._keep_decoded = num_weights * 4 <= SMALL_MODEL_BYTES
@@ -98,13 +101,13 @@ class CheckpointSource:
         if stored.row_order is not None:
             matrix.pack(0, rows, stored.row_order)
             drop_pages(stored.data)
-            return NativeWeight(matrix, self._dtype)
+            return NativeWeight(matrix, self._dtype, is_exact=self._is_exact)
         row_bytes = rows.shape[1]
         step = max(1, PACK_BYTES // (TILE_ROWS * row_bytes)) * TILE_ROWS
         for first in range(0, num_rows, step):
             matrix.pack(first, rows[first : first + step])
             drop_pages(stored.data[first * row_bytes : (first + step) * row_bytes])
-        return NativeWeight(matrix, self._dtype)
+        return NativeWeight(matrix, self._dtype, is_exact=self._is_exact)
 
     def _torch(self, stored: StoredTensor) -> Weight:
         rows = self._rows(stored, stored.shape[0])

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from torch import Tensor
 
-from serve_app.batch import ForwardBatch
-
 if TYPE_CHECKING:
+    from serve_app.layers.step import Rows, Step
     from serve_app.quant.weight import Weight
 
 
@@ -64,16 +63,16 @@ class WeightSource(Protocol):
 class CausalLM(Protocol):
     """A loaded model: one forward over the flat tokens of a step, then logits where they are wanted.
 
-    batch.attention must be planned (engine.model_runner does it) and batch.kv hold args.n_layers layers.
+    Both only call the step's operations and never look at its numbers: the step may be a recording (layers.step).
     """
 
     @property
     def args(self) -> ModelArgs: ...
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Final hidden states [T, hidden_size] in the compute dtype, normalised; writes the step's K and V."""
+    def forward(self, step: "Step") -> "Rows":
+        """Final hidden states [T, hidden_size], normalised; writes the step's K and V of args.n_layers layers."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [L, hidden_size] → float32 [L, vocab_size]."""
+    def logits(self, hidden: "Rows", step: "Step") -> "Rows":
+        """hidden [L, hidden_size] → [L, vocab_size]."""
         ...

@@ -4,16 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from serve_app.batch import ForwardBatch
+from serve_app.attention.backend import AttentionShape
 from serve_app.layers.attention import Attention
 from serve_app.layers.embedding import Embedding, OutputHead
-from serve_app.layers.layer_ops import LayerOps
 from serve_app.layers.linear import Linear
 from serve_app.layers.mlp import GatedMLP
-from serve_app.layers.norm import RMSNorm
+from serve_app.layers.norm import Norm
 from serve_app.layers.rotary import Rotary, inverse_frequencies
+from serve_app.layers.step import Rows, Step
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.rope_config import RopeConfig, rope_from_gguf, rope_from_hf
@@ -101,7 +100,7 @@ class LlamaArgs:
 class LlamaBlock:
     """One layer. Its result is what the next norm adds to the residual."""
 
-    def __init__(self, layer: int, args: LlamaArgs, weights: WeightSource, rotary: Rotary, ops: LayerOps) -> None:
+    def __init__(self, layer: int, args: LlamaArgs, weights: WeightSource, rotary: Rotary) -> None:
         hidden, prefix = args.hidden_size, f"model.layers.{layer}."
         queries, keys = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
 
@@ -115,32 +114,28 @@ class LlamaBlock:
             weight = weights.weight([f"{n}.weight" for n in names], sizes, in_features)
             return Linear(weight, None if biases is None else torch.cat(biases))
 
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(weights.tensor(f"{prefix}{name}.weight", (hidden,)), args.rms_norm_eps, ops)
+        def norm(name: str) -> Norm:
+            return Norm(weights.tensor(f"{prefix}{name}.weight", (hidden,)), args.rms_norm_eps)
 
         qkv_names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
         self.attention_norm = norm("input_layernorm")
         self.attention = Attention(
-            layer,
             linear(qkv_names, [queries, keys, keys], hidden, args.attention_bias),
             linear(["self_attn.o_proj"], [hidden], queries, args.attention_bias),
             rotary,
-            args.n_heads,
-            args.n_kv_heads,
-            args.head_dim,
+            AttentionShape(layer, args.n_heads, args.n_kv_heads, args.head_dim, scale=args.head_dim**-0.5),
         )
         self.mlp_norm = norm("post_attention_layernorm")
         self.mlp = GatedMLP(
             linear(["mlp.gate_proj", "mlp.up_proj"], [args.intermediate_size] * 2, hidden, args.mlp_bias),
             linear(["mlp.down_proj"], [hidden], args.intermediate_size, args.mlp_bias),
-            ops,
         )
 
-    def __call__(self, delta: Tensor | None, residual: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, delta: Rows | None, residual: Rows, step: Step) -> Rows:
         """delta: the block before's result [T, hidden], not yet in residual [T, hidden], which is updated in place."""
-        x = self.attention_norm(residual) if delta is None else self.attention_norm.add(delta, residual)
-        x = self.mlp_norm.add(self.attention(x, batch), residual)
-        return self.mlp(x, batch)
+        x = self.attention_norm(residual, step) if delta is None else self.attention_norm.add(delta, residual, step)
+        x = self.mlp_norm.add(self.attention(x, step), residual, step)
+        return self.mlp(x, step)
 
 
 class LlamaForCausalLM:
@@ -151,13 +146,12 @@ class LlamaForCausalLM:
         self.args = args
         self.embedding = Embedding(weights.weight(["model.embed_tokens.weight"], [args.vocab_size], args.hidden_size))
         norm = weights.tensor("model.norm.weight", (args.hidden_size,))
-        ops = LayerOps.choose(norm.device, self.embedding.weight.dtype)
         frequencies = inverse_frequencies(args.rotary_dim, args.rope.theta, args.rope.scaling).to(norm.device)
         if weights.has("rope_freqs.weight"):
             frequencies = frequencies / weights.tensor("rope_freqs.weight", (args.rotary_dim // 2,))
-        rotary = Rotary(frequencies, args.max_position_embeddings, ops)
-        self.blocks = [LlamaBlock(i, args, weights, rotary, ops) for i in range(args.n_layers)]
-        self.norm = RMSNorm(norm, args.rms_norm_eps, ops)
+        rotary = Rotary(frequencies, args.max_position_embeddings)
+        self.blocks = [LlamaBlock(i, args, weights, rotary) for i in range(args.n_layers)]
+        self.norm = Norm(norm, args.rms_norm_eps)
         is_tied = args.tie_word_embeddings
         if is_tied is None:
             is_tied = not weights.has("lm_head.weight")
@@ -167,15 +161,15 @@ class LlamaForCausalLM:
             else weights.weight(["lm_head.weight"], [args.vocab_size], args.hidden_size)
         )
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def forward(self, step: Step) -> Rows:
         """See CausalLM."""
-        residual = self.embedding(batch)
+        residual = self.embedding(step)
         delta = None
         for block in self.blocks:
-            delta = block(delta, residual, batch)
+            delta = block(delta, residual, step)
         assert delta is not None
-        return self.norm.add(delta, residual)
+        return self.norm.add(delta, residual, step)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Rows, step: Step) -> Rows:
         """See CausalLM."""
-        return self.head(hidden)
+        return self.head(hidden, step)

@@ -80,3 +80,16 @@ def test_cpu_quota_of_the_first_cgroup_version(tmp_path: Path) -> None:
     assert cpu_info.quota_cores(tmp_path) == 2.0
     (folder / "cpu.cfs_quota_us").write_text("-1\n")
     assert cpu_info.quota_cores(tmp_path) is None
+
+
+def test_hyper_threads_are_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_info.os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 6})
+    for cpu, siblings in {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5", 6: "2,6"}.items():
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(siblings + "\n")
+    assert cpu_info.num_physical_cores(tmp_path) == 3
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/cpu.max").write_text("150000 100000\n")
+    assert cpu_info.num_physical_cores(tmp_path) == 1
+    assert cpu_info.num_physical_cores(Path("/nothing/here")) == 5

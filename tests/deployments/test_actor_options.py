@@ -6,11 +6,13 @@ import tempfile
 import pytest
 from ray import serve
 
+from deployments import actor_options
 from deployments.actor_options import (
     deployment_names,
     ingress_options,
     node_environment,
     preprocessor_options,
+    target_engine,
     target_options,
 )
 from deployments.edge import Edge, choose_edge, private_directory, private_environment
@@ -39,6 +41,27 @@ def test_the_target_takes_what_the_engine_takes():
     options = target_options(config, is_private=True)
     assert options["max_ongoing_requests"] >= 12
     assert options["num_replicas"] == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "deployment", "is_private", "threads", "shares"),
+    [
+        ({}, {}, True, 8, False),
+        ({}, {"target_replicas": 3}, True, 2, False),
+        ({}, {"target_replicas": 1, "max_target_replicas": 4}, True, 2, False),
+        ({}, {"target_replicas": 20}, True, 1, True),
+        ({"num_threads": 5}, {"target_replicas": 2}, True, 5, True),
+        ({"num_threads": 4}, {"target_replicas": 2}, True, 4, False),
+        ({}, {"target_replicas": 3}, False, 8, False),
+        ({}, {"target_replicas": 3, "target_cpus": 2.5}, False, 2, False),
+        ({"shares_cores": True}, {}, True, 8, True),
+    ],
+)
+def test_replicas_of_one_machine_divide_its_cores(monkeypatch, engine, deployment, is_private, threads, shares):
+    monkeypatch.setattr(actor_options, "num_physical_cores", lambda: 8)
+    config = AppConfig(engine=EngineSettings(**engine), deployment=DeploymentConfig(**deployment))
+    made = target_engine(config, is_private=is_private)
+    assert (made.num_threads, made.shares_cores) == (threads, shares)
 
 
 def test_targets_are_scaled_by_open_requests():

@@ -10,8 +10,9 @@ from tiny_llama import Piece, TinyPool, full_logits, hf_llama, make_batch, our_l
 
 import kernels
 from kernels import dispatch
-from kernels.reference import norm
+from kernels.reference import sampling
 from serve_app.attention.choose import choose_backend, list_backends
+from serve_app.attention.torch_backend import TorchAttention
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampler import Sampler
 from serve_app.errors import LaunchError
@@ -43,18 +44,18 @@ def generate(num_tokens: int) -> list[int]:
 
 
 def test_native_is_the_choice_here() -> None:
-    choice = dispatch.choose("rope")
+    choice = dispatch.choose("uniform")
     assert choice.name.startswith("native")
-    assert choose_backend("cpu", torch.float32).name == "cpu"
+    assert choose_backend("cpu", torch.float32) is None
 
 
 def test_the_same_text_without_native_code(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.native().ops is None
-    assert choose_backend("cpu", torch.float32).name == "torch"
+    assert isinstance(choose_backend("cpu", torch.float32), TorchAttention)
     assert dispatch.native_dequantize(8) is None
     assert dispatch.native_matmul(8) is None
-    assert dispatch.choose("rms_norm").function is norm.rms_norm
-    assert "SIROCCO_NATIVE" in dispatch.choose("rms_norm").reason
+    assert dispatch.choose("uniform").function is sampling.uniform
+    assert "SIROCCO_NATIVE" in dispatch.choose("uniform").reason
     plain_text, plain_logits = generate(20), full_logits(our_llama(hf_llama()), list(range(60)))
     monkeypatch.undo()
     dispatch.native.cache_clear()
@@ -68,6 +69,8 @@ def test_a_named_backend_that_cannot_run_is_refused(no_native: None) -> None:
     with pytest.raises(LaunchError, match="there are auto, cpu, torch"):
         choose_backend("cpu", torch.float32, "flash")
     assert [r.is_usable for r in list_backends("cpu", torch.float32)] == [False, True]
+    with pytest.raises(LaunchError, match="q8"):
+        choose_backend("cpu", torch.uint8)
 
 
 def test_a_module_of_another_version_or_none_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +86,9 @@ def test_a_module_of_another_version_or_none_is_not_used(monkeypatch: pytest.Mon
 
 
 def test_other_devices_and_dtypes_take_torch() -> None:
-    assert dispatch.choose("rope", "meta").name == "torch"
-    assert dispatch.choose("rope", "cpu", torch.float64).name == "torch"
-    assert choose_backend("meta", torch.float32).name == "torch"
+    assert dispatch.choose("uniform", "meta").name == "torch"
+    assert dispatch.choose("uniform", "cpu", torch.float64).name == "torch"
+    assert isinstance(choose_backend("meta", torch.float32), TorchAttention)
     with pytest.raises(KeyError):
         dispatch.choose("no such op")
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from kernels import dispatch
 from serve_app.errors import ModelFileError
-from serve_app.loaders.load import LoadedModel, compute_dtype, load_model, open_checkpoint
+from serve_app.loaders.load import LoadedModel, load_model, open_checkpoint
 from serve_app.loaders.model_files import resolve
-from serve_app.options import DType, ModelSource
+from serve_app.loaders.number_formats import compute_dtype, kv_dtype
+from serve_app.options import DType, KvDType, ModelSource
 
 Write = Callable[..., Path]
 
@@ -31,7 +33,8 @@ def test_gguf_loads_in_every_dtype(write_gguf: Write, quantise: str) -> None:
     path = write_gguf(quantise)
     for option, dtype in [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)]:
         loaded = load(path, option)  # type: ignore[arg-type]
-        assert loaded.compute_dtype == dtype
+        # The native kernels compute in float32; the option says what keys and values are kept in.
+        assert (loaded.compute_dtype, loaded.kv_dtype) == (torch.float32, dtype)
         assert loaded.model.args.hidden_size == 32
         assert len(loaded.fingerprint) == 16
 
@@ -195,7 +198,30 @@ def test_auto_dtype_on_the_cpu(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
     checkpoint = open_checkpoint(resolve(ModelSource(model=str(write_gguf(stored)))))
+    assert compute_dtype("auto", checkpoint, torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(dispatch, "native", lambda: dispatch.NativeModule(None, "gone"))
     assert compute_dtype("auto", checkpoint, torch.device("cpu")) == expected
+    assert kv_dtype("auto", "auto", checkpoint, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "kv", "dtype", "is_exact", "expected"),
+    [
+        ("F32", "auto", "auto", False, torch.float32),
+        ("F16", "auto", "auto", False, torch.float16),
+        ("BF16", "auto", "auto", False, torch.bfloat16),
+        ("Q8_0", "auto", "auto", False, torch.float16),
+        ("Q8_0", "auto", "bf16", False, torch.bfloat16),
+        ("BF16", "auto", "bf16", True, torch.float32),
+        ("F32", "q8", "auto", True, torch.uint8),
+        ("F32", "bf16", "f16", False, torch.bfloat16),
+    ],
+)
+def test_dtype_of_keys_and_values(
+    stored: str, kv: KvDType, dtype: DType, is_exact: bool, expected: torch.dtype, write_gguf: Write
+) -> None:
+    checkpoint = open_checkpoint(resolve(ModelSource(model=str(write_gguf(stored)))))
+    assert kv_dtype(kv, dtype, checkpoint, torch.device("cpu"), is_exact=is_exact) == expected
 
 
 def test_auto_dtype_elsewhere(write_gguf: Write) -> None:

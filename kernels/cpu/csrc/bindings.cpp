@@ -146,12 +146,14 @@ const KernelTable& current_kernels() { return *kernels; }
 
 void bind_layers(nb::module_& m);
 void bind_packed(nb::module_& m);
+void bind_program(nb::module_& m);
 
 NB_MODULE(_native, m) {
     m.attr("ABI") = 1;
     take_iq_grids();
     bind_probe(m);
     bind_packed(m);
+    bind_program(m);
     m.def("instruction_sets", instruction_sets);
     m.def("instruction_set", [] { return std::string(kernels->name); });
     m.def("use_instruction_set", use_instruction_set);

@@ -104,6 +104,7 @@ void bind_packed(nb::module_& m) {
         .def_prop_ro("rows", [](const PackedMemory& p) { return p.matrix().rows; })
         .def_prop_ro("columns", [](const PackedMemory& p) { return p.matrix().columns; })
         .def_prop_ro("type_id", [](const PackedMemory& p) { return p.matrix().layout->type_id; })
+        .def_prop_ro("act", [](const PackedMemory& p) { return int(p.matrix().layout->act); })
         .def_prop_ro("row_bytes", &PackedMemory::row_bytes)
         .def_prop_ro("num_bytes", &PackedMemory::num_bytes)
         .def("pack", pack)

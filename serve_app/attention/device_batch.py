@@ -1,0 +1,50 @@
+"""A step's arrays on the device, for the forward in plain torch."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serve_app.batch import ForwardBatch
+
+
+class Cache(Protocol):
+    """Keys and values by layer; see kv_cache.kv_pool.KvPool."""
+
+    @property
+    def k(self) -> list[Tensor]: ...
+    @property
+    def v(self) -> list[Tensor]: ...
+
+
+@dataclass(slots=True)
+class DeviceBatch:
+    """What the forward needs of a ForwardBatch, as tensors on the model's device.
+
+    host: where it came from. k, v: each layer's cache [num_blocks, block_size, n_kv_heads, head_dim].
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    logit_index: Tensor
+    host: ForwardBatch
+    k: list[Tensor]
+    v: list[Tensor]
+
+    @classmethod
+    def of(cls, host: ForwardBatch, cache: Cache, device: torch.device) -> "DeviceBatch":
+        """Copies the arrays to the device; cache: what the step reads and writes."""
+
+        def move(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return cls(
+            move(host.token_ids), move(host.positions), move(host.slot_mapping), move(host.block_tables),
+            move(host.query_start), move(host.context_lens), move(host.logit_index), host, cache.k, cache.v,
+        )  # fmt: skip

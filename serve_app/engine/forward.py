@@ -1,0 +1,91 @@
+"""The two ways to run a model's forward over a step: as one native program, and in plain torch."""
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serve_app.attention.backend import AttentionBackend
+from serve_app.attention.choose import choose_backend
+from serve_app.attention.device_batch import DeviceBatch
+from serve_app.batch import ForwardBatch
+from serve_app.layers.torch_step import TorchStep
+from serve_app.models.base import CausalLM
+
+if TYPE_CHECKING:
+    from kernels.cpu.program import RecordedProgram
+    from serve_app.kv_cache.kv_pool import KvPool
+
+Logits = NDArray[np.float32] | Tensor
+"""float32 [L, vocab], an array of the host or a tensor of another device; the next step may overwrite it."""
+
+
+class Forward(Protocol):
+    """Computes a step. After an error the step's KV slots may hold anything."""
+
+    def __call__(self, batch: ForwardBatch) -> Logits:
+        """The logits of batch.logit_index."""
+        ...
+
+
+def choose_forward(
+    model: CausalLM, kv: "KvPool", device: torch.device | str, attention: str = "auto", *, is_exact: bool = False
+) -> Forward:
+    """The native program where the attention backend is the CPU's, else plain torch. See choose_backend."""
+    backend = choose_backend(device, kv.dtype, attention)
+    if backend is None:
+        return NativeForward(model, kv, is_exact=is_exact)
+    return TorchForward(model, kv, torch.device(device), backend)
+
+
+class TorchForward:
+    """See Forward: one torch operator after the other."""
+
+    def __init__(self, model: CausalLM, kv: "KvPool", device: torch.device, backend: AttentionBackend) -> None:
+        self._model = model
+        self._kv = kv
+        self._device = device
+        self._backend = backend
+
+    def __call__(self, batch: ForwardBatch) -> Logits:
+        """See Forward."""
+        with torch.inference_mode():
+            step = TorchStep(DeviceBatch.of(batch, self._kv, self._device), self._backend)
+            hidden = step.wanted(self._model.forward(step))
+            logits: Tensor = self._model.logits(hidden, step).float()
+        return logits.numpy() if logits.device.type == "cpu" else logits
+
+
+class NativeForward:
+    """See Forward: the model's forward is recorded once; a step is a call without the GIL and without torch."""
+
+    def __init__(self, model: CausalLM, kv: "KvPool", *, is_exact: bool) -> None:
+        """Records now; the pool's memory must outlive this object's last step."""
+        self.program = record(model, kv, is_exact=is_exact)
+
+    def __call__(self, batch: ForwardBatch) -> Logits:
+        """See Forward."""
+        return self.program.run(
+            batch.token_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.logit_index,
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens,
+            batch.max_context_len,
+        )
+
+
+def record(model: CausalLM, kv: "KvPool", *, is_exact: bool) -> "RecordedProgram":
+    """The native program of a model over a pool."""
+    from kernels.cpu.program import Recording
+    from serve_app.layers.native_step import KV_TYPES, NativeCache, NativeStep
+
+    recording = Recording()
+    k, v = ([layer.data_ptr() for layer in layers] for layers in (kv.k, kv.v))
+    step = NativeStep(recording, NativeCache(k, v, KV_TYPES[kv.dtype]), is_exact=is_exact)
+    result = model.logits(step.wanted(model.forward(step)), step)
+    return recording.finish(result, kv.num_blocks, kv.block_size)

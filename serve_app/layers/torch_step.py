@@ -1,0 +1,78 @@
+"""A step in plain torch, operation by operation: on every device, and the oracle of native programs."""
+
+import torch
+from torch import Tensor
+
+from kernels.reference import norm as reference
+from serve_app.attention.backend import AttentionBackend, AttentionShape
+from serve_app.attention.device_batch import DeviceBatch
+from serve_app.layers.step import Activation, AngleTable, NormWeights
+from serve_app.quant.weight import Weight
+
+
+class TorchStep:
+    """See Step: rows are tensors [T, width]."""
+
+    def __init__(self, batch: DeviceBatch, backend: AttentionBackend) -> None:
+        self._batch = batch
+        self._attention = backend.plan(batch)
+
+    def embed(self, weight: Weight, factor: float = 1.0) -> Tensor:
+        """See Step."""
+        rows = weight.rows(self._batch.token_ids)
+        return rows if factor == 1.0 else rows * factor
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """See Step."""
+        y = weight.matmul(x)
+        return y if bias is None else y.add_(bias)
+
+    def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
+        """See Step."""
+        weight = weights.weight + weights.offset if weights.offset else weights.weight
+        if weights.is_layer_norm:
+            return reference.layer_norm(x, weight, weights.bias, weights.epsilon)
+        return reference.rms_norm(x, weight, weights.epsilon)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weights: NormWeights) -> Tensor:
+        """See Step."""
+        residual += x
+        return self.norm(residual, weights)
+
+    def head_norm(self, qkv: Tensor, first: int, count: int, weights: NormWeights) -> None:
+        """See Step."""
+        width = weights.weight.shape[0]
+        heads = qkv.view(qkv.shape[0], -1, width)[:, first : first + count]
+        heads.copy_(self.norm(heads, weights))
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """See Step."""
+        return reference.activate(x, activation)
+
+    def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """See Step."""
+        return reference.gate(gate_up, activation)
+
+    def attention(self, qkv: Tensor, shape: AttentionShape, rotary: AngleTable | None) -> Tensor:
+        """See Step."""
+        counts = [shape.n_heads, shape.n_kv_heads, shape.n_kv_heads]
+        q, k, v = torch.split_with_sizes(qkv.view(qkv.shape[0], sum(counts), shape.head_dim), counts, dim=1)
+        if rotary is not None:
+            reference.rope(q, k, self._batch.positions, rotary.covering(self._batch.host.max_context_len))
+        return self._attention.run(shape, q, k, v)
+
+    def add(self, x: Tensor, other: Tensor) -> None:
+        """See Step."""
+        x += other
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        """See Step."""
+        x *= factor
+
+    def softcap(self, x: Tensor, cap: float) -> None:
+        """See Step."""
+        x.copy_(cap * torch.tanh(x.float() / cap))
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """See Step."""
+        return x.index_select(0, self._batch.logit_index)
