@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the native one where there is one, else plain torch, and why.
 
 The choice is made when a layer is built, by `choose`; nothing is decided per call. SIROCCO_NATIVE=0 in the environment
-turns the native module off, SIROCCO_ISA names the instruction set that it must use.
+turns the native module off, SIROCCO_CPU_ISA names the instruction set that it must use: generic, avx2 or avx512.
 """
 
 import importlib
@@ -47,7 +47,10 @@ class NativeModule:
 
 @cache
 def native() -> NativeModule:
-    """Loads the native module once. Tests that want it gone call `native.cache_clear()` or replace this function."""
+    """Loads the native module once. Tests that want it gone call `native.cache_clear()` or replace this function.
+
+    ValueError, one sentence, where SIROCCO_CPU_ISA names an instruction set that cannot run here.
+    """
     if os.environ.get("SIROCCO_NATIVE") == "0":
         return NativeModule(None, "turned off by SIROCCO_NATIVE=0")
     try:
@@ -56,7 +59,10 @@ def native() -> NativeModule:
         return NativeModule(None, f"the native module is not built or does not load here ({error})")
     if getattr(module, "ABI", None) != kernels.ABI:
         return NativeModule(None, "the native module is of another version; reinstall to build it anew")
-    if wanted := os.environ.get("SIROCCO_ISA"):
+    if wanted := os.environ.get("SIROCCO_CPU_ISA"):
+        usable = module.instruction_sets()
+        if wanted not in usable:
+            raise ValueError(f"SIROCCO_CPU_ISA={wanted}: the kernels can run as {', '.join(usable)} on this CPU")
         module.use_instruction_set(wanted)
     return NativeModule(importlib.import_module("kernels.cpu.ops"), f"native {module.instruction_set()}")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from kernels.dispatch import set_num_threads
+from kernels import dispatch
 from serve_app.cpu_info import num_physical_cores
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.engine import Engine, OnDeltas
@@ -30,7 +30,8 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     Raises ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
-    set_num_threads(config.num_threads or num_physical_cores(), parks_at_once=config.shares_cores)
+    _say_what_computes(config.device)
+    dispatch.set_num_threads(config.num_threads or num_physical_cores(), parks_at_once=config.shares_cores)
     with _no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
         opening = side.submit(open_tokenizer, files.tokenizer_source)
         loaded = load_model(
@@ -50,6 +51,19 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     )  # fmt: skip
     parts = assemble(runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults())
     return Engine(parts, config, on_deltas)
+
+
+def _say_what_computes(device: str) -> None:
+    """One line in the log, a warning where plain torch does a CPU's work. LaunchError for a CPU that lacks what
+    SIROCCO_CPU_ISA demands."""
+    try:
+        native = dispatch.native()
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    if native.ops is not None:
+        log.info("CPU kernels: %s", native.reason)
+    elif device == "cpu":
+        log.warning("CPU kernels: none, plain torch computes, which is slow: %s", native.reason)
 
 
 @contextmanager

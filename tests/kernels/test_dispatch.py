@@ -10,6 +10,7 @@ from tiny_llama import Piece, TinyPool, full_logits, hf_llama, make_batch, our_l
 
 import kernels
 from kernels import dispatch
+from kernels.cpu import _native
 from kernels.reference import sampling
 from serve_app.attention.choose import choose_backend, list_backends
 from serve_app.attention.torch_backend import TorchAttention
@@ -93,9 +94,18 @@ def test_other_devices_and_dtypes_take_torch() -> None:
         dispatch.choose("no such op")
 
 
-def test_the_instruction_set_can_be_named_in_the_environment() -> None:
+def native_in_a_process(isa: str) -> str:
+    """What a fresh process says of SIROCCO_CPU_ISA=isa: its reason, or the last line of its error."""
     code = "from kernels import dispatch; print(dispatch.native().reason)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={"SIROCCO_ISA": "generic"}, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "native generic"
+    result = subprocess.run([sys.executable, "-c", code], env={"SIROCCO_CPU_ISA": isa}, capture_output=True, text=True)
+    return (result.stdout or result.stderr).strip().splitlines()[-1]
+
+
+def test_the_instruction_set_can_be_named_in_the_environment() -> None:
+    assert native_in_a_process("generic") == "native generic"
+
+
+def test_one_that_cannot_run_is_named_with_those_that_can() -> None:
+    usable = ", ".join(_native.instruction_sets())
+    expected = f"ValueError: SIROCCO_CPU_ISA=mmx: the kernels can run as {usable} on this CPU"
+    assert native_in_a_process("mmx") == expected
