@@ -11,7 +11,9 @@ namespace {
 
 constexpr float kNone = -__builtin_inff();
 constexpr int kTile = 64;          // keys that are widened at once
-constexpr int kStep = 32;          // keys of a pass over the cache as it lies
+constexpr int kKeyStep = 8, kMaxKeyStep = 16, kValueStep = 16;  // keys of a pass over the cache as it lies, all heads in turn
+constexpr int kAhead = 16;         // keys between those in use and those being fetched
+constexpr int64_t kOffsets = kSegment + kAhead + kValueStep;
 constexpr int kWidth = kLanes == 16 ? 4 : 2;  // vectors of a value row in a pass
 
 // A row is one (query, head of the group). What it sees of a segment: keys [begin, end), relative to its first.
@@ -31,7 +33,7 @@ struct View {
     float* queries;         // [heads][rows][padded], scaled
     float* scores;          // [heads][rows][kSegment]
     Span* spans;            // [rows]
-    int64_t* offsets;       // [kSegment]: bytes from the cache's start to a token
+    int64_t* offsets;       // [kOffsets]: bytes from the cache's start to a token
     float* wide;            // kTile widened rows
 
     int64_t heads() const { return unit.head_end - unit.head_begin; }
@@ -91,9 +93,24 @@ inline void softmax(float* scores, Span span, float softcap, float* result) {
     result[1] = sum(total);
 }
 
+// Where weigh reads values: widened rows, or the cache as it lies.
+struct WideValues {
+    const float* rows;
+    int64_t stride;
+    Vec operator()(int j, int64_t d) const { return load(rows + j * stride + d); }
+};
+
+template <typename T>
+struct CachedValues {
+    const uint8_t* cache;
+    const int64_t* offsets;
+    int64_t dim;
+    Vec operator()(int j, int64_t d) const { return T::load(cache + offsets[j], d, dim); }
+};
+
 // sums[r][d] += p[r][j] * value(j, d) for keys [begin, end) in their order, R rows and W vectors from d on.
 template <int R, int W, typename Value>
-inline void weigh(float* sums, int64_t row, const float* p, int begin, int end, int64_t d, Value value) {
+__attribute__((noinline)) void weigh(float* sums, int64_t row, const float* p, int begin, int end, int64_t d, Value value) {
     Vec acc[R][W];
     for (int r = 0; r < R; ++r)
         for (int w = 0; w < W; ++w) acc[r][w] = load(sums + r * row + d + w * kLanes);
@@ -148,30 +165,35 @@ inline void in_blocks(int64_t rows, Body body) {
     if (i < rows) body(i, std::integral_constant<int, 1>{});
 }
 
-// The rows of keys [begin, end) of the unit's heads, into the cache's lines that will be needed next. part of parts.
-inline void prefetch(const View& v, const void* cache, int64_t begin, int64_t end, int64_t part, int64_t parts) {
+// Fetches the rows of keys [begin, end) of the unit's heads into the second cache: the first is too small for what is in
+// use and what comes. Inlined by force, since a function that only prefetches counts as pure and its calls are dropped.
+__attribute__((always_inline)) inline void prefetch(const View& v, const void* cache, int64_t begin, int64_t end,
+                                                           int64_t part, int64_t parts) {
     const auto* base = static_cast<const uint8_t*>(cache) + v.unit.head_begin * v.head_bytes;
-    const int64_t bytes = v.heads() * v.head_bytes, keys = (end - begin + parts - 1) / parts;
-    const int64_t first = begin + part * keys, last = first + keys < end ? first + keys : end;
-    for (int64_t j = first; j < last; ++j)
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + v.offsets[j] + i);
+    const int64_t bytes = v.heads() * v.head_bytes;
+    // A part of the keys with each head, since many requests at once make the loads in use wait.
+    for (int64_t j = begin + (end - begin) * part / parts; j < begin + (end - begin) * (part + 1) / parts; ++j)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + v.offsets[j] + i, 0, 2);
 }
 
-// A segment for few rows: the cache as it lies, all heads of a few tokens at a time.
+// A segment for few rows: the cache as it lies, all heads of a few tokens at a time. known: keys whose offsets are known,
+// beyond the segment.
 template <typename T>
-void stream_segment(const View& v, int64_t count, float* results) {
+void stream_segment(const View& v, int64_t count, int64_t known, float* results) {
     const auto cache = [&](const void* p) { return static_cast<const uint8_t*>(p) + v.unit.head_begin * v.head_bytes; };
     const uint8_t *k = cache(v.job.k_cache), *values = cache(v.job.v_cache);
     const int64_t dim = v.dim, heads = v.heads();
+    const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
     int64_t lowest = count;
-    for (int64_t i = 0; i < v.rows; ++i) lowest = v.spans[i].begin < lowest ? v.spans[i].begin : lowest;
-    const int64_t begin = lowest / kStep * kStep;
-    for (int64_t j = begin; j < count; j += kStep) {
-        const int64_t end = j + kStep < count ? j + kStep : count, ahead = end + kStep < count ? end + kStep : count;
+    for (int64_t i = 0; i < v.rows; ++i) lowest = smaller(lowest, v.spans[i].begin);
+    const int64_t begin = lowest / kValueStep * kValueStep;
+    const int64_t step = v.rows == 1 ? kMaxKeyStep : kKeyStep;  // a single row sums up more keys at once
+    for (int64_t j = begin; j < count; j += step) {
+        const int64_t end = smaller(j + step, count), ahead = j + kAhead;
         for (int64_t h = 0; h < heads; ++h) {
-            if (end < count) prefetch(v, v.job.k_cache, end, ahead, h, heads);
-            else prefetch(v, v.job.v_cache, begin, begin + kStep < count ? begin + kStep : count, h, heads);
-            const uint8_t* keys[kStep];
+            if (ahead < count) prefetch(v, v.job.k_cache, ahead, smaller(ahead + step, count), h, heads);
+            else prefetch(v, v.job.v_cache, begin + ahead - count, smaller(begin + ahead - count + step, count), h, heads);
+            const uint8_t* keys[kMaxKeyStep];
             for (int64_t i = j; i < end; ++i) keys[i - j] = k + v.offsets[i] + h * v.head_bytes;
             in_blocks(v.rows, [&](int64_t row, auto size) {
                 dots<T, size>(v.query(h) + row * dim, keys, int(end - j), dim, v.score(h) + row * kSegment + j, kSegment);
@@ -183,11 +205,12 @@ void stream_segment(const View& v, int64_t count, float* results) {
             float* result = results + (h * v.rows + i) * v.result_row;
             softmax(v.score(h) + i * kSegment, v.spans[i], v.job.softcap, largest_of(result, v.result_row));
         }
-    for (int64_t j = begin; j < count; j += kStep) {
-        const int64_t end = j + kStep < count ? j + kStep : count, ahead = end + kStep < count ? end + kStep : count;
+    for (int64_t j = begin; j < count; j += kValueStep) {
+        const int64_t end = smaller(j + kValueStep, count), ahead = j + kAhead;
         for (int64_t h = 0; h < heads; ++h) {
-            if (end < count) prefetch(v, v.job.v_cache, end, ahead, h, heads);
-            const auto value = [&](int i, int64_t d) { return T::load(values + v.offsets[i] + h * v.head_bytes, d, dim); };
+            if (ahead < count) prefetch(v, v.job.v_cache, ahead, smaller(ahead + kValueStep, count), h, heads);
+            else prefetch(v, v.job.k_cache, ahead, smaller(ahead + kValueStep, known), h, heads);
+            const CachedValues<T> value{values + h * v.head_bytes, v.offsets, dim};
             in_blocks(v.rows, [&](int64_t row, auto size) {
                 weigh_rows<size>(results + (h * v.rows + row) * v.result_row, v.result_row, v.score(h) + row * kSegment,
                                  v.spans + row, int(j), int(end), dim, value);
@@ -242,16 +265,17 @@ void tile_segment(const View& v, int64_t h, int64_t count, float* results) {
         in_blocks(v.rows, [&](int64_t row, auto size) {
             // Later rows see later keys: the first begins and the last ends what the block needs.
             const int64_t from = v.spans[row].begin / kLanes * kLanes, to = v.spans[row + size - 1].end;
+            const auto dots_of = padded == 64 ? dots_across<size, 64 / kLanes>
+                                 : padded == 128 ? dots_across<size, 128 / kLanes> : dots_across<size, 0>;
             for (int64_t j = from > begin ? from : begin; j < to && j < begin + kTile; j += kLanes)
-                dots_across<size>(query + row * padded, padded, v.wide + (j - begin) * padded, score + row * kSegment + j, kSegment);
+                dots_of(query + row * padded, padded, v.wide + (j - begin) * padded, score + row * kSegment + j, kSegment);
         });
     }
     for (int64_t i = 0; i < v.rows; ++i)
         softmax(score + i * kSegment, v.spans[i], v.job.softcap, largest_of(results + i * v.result_row, v.result_row));
     for (int64_t begin = lowest / kTile * kTile; begin < count; begin += kTile) {
         widen_values<T>(v, values, begin, count);
-        const float* wide = v.wide - begin * padded;
-        const auto value = [&](int j, int64_t d) { return load(wide + j * padded + d); };
+        const WideValues value{v.wide - begin * padded, padded};
         const int64_t end = begin + kTile < count ? begin + kTile : count;
         in_blocks(v.rows, [&](int64_t row, auto size) {
             weigh_rows<size>(results + row * v.result_row, v.result_row, score + row * kSegment, v.spans + row, int(begin),
@@ -295,19 +319,21 @@ void attend_as(const AttentionTables& tables, const AttentionJob& job, const Att
     const int64_t rows = unit.count * group, heads = unit.head_end - unit.head_begin, all = rows * heads;
     const int64_t result_row = partial_row(dim), head_bytes = kv_row_bytes(job.kv_type, dim);
     const bool is_streamed = rows <= kStreamRows && padded == dim;
-    float* space = scratch(0, all * (padded + kSegment) + 2 * rows + 16 + 2 * kSegment + kTile * padded);
+    float* space = scratch(0, all * (padded + kSegment) + 2 * rows + 16 + 2 * kOffsets + kTile * padded);
     View v{tables, job, unit, dim, padded, group, rows, head_bytes, tables.n_kv_heads * head_bytes, 0, result_row,
            space, space + all * padded, nullptr, nullptr, nullptr};
     v.wide = v.scores + all * kSegment;
     v.offsets = reinterpret_cast<int64_t*>(v.wide + kTile * padded);
-    v.spans = reinterpret_cast<Span*>(v.offsets + kSegment);
+    v.spans = reinterpret_cast<Span*>(v.offsets + kOffsets);
 
     const int32_t* start = tables.query_start + unit.request;
     v.first_visible = tables.context_lens[unit.request] - (start[1] - start[0]) + unit.first + 1;
     for (int64_t i = 0; i < all; ++i) {
         const int64_t head = (unit.head_begin + i / rows) * group + i % rows % group;
         const float* q = job.q + (start[0] + unit.first + i % rows / group) * job.q_stride + head * dim;
-        for (int64_t d = 0; d < padded; ++d) v.queries[i * padded + d] = d < dim ? q[d] * job.scale : 0.0f;
+        float* query = v.queries + i * padded;
+        for (int64_t d = 0; d < dim; ++d) query[d] = q[d] * job.scale;
+        for (int64_t d = dim; d < padded; ++d) query[d] = 0.0f;
     }
 
     float* results = scratch(1, 2 * all * result_row);
@@ -319,9 +345,11 @@ void attend_as(const AttentionTables& tables, const AttentionJob& job, const Att
         find_spans(v, s);
         const int64_t count = v.spans[rows - 1].end;  // the last row sees the furthest
         if (v.spans[rows - 1].begin >= count && v.spans[0].begin >= v.spans[0].end) continue;
-        find_offsets(v, s, count);
+        const int64_t left = v.first_visible + unit.count - 1 - s * kSegment;  // keys from the segment's first to the last of all
+        const int64_t known = count < kSegment ? count : left < kOffsets ? left : kOffsets;
+        find_offsets(v, s, known);
         if (is_streamed) {
-            stream_segment<T>(v, count, results);
+            stream_segment<T>(v, count, known, results);
         } else {
             for (int64_t h = 0; h < heads; ++h) tile_segment<T>(v, h, count, results + h * rows * result_row);
         }

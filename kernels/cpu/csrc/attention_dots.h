@@ -58,7 +58,7 @@ static inline Vec sum16(const Vec* v) {
 #endif
 
 // scores[r][j] = q[r] · key j for R rows of dim floats (1, 2 or 4) and count cache rows. dim is a multiple of the lanes.
-// Writes up to a multiple of 16 scores of a row, repeating the last key.
+// Writes up to a multiple of four scores of a row.
 template <typename T, int R>
 static inline void dots(const float* q, const uint8_t* const* keys, int count, int64_t dim, float* scores, int64_t stride) {
 #if defined(__AVX512F__)
@@ -66,23 +66,33 @@ static inline void dots(const float* q, const uint8_t* const* keys, int count, i
     for (int j = 0; j < count; j += kAtOnce) {
         Vec acc[16] = {};  // that of key k of row r is where sum16 takes lane r * kAtOnce + k from
         const auto index = [](int r, int k) { return k % 4 * 4 + r * kQuads + k / 4; };
+        const uint8_t* key_rows[kAtOnce];
+        for (int k = 0; k < kAtOnce; ++k) key_rows[k] = keys[j + k < count ? j + k : count - 1];
         for (int64_t d = 0; d < dim; d += kLanes)
             for (int k = 0; k < kAtOnce; ++k) {
-                const Vec key = T::load(keys[j + k < count ? j + k : count - 1], d, dim);
+                const Vec key = T::load(key_rows[k], d, dim);
                 for (int r = 0; r < R; ++r) {
                     const Vec query = load(q + r * dim + d);
                     acc[index(r, k)] = fma(query, key, acc[index(r, k)]);
                 }
             }
         const Vec sums = sum16(acc);
-        for (int r = 0; r < R; ++r) std::memcpy(scores + r * stride + j, reinterpret_cast<const float*>(&sums) + r * kAtOnce, kAtOnce * 4);
+        float lanes[16];
+        store(lanes, sums);
+        const int some = count - j < kAtOnce ? count - j : kAtOnce;
+        for (int r = 0; r < R; ++r) {
+            if (some == kAtOnce) std::memcpy(scores + r * stride + j, lanes + r * kAtOnce, kAtOnce * 4);
+            else std::memcpy(scores + r * stride + j, lanes + r * kAtOnce, size_t(some) * 4);
+        }
     }
 #else
     for (int j = 0; j < count; j += 4) {
         Vec acc[R][4] = {};
+        const uint8_t* key_rows[4];
+        for (int k = 0; k < 4; ++k) key_rows[k] = keys[j + k < count ? j + k : count - 1];
         for (int64_t d = 0; d < dim; d += kLanes)
             for (int k = 0; k < 4; ++k) {
-                const Vec key = T::load(keys[j + k < count ? j + k : count - 1], d, dim);
+                const Vec key = T::load(key_rows[k], d, dim);
                 for (int r = 0; r < R; ++r) {
                     const Vec query = load(q + r * dim + d);
                     acc[r][k] = fma(query, key, acc[r][k]);
@@ -96,29 +106,38 @@ static inline void dots(const float* q, const uint8_t* const* keys, int count, i
 #endif
 }
 
-// The sum of every lane's part, lane First + i * Step, for the keys across a vector: keys[d] holds d of kLanes keys.
-template <int R, int First, int Step>
-__attribute__((always_inline)) static inline void add_lanes(const float* q, int64_t padded, const float* keys, Vec (&out)[R]) {
+template <int R>
+struct Sums {
+    Vec v[R];
+};
+
+// The sum of the parts of lanes First, First + Step, ... for the keys across a vector: keys[d] holds d of kLanes keys.
+// Chunks: padded / kLanes where that is known when compiling, else 0.
+template <int R, int Chunks, int First, int Step>
+__attribute__((always_inline)) static inline Sums<R> lane_sums(const float* q, int64_t padded, const float* keys) {
+    Sums<R> sums;
     if constexpr (Step == kLanes) {
-        for (int r = 0; r < R; ++r) out[r] = Vec{};
-        for (int64_t d = First; d < padded; d += kLanes) {
+        const Vec first = load(keys + First * kLanes);
+        for (int r = 0; r < R; ++r) sums.v[r] = splat(q[r * padded + First]) * first;
+        const int64_t chunks = Chunks ? Chunks : padded / kLanes;
+        for (int64_t c = 1; c < chunks; ++c) {
+            const int64_t d = First + c * kLanes;
             const Vec key = load(keys + d * kLanes);
-            for (int r = 0; r < R; ++r) out[r] = fma(splat(q[r * padded + d]), key, out[r]);
+            for (int r = 0; r < R; ++r) sums.v[r] = fma(splat(q[r * padded + d]), key, sums.v[r]);
         }
     } else {
-        Vec other[R];
-        add_lanes<R, First, 2 * Step>(q, padded, keys, out);
-        add_lanes<R, First + Step, 2 * Step>(q, padded, keys, other);
-        for (int r = 0; r < R; ++r) out[r] += other[r];
+        sums = lane_sums<R, Chunks, First, 2 * Step>(q, padded, keys);
+        const Sums<R> other = lane_sums<R, Chunks, First + Step, 2 * Step>(q, padded, keys);
+        for (int r = 0; r < R; ++r) sums.v[r] += other.v[r];
     }
+    return sums;
 }
 
 // scores[r][0 .. kLanes) for R rows of padded floats and as many keys, given across.
-template <int R>
+template <int R, int Chunks>
 static inline void dots_across(const float* q, int64_t padded, const float* keys, float* scores, int64_t stride) {
-    Vec sums[R];
-    add_lanes<R, 0, 1>(q, padded, keys, sums);
-    for (int r = 0; r < R; ++r) store(scores + r * stride, sums[r]);
+    const Sums<R> sums = lane_sums<R, Chunks, 0, 1>(q, Chunks ? Chunks * kLanes : padded, keys);
+    for (int r = 0; r < R; ++r) store(scores + r * stride, sums.v[r]);
 }
 
 }  // namespace SIROCCO_ISA

@@ -21,7 +21,15 @@ typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2)));
 
-static inline Vec splat(float value) { return Vec{} + value; }
+static inline Vec splat(float value) {
+#if defined(__AVX512F__)
+    return Vec(_mm512_set1_ps(value));
+#elif defined(__AVX2__)
+    return Vec(_mm256_set1_ps(value));
+#else
+    return Vec{value, value, value, value};
+#endif
+}
 
 static inline Vec load(const float* p) {
     Vec v;
