@@ -1,5 +1,6 @@
 #include "packed.h"
 
+#include <array>
 #include <cstring>
 
 namespace {
@@ -40,31 +41,93 @@ int high_bits_word(int type_id) { return type_id == 6 ? 0 : type_id == 7 ? 1 : -
 
 // Bit 4g + b, the high bit of weight 4g + b, goes to bit g of byte b: then one shift brings the bits of four
 // neighbouring weights to the four bytes of a word.
+constexpr auto kSpread = [] {
+    std::array<uint32_t, 256> table{};
+    for (uint32_t bits = 0; bits < 256; ++bits)
+        for (int i = 0; i < 8; ++i) table[bits] |= ((bits >> i) & 1u) << (8 * (i % 4) + i / 4);
+    return table;
+}();
+
+constexpr auto kGather = [] {
+    std::array<uint32_t, 256> table{};
+    for (uint32_t bits = 0; bits < 256; ++bits)
+        for (int i = 0; i < 8; ++i) table[bits] |= ((bits >> i) & 1u) << (4 * i);
+    return table;
+}();
+
 uint32_t spread(uint32_t bits) {
     uint32_t out = 0;
-    for (int g = 0; g < 8; ++g) {
-        const uint32_t four = bits >> (4 * g);
-        out |= ((four & 1u) | (four & 2u) << 7 | (four & 4u) << 14 | (four & 8u) << 21) << g;
-    }
+    for (int i = 0; i < 4; ++i) out |= kSpread[bits >> (8 * i) & 255] << (2 * i);
     return out;
 }
 
 uint32_t gather(uint32_t bits) {
     uint32_t out = 0;
-    for (int g = 0; g < 8; ++g) {
-        const uint32_t four = bits >> g;
-        out |= ((four & 1u) | (four >> 7 & 2u) | (four >> 14 & 4u) | (four >> 21 & 8u)) << (4 * g);
-    }
+    for (int i = 0; i < 4; ++i) out |= kGather[bits >> (8 * i) & 255] << i;
     return out;
 }
 
 constexpr uint32_t kBias = 0x80808080u;  // Q8_0 weights are kept unsigned, 128 higher
 constexpr int kQ8_0 = 8;
 
-// Word w of a block begins at this byte: words skip the tail's bytes where those come first.
+// Word w of a block begins at this byte: words skip the tail's bytes where those come first (else they come last).
 int64_t word_offset(const TypeLayout& layout, int w) {
     const int64_t at = int64_t(w) * 4;
     return layout.tail_bytes && layout.tail_offset <= at ? at + layout.tail_bytes : at;
+}
+
+constexpr int kRun = 64;  // words of a row that are packed at a time
+
+// Stands for rows that are not there: as long as any block, and as a run.
+constexpr uint8_t kZeros[kRun * 4] = {};
+
+using Words4 = uint32_t __attribute__((vector_size(16)));
+
+Words4 load4(const uint8_t* at) {
+    Words4 v;
+    std::memcpy(&v, at, sizeof v);
+    return v;
+}
+
+// Words of four rows to their places: 64 bytes from word to word, 4 from row to row.
+void interleave4(const uint8_t* const* from, int words, uint32_t turned, uint8_t* out) {
+    int w = 0;
+    for (; w + 4 <= words; w += 4) {
+        const Words4 a = load4(from[0] + w * 4), b = load4(from[1] + w * 4), c = load4(from[2] + w * 4), d = load4(from[3] + w * 4);
+        const Words4 ab = __builtin_shuffle(a, b, Words4{0, 4, 1, 5}), ab2 = __builtin_shuffle(a, b, Words4{2, 6, 3, 7});
+        const Words4 cd = __builtin_shuffle(c, d, Words4{0, 4, 1, 5}), cd2 = __builtin_shuffle(c, d, Words4{2, 6, 3, 7});
+        const Words4 columns[4] = {__builtin_shuffle(ab, cd, Words4{0, 1, 4, 5}), __builtin_shuffle(ab, cd, Words4{2, 3, 6, 7}),
+                                   __builtin_shuffle(ab2, cd2, Words4{0, 1, 4, 5}), __builtin_shuffle(ab2, cd2, Words4{2, 3, 6, 7})};
+        for (int i = 0; i < 4; ++i) {
+            const Words4 column = columns[i] ^ turned;
+            std::memcpy(out + (w + i) * 64, &column, sizeof column);
+        }
+    }
+    for (; w < words; ++w)
+        for (int r = 0; r < 4; ++r) {
+            uint32_t word;
+            std::memcpy(&word, from[r] + w * 4, 4);
+            word ^= turned;
+            std::memcpy(out + w * 64 + r * 4, &word, 4);
+        }
+}
+
+// Rows of nothing but words.
+void pack_words(int64_t words, const uint8_t* const* rows, int64_t row_bytes, uint8_t* tile) {
+    const int64_t whole = row_bytes / 4;
+    for (int64_t first = 0; first < whole; first += kRun) {
+        const int count = int(whole - first < kRun ? whole - first : kRun);
+        for (int r = 0; r < kTileRows; r += 4) {
+            const uint8_t* from[4];
+            for (int i = 0; i < 4; ++i) from[i] = rows[r + i] ? rows[r + i] + first * 4 : kZeros;
+            interleave4(from, count, 0, tile + first * 64 + r * 4);
+        }
+    }
+    if (words == whole) return;
+    // A 16-bit row of odd length ends in half a word.
+    std::memset(tile + whole * 64, 0, 64);
+    for (int r = 0; r < kTileRows; ++r)
+        if (rows[r]) std::memcpy(tile + whole * 64 + r * 4, rows[r] + whole * 4, size_t(row_bytes - whole * 4));
 }
 
 }  // namespace
@@ -86,38 +149,32 @@ int64_t packed_tile_bytes(const TypeLayout& layout, int64_t columns) {
 }
 
 void pack_tile(const TypeLayout& layout, int64_t blocks, const uint8_t* const* rows, int64_t row_bytes, uint8_t* tile) {
-    // Missing rows are read from a block of zeros.
-    static const uint8_t zeros[256] = {};
-    const uint8_t* from[kTileRows];
-    int64_t step[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) {
-        from[r] = rows[r] ? rows[r] : zeros;
-        step[r] = rows[r] ? layout.block_bytes : 0;
-    }
-    const int high = high_bits_word(layout.type_id);
-    uint8_t *out = tile, *tail = tile + blocks * layout.words * 64;
+    const int64_t words_bytes = blocks * layout.words * 64;
+    const int words = layout.words, tail_bytes = layout.tail_bytes, high = high_bits_word(layout.type_id);
+    const int64_t first_word = word_offset(layout, 0);
+    const uint32_t turned = layout.type_id == kQ8_0 ? kBias : 0;
+    if (tail_bytes == 0 && high < 0) return pack_words(blocks * words, rows, row_bytes, tile);
     for (int64_t b = 0; b < blocks; ++b) {
-        // A 16-bit row of odd length ends in half a word.
-        const bool is_whole = (b + 1) * layout.block_bytes <= row_bytes;
-        for (int w = 0; w < layout.words; ++w, out += 64) {
-            const int64_t at = word_offset(layout, w);
-            uint32_t words[kTileRows] = {};
-            if (is_whole)
-                for (int r = 0; r < kTileRows; ++r) std::memcpy(&words[r], from[r] + at, 4);
-            else
-                for (int r = 0; r < kTileRows; ++r) std::memcpy(&words[r], from[r] + at, 2);
-            if (w == high)
-                for (uint32_t& word : words) word = spread(word);
-            if (layout.type_id == kQ8_0)
-                for (uint32_t& word : words) word ^= kBias;
-            std::memcpy(out, words, sizeof words);
-        }
-        for (int r = 0; r < kTileRows; ++r) {
-            for (int i = 0; i < layout.tail_bytes; ++i) *tail++ = from[r][layout.tail_offset + i];
-            from[r] += step[r];
+        uint8_t* out = tile + b * words * 64;
+        uint8_t* tail = tile + words_bytes + b * kTileRows * tail_bytes;
+        for (int r = 0; r < kTileRows; r += 4) {
+            const uint8_t* from[4];
+            for (int i = 0; i < 4; ++i) {
+                const uint8_t* block = rows[r + i] ? rows[r + i] + b * layout.block_bytes : kZeros;
+                from[i] = block + first_word;
+                std::memcpy(tail + (r + i) * tail_bytes, block + layout.tail_offset, size_t(tail_bytes));
+            }
+            interleave4(from, words, turned, out + r * 4);
+            if (high < 0) continue;
+            for (int i = 0; i < 4; ++i) {
+                uint32_t word;
+                std::memcpy(&word, from[i] + high * 4, 4);
+                word = spread(word);
+                std::memcpy(out + high * 64 + (r + i) * 4, &word, 4);
+            }
         }
     }
-    std::memset(tail, 0, size_t(packed_padding(layout, blocks)));
+    std::memset(tile + blocks * kTileRows * layout.block_bytes, 0, size_t(packed_padding(layout, blocks)));
 }
 
 void unpack_row(const TypeLayout& layout, int64_t blocks, const uint8_t* tile, int row, int64_t row_bytes, uint8_t* out) {
