@@ -78,14 +78,14 @@ struct Scales {
 // Each type: kBlock weights of kBits bits a block in kBlock / kSub sub-blocks; weights(words, sub, g) gives weights 4g to
 // 4g + 3 of a sub-block; kOffsetBits: log2 of the offset, -1 without one.
 struct Q4_0 {
-    static constexpr int kType = 2, kBits = 4, kBlock = 32, kSub = 32, kWords = 4, kTail = 32, kOffsetBits = 3;
+    static constexpr int kType = 2, kBits = 4, kBlock = 32, kSub = 32, kWords = 4, kScales = 32, kOffsetBits = 3;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) { return nibbles(load_words(words + (g & 3) * 64), g < 4 ? 0 : 4); }
-    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
+    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* line, Scales& s) { s.scale[0] = load_halves(line); }
 };
 
 struct Q4_1 {
-    static constexpr int kType = 3, kBits = 4, kBlock = 32, kSub = 32, kWords = 5, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 3, kBits = 4, kBlock = 32, kSub = 32, kWords = 5, kScales = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 64 + (g & 3) * 64), g < 4 ? 0 : 4);
@@ -101,32 +101,32 @@ struct Q4_1 {
 SIROCCO_INLINE static Words fifth_bits(Words high, int g) { return ((high >> g) & 0x01010101u) << 4; }
 
 struct Q5_0 {
-    static constexpr int kType = 6, kBits = 5, kBlock = 32, kSub = 32, kWords = 5, kTail = 32, kOffsetBits = 4;
+    static constexpr int kType = 6, kBits = 5, kBlock = 32, kSub = 32, kWords = 5, kScales = 32, kOffsetBits = 4;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 64 + (g & 3) * 64), g < 4 ? 0 : 4) | fifth_bits(load_words(words), g);
     }
-    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
+    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* line, Scales& s) { s.scale[0] = load_halves(line); }
 };
 
 struct Q5_1 {
-    static constexpr int kType = 7, kBits = 5, kBlock = 32, kSub = 32, kWords = 6, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 7, kBits = 5, kBlock = 32, kSub = 32, kWords = 6, kScales = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) {
         return nibbles(load_words(words + 128 + (g & 3) * 64), g < 4 ? 0 : 4) | fifth_bits(load_words(words + 64), g);
     }
-    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* tail, Scales& s) { Q4_1::scales(words, tail, s); }
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* line, Scales& s) { Q4_1::scales(words, line, s); }
 };
 
 struct Q8_0 {
-    static constexpr int kType = 8, kBits = 8, kBlock = 32, kSub = 32, kWords = 8, kTail = 32, kOffsetBits = 7;
+    static constexpr int kType = 8, kBits = 8, kBlock = 32, kSub = 32, kWords = 8, kScales = 32, kOffsetBits = 7;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int, int g) { return load_words(words + g * 64); }
-    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* tail, Scales& s) { s.scale[0] = load_halves(tail); }
+    SIROCCO_INLINE static void scales(const uint8_t*, const uint8_t* line, Scales& s) { s.scale[0] = load_halves(line); }
 };
 
 struct Q2_K {
-    static constexpr int kType = 10, kBits = 2, kBlock = 256, kSub = 16, kWords = 21, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 10, kBits = 2, kBlock = 256, kSub = 16, kWords = 21, kScales = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const Words w = load_words(words + (4 + 8 * (sub / 8) + 4 * (sub & 1) + g) * 64);
@@ -144,18 +144,18 @@ struct Q2_K {
 };
 
 struct Q3_K {
-    static constexpr int kType = 11, kBits = 3, kBlock = 256, kSub = 16, kWords = 27, kTail = 32, kOffsetBits = 2;
+    static constexpr int kType = 11, kBits = 3, kBlock = 256, kSub = 16, kWords = 27, kScales = 32, kOffsetBits = 2;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
-        const Words low = load_words(words + (8 + 8 * (sub / 8) + 4 * (sub & 1) + g) * 64);
-        const Words high = load_words(words + (4 * (sub & 1) + g) * 64);
+        const Words low = load_words(words + ((sub / 8 ? 19 : 7 + 4 * (sub & 1)) + 4 * (sub & 1) + g) * 64);
+        const Words high = load_words(words + (3 + 8 * (sub & 1) + g) * 64);
         return ((low >> (sub & 6)) & 0x03030303u) | (((high >> (sub / 2)) & 0x01010101u) << 2);
     }
-    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* tail, Scales& s) {
-        const Floats d = load_halves(tail);
-        const Words high = load_words(words + 26 * 64);
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* line, Scales& s) {
+        const Floats d = load_halves(line);
+        const Words high = load_words(words + 2 * 64);
         for (int sub = 0; sub < 16; ++sub) {
-            const Words low = load_words(words + (24 + (sub & 7) / 4) * 64) >> (8 * (sub & 3) + 4 * (sub / 8));
+            const Words low = load_words(words + (sub & 7) / 4 * 64) >> (8 * (sub & 3) + 4 * (sub / 8));
             const Words top = high >> (8 * (sub & 3) + 2 * (sub / 4));
             s.scale[sub] = d * __builtin_convertvector(Ints((low & 15u) | ((top & 3u) << 4)) - 32, Floats);
         }
@@ -175,7 +175,7 @@ SIROCCO_INLINE static void six_bit_scales(const uint8_t* words, Scales& s) {
 }
 
 struct Q4_K {
-    static constexpr int kType = 12, kBits = 4, kBlock = 256, kSub = 32, kWords = 36, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 12, kBits = 4, kBlock = 256, kSub = 32, kWords = 36, kScales = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         return nibbles(load_words(words + (4 + 8 * (sub / 2) + g) * 64), 4 * (sub & 1));
@@ -184,7 +184,7 @@ struct Q4_K {
 };
 
 struct Q5_K {
-    static constexpr int kType = 13, kBits = 5, kBlock = 256, kSub = 32, kWords = 44, kTail = 0, kOffsetBits = -1;
+    static constexpr int kType = 13, kBits = 5, kBlock = 256, kSub = 32, kWords = 44, kScales = 0, kOffsetBits = -1;
     static constexpr bool kHasMinimum = true;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const Words high = load_words(words + (4 + g) * 64);
@@ -194,21 +194,32 @@ struct Q5_K {
 };
 
 struct Q6_K {
-    static constexpr int kType = 14, kBits = 6, kBlock = 256, kSub = 16, kWords = 52, kTail = 32, kOffsetBits = 5;
+    static constexpr int kType = 14, kBits = 6, kBlock = 256, kSub = 16, kWords = 52, kScales = 32, kOffsetBits = 5;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const int half = sub / 8, part = sub & 7;
-        const Words low = load_words(words + (16 * half + 4 * (part & 3) + g) * 64);
-        const Words high = load_words(words + (32 + 8 * half + 4 * (part & 1) + g) * 64);
+        const Words low = load_words(words + (24 * half + 4 + ((part & 3) < 2 ? 8 * (part & 3) : 8 + 4 * (part & 3)) + g) * 64);
+        const Words high = load_words(words + (24 * half + 8 + 8 * (part & 1) + g) * 64);
         return nibbles(low, 4 * (part / 4)) | (((high >> (2 * (part / 2))) & 0x03030303u) << 4);
     }
-    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* tail, Scales& s) {
-        const Floats d = load_halves(tail);
+    SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* line, Scales& s) {
+        const Floats d = load_halves(line);
         for (int sub = 0; sub < 16; ++sub) {
-            const Ints w = Ints(load_words(words + (48 + sub / 4) * 64) << (24 - 8 * (sub & 3))) >> 24;
+            const Ints w = Ints(load_words(words + sub / 4 * 64) << (24 - 8 * (sub & 3))) >> 24;
             s.scale[sub] = d * __builtin_convertvector(w, Floats);
         }
     }
 };
+
+// Where block b of a tile has its words and (kScales) its 16 scales: TypeLayout's rule with the type known.
+template <typename Q>
+SIROCCO_INLINE static const uint8_t* block_words(const uint8_t* tile, int64_t b) {
+    return tile + b * Q::kWords * 64 + (Q::kScales ? (b / 2 + 1) * 64 : 0);
+}
+
+template <typename Q>
+SIROCCO_INLINE static const uint8_t* block_scales(const uint8_t* tile, int64_t b) {
+    return tile + (b / 2) * (1 + 2 * Q::kWords) * 64 + (b & 1) * Q::kScales;
+}
 
 }  // namespace SIROCCO_ISA

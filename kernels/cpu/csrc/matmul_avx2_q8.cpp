@@ -121,11 +121,12 @@ template <typename Q, int M>
 SIROCCO_INLINE void multiply_packed(const MatmulJob& job, int64_t tile, const uint8_t* const* x, Sum (&total)[M]) {
     constexpr int kSubs = Q::kBlock / Q::kSub;
     const ActLayout layout = job.x.layout;
-    const uint8_t *words = job.weight.tile(tile), *tail = job.weight.tail(tile);
-    for (int64_t b = 0; b < job.weight.blocks; ++b, words += Q::kWords * 64, tail += Q::kTail) {
+    const uint8_t* packed = job.weight.tile(tile);
+    for (int64_t b = 0; b < job.weight.blocks; ++b) {
+        const uint8_t *words = block_words<Q>(packed, b), *line = block_scales<Q>(packed, b);
         if constexpr (kNeedsLook<Q>) look_at_block<Q>(words);
         Scales scales[2];
-        for (int h = 0; h < 2; ++h) Q::scales(words + 32 * h, tail + 16 * h, scales[h]);
+        for (int h = 0; h < 2; ++h) Q::scales(words + 32 * h, line + 16 * h, scales[h]);
         Sum sums[M] = {};
         SIROCCO_UNROLL
         for (int sub = 0; sub < kSubs; ++sub) {
@@ -145,11 +146,12 @@ struct Unpacked {
     uint8_t weights[kBlocks * kSubs][kGroups][64];
     Floats scale[kBlocks * kSubs][2], minimum[kBlocks * kSubs][2];
 
-    void unpack(const uint8_t* words, const uint8_t* tail, int64_t blocks) {
-        for (int64_t b = 0; b < blocks; ++b, words += Q::kWords * 64, tail += Q::kTail) {
+    void unpack(const uint8_t* tile, int64_t first, int64_t blocks) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t *words = block_words<Q>(tile, first + b), *line = block_scales<Q>(tile, first + b);
             for (int h = 0; h < 2; ++h) {
                 Scales scales;
-                Q::scales(words + 32 * h, tail + 16 * h, scales);
+                Q::scales(words + 32 * h, line + 16 * h, scales);
                 SIROCCO_UNROLL
                 for (int sub = 0; sub < kSubs; ++sub) {
                     SIROCCO_UNROLL
@@ -195,12 +197,11 @@ void multiply_few(const MatmulJob& job, int64_t tile, int64_t token_begin, int64
 template <typename Q>
 void multiply_many(const MatmulJob& job, int64_t tile, int64_t token_begin, int64_t token_end, Unpacked<Q>& piece, Sum* waiting) {
     const ActLayout layout = job.x.layout;
-    const uint8_t *words = job.weight.tile(tile), *tail = job.weight.tail(tile);
     const int64_t blocks = job.weight.blocks;
     for (int64_t t = 0; t < token_end - token_begin; ++t) waiting[t] = {};
     for (int64_t first = 0; first < blocks; first += piece.kBlocks) {
         const int64_t count = blocks - first < piece.kBlocks ? blocks - first : piece.kBlocks;
-        piece.unpack(words + first * Q::kWords * 64, tail + first * Q::kTail, count);
+        piece.unpack(job.weight.tile(tile), first, count);
         each_group<kTokens>(job, token_begin, token_end, [&](auto tokens, int64_t token, const uint8_t* const* x) {
             constexpr int M = decltype(tokens)::value;
             Sum total[M];

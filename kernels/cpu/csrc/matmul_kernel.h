@@ -43,20 +43,35 @@ SIROCCO_INLINE static int32_t load_int(const uint8_t* p) {
 
 SIROCCO_INLINE static Floats all(float v) { return Floats{} + v; }
 
+// With few tokens, hardware asks for the weights in time. With more, its memory of what goes by is full of the tokens'
+// rows, and the kernels ask by themselves, for the second-level cache: asking for the first would wait for its few buffers.
+constexpr int kAskFrom = 6;          // tokens
+constexpr int64_t kAhead = 4 << 10;  // bytes
+
+template <int M>
+SIROCCO_INLINE static void ask_ahead(const uint8_t* p, int lines, int part, int parts) {
+    if constexpr (M >= kAskFrom) {
+        SIROCCO_UNROLL
+        for (int i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(p + kAhead + i * 64, 0, 2);
+    }
+}
+
 // Blocks of 8-bit activations: integer dots of the sub-blocks, scaled in float32.
 template <typename Q, int M>
-SIROCCO_INLINE static void multiply_q8(const MatmulJob& job, const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc) {
+SIROCCO_INLINE static void multiply_q8(const MatmulJob& job, const uint8_t* tile, const uint8_t* const* x, Floats* acc) {
     constexpr int kSubs = Q::kBlock / Q::kSub, kGroups = Q::kSub / 4;
     const ActLayout& layout = job.x.layout;
     const int64_t scale_at = layout.scale, sum_at = Q::kSub == 32 ? layout.sum32 : layout.sum16, minus_at = layout.minus;
-    for (int64_t b = 0; b < job.weight.blocks; ++b, words += Q::kWords * 64, tail += Q::kTail) {
+    for (int64_t b = 0; b < job.weight.blocks; ++b) {
+        const uint8_t* words = block_words<Q>(tile, b);
         Scales scales;
-        Q::scales(words, tail, scales);
+        Q::scales(words, block_scales<Q>(tile, b), scales);
         Floats sums[M];
         for (int m = 0; m < M; ++m) sums[m] = Floats{};
         SIROCCO_UNROLL
         for (int sub = 0; sub < kSubs; ++sub) {
             const int64_t column = b * Q::kBlock + sub * Q::kSub, at = (b * kSubs + sub) * 4;
+            ask_ahead<M>(words, Q::kWords, sub, kSubs);
             // Tokens are the inner loop: each sum waits for its last product while the others take their turns.
             Ints dots[M];
             SIROCCO_UNROLL
@@ -84,11 +99,12 @@ SIROCCO_INLINE static void multiply_q8(const MatmulJob& job, const uint8_t* word
 
 // The same weights as exact float32, times float32 activations.
 template <typename Q, int M>
-SIROCCO_INLINE static void multiply_exact(const MatmulJob& job, const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc) {
+SIROCCO_INLINE static void multiply_exact(const MatmulJob& job, const uint8_t* tile, const uint8_t* const* x, Floats* acc) {
     constexpr int kSubs = Q::kBlock / Q::kSub, kGroups = Q::kSub / 4;
-    for (int64_t b = 0; b < job.weight.blocks; ++b, words += Q::kWords * 64, tail += Q::kTail) {
+    for (int64_t b = 0; b < job.weight.blocks; ++b) {
+        const uint8_t* words = block_words<Q>(tile, b);
         Scales scales;
-        Q::scales(words, tail, scales);
+        Q::scales(words, block_scales<Q>(tile, b), scales);
         for (int sub = 0; sub < kSubs; ++sub) {
             for (int g = 0; g < kGroups; ++g) {
                 const Words w = Q::weights(words, sub, g);
@@ -161,7 +177,7 @@ SIROCCO_INLINE static void store_sums(const MatmulJob& job, int64_t tile, int64_
     }
 }
 
-// One tile, M tokens. Body: void(const uint8_t* words, const uint8_t* tail, const uint8_t* const* x, Floats* acc).
+// One tile, M tokens. Body: void(const uint8_t* tile, const uint8_t* const* x, Floats* acc).
 template <int M, typename Body>
 SIROCCO_INLINE static void multiply_tile(const MatmulJob& job, int64_t tile, int64_t token, Body body) {
     const uint8_t* x[M];
@@ -170,7 +186,7 @@ SIROCCO_INLINE static void multiply_tile(const MatmulJob& job, int64_t tile, int
         x[m] = job.x.row(token + m);
         acc[m] = Floats{};
     }
-    body(job.weight.tile(tile), job.weight.tail(tile), x, acc);
+    body(job.weight.tile(tile), x, acc);
     store_sums<M>(job, tile, token, acc);
 }
 
@@ -198,13 +214,13 @@ struct Packed {
     template <int M>
     struct Q8 {
         static void run(const MatmulJob& job, int64_t tile, int64_t token) {
-            multiply_tile<M>(job, tile, token, [&](auto words, auto tail, auto x, auto acc) { multiply_q8<Q, M>(job, words, tail, x, acc); });
+            multiply_tile<M>(job, tile, token, [&](auto words, auto x, auto acc) { multiply_q8<Q, M>(job, words, x, acc); });
         }
     };
     template <int M>
     struct Exact {
         static void run(const MatmulJob& job, int64_t tile, int64_t token) {
-            multiply_tile<M>(job, tile, token, [&](auto words, auto tail, auto x, auto acc) { multiply_exact<Q, M>(job, words, tail, x, acc); });
+            multiply_tile<M>(job, tile, token, [&](auto words, auto x, auto acc) { multiply_exact<Q, M>(job, words, x, acc); });
         }
     };
 };
@@ -214,7 +230,7 @@ struct Dense {
     template <int M>
     struct Exact {
         static void run(const MatmulJob& job, int64_t tile, int64_t token) {
-            multiply_tile<M>(job, tile, token, [&](auto words, auto, auto x, auto acc) { multiply_dense<Type, M>(job, words, x, acc); });
+            multiply_tile<M>(job, tile, token, [&](auto words, auto x, auto acc) { multiply_dense<Type, M>(job, words, x, acc); });
         }
     };
 };
@@ -223,7 +239,7 @@ struct Bf16Pairs {
     template <int M>
     struct Kernel {
         static void run(const MatmulJob& job, int64_t tile, int64_t token) {
-            multiply_tile<M>(job, tile, token, [&](auto words, auto, auto x, auto acc) { multiply_bf16<M>(job, words, x, acc); });
+            multiply_tile<M>(job, tile, token, [&](auto words, auto x, auto acc) { multiply_bf16<M>(job, words, x, acc); });
         }
     };
 };

@@ -6,7 +6,7 @@
 namespace {
 
 constexpr TypeLayout kLayouts[] = {
-    // id, length, bytes, words, tail bytes, tail offset, activations
+    // id, length, bytes, words, scale bytes, scale offset, activations
     {0, 1, 4, 1, 0, 0, Act::f32},         // F32
     {1, 2, 4, 1, 0, 0, Act::f32},         // F16: two weights to a word
     {30, 2, 4, 1, 0, 0, Act::bf16},       // BF16
@@ -70,10 +70,30 @@ uint32_t gather(uint32_t bits) {
 constexpr uint32_t kBias = 0x80808080u;  // Q8_0 weights are kept unsigned, 128 higher
 constexpr int kQ8_0 = 8;
 
-// Word w of a block begins at this byte: words skip the tail's bytes where those come first (else they come last).
+// Word w of a block begins at this byte: words skip the scale where it comes first (else they come last).
 int64_t word_offset(const TypeLayout& layout, int w) {
     const int64_t at = int64_t(w) * 4;
-    return layout.tail_bytes && layout.tail_offset <= at ? at + layout.tail_bytes : at;
+    return layout.scale_bytes && layout.scale_offset <= at ? at + layout.scale_bytes : at;
+}
+
+// Words that stay together: `count` of them from word `from` of a block go to place `to`.
+struct Run {
+    int from, count, to;
+};
+
+// Scales first, then what each quarter of a block reads for the first time.
+constexpr Run kQ6KRuns[] = {{48, 4, 0},  {0, 4, 4},   {32, 4, 8},  {4, 4, 12},  {36, 4, 16}, {8, 8, 20},
+                            {16, 4, 28}, {40, 4, 32}, {20, 4, 36}, {44, 4, 40}, {24, 8, 44}};
+constexpr Run kQ3KRuns[] = {{24, 3, 0}, {0, 4, 3}, {8, 4, 7}, {4, 4, 11}, {12, 12, 15}};
+
+template <typename Body>
+void for_runs(const TypeLayout& layout, Body body) {
+    const auto all = [&](const auto& runs) {
+        for (const Run& run : runs) body(run);
+    };
+    if (layout.type_id == 14) all(kQ6KRuns);
+    else if (layout.type_id == 11) all(kQ3KRuns);
+    else body(Run{0, layout.words, 0});
 }
 
 constexpr int kRun = 64;  // words of a row that are packed at a time
@@ -142,29 +162,32 @@ int64_t packed_blocks(const TypeLayout& layout, int64_t columns) {
     return (columns + layout.block_length - 1) / layout.block_length;
 }
 
-int64_t packed_padding(const TypeLayout& layout, int64_t blocks) { return -(blocks * layout.block_bytes * kTileRows) & 63; }
-
 int64_t packed_tile_bytes(const TypeLayout& layout, int64_t columns) {
-    return (packed_blocks(layout, columns) * layout.block_bytes * kTileRows + 63) / 64 * 64;
+    const int64_t blocks = packed_blocks(layout, columns), bytes = blocks * layout.words * 64;
+    if (layout.scale_bytes == 0) return bytes;
+    return bytes + (blocks + layout.blocks_per_line() - 1) / layout.blocks_per_line() * 64;
 }
 
 void pack_tile(const TypeLayout& layout, int64_t blocks, const uint8_t* const* rows, int64_t row_bytes, uint8_t* tile) {
-    const int64_t words_bytes = blocks * layout.words * 64;
-    const int words = layout.words, tail_bytes = layout.tail_bytes, high = high_bits_word(layout.type_id);
+    const int scale_bytes = layout.scale_bytes, high = high_bits_word(layout.type_id);
     const int64_t first_word = word_offset(layout, 0);
     const uint32_t turned = layout.type_id == kQ8_0 ? kBias : 0;
-    if (tail_bytes == 0 && high < 0) return pack_words(blocks * words, rows, row_bytes, tile);
+    if (scale_bytes == 0 && high < 0) return pack_words(blocks * layout.words, rows, row_bytes, tile);
     for (int64_t b = 0; b < blocks; ++b) {
-        uint8_t* out = tile + b * words * 64;
-        uint8_t* tail = tile + words_bytes + b * kTileRows * tail_bytes;
+        uint8_t* out = tile + layout.words_at(b);
+        uint8_t* scales = scale_bytes ? tile + layout.scales_at(b) : nullptr;
         for (int r = 0; r < kTileRows; r += 4) {
             const uint8_t* from[4];
             for (int i = 0; i < 4; ++i) {
                 const uint8_t* block = rows[r + i] ? rows[r + i] + b * layout.block_bytes : kZeros;
                 from[i] = block + first_word;
-                std::memcpy(tail + (r + i) * tail_bytes, block + layout.tail_offset, size_t(tail_bytes));
+                if (scales) std::memcpy(scales + (r + i) * scale_bytes, block + layout.scale_offset, size_t(scale_bytes));
             }
-            interleave4(from, words, turned, out + r * 4);
+            for_runs(layout, [&](const Run& run) {
+                const uint8_t* words[4];
+                for (int i = 0; i < 4; ++i) words[i] = from[i] + run.from * 4;
+                interleave4(words, run.count, turned, out + run.to * 64 + r * 4);
+            });
             if (high < 0) continue;
             for (int i = 0; i < 4; ++i) {
                 uint32_t word;
@@ -174,24 +197,30 @@ void pack_tile(const TypeLayout& layout, int64_t blocks, const uint8_t* const* r
             }
         }
     }
-    std::memset(tile + blocks * kTileRows * layout.block_bytes, 0, size_t(packed_padding(layout, blocks)));
+    // The rest of the last line of scales.
+    if (scale_bytes)
+        for (int64_t b = blocks; b % layout.blocks_per_line(); ++b)
+            std::memset(tile + layout.scales_at(b), 0, size_t(kTileRows * scale_bytes));
 }
 
 void unpack_row(const TypeLayout& layout, int64_t blocks, const uint8_t* tile, int row, int64_t row_bytes, uint8_t* out) {
-    const int64_t words_bytes = blocks * layout.words * 64;
     const int high = high_bits_word(layout.type_id);
     for (int64_t b = 0; b < blocks; ++b) {
+        const uint8_t* words = tile + layout.words_at(b);
         const int64_t block = b * layout.block_bytes;
         const bool is_whole = block + layout.block_bytes <= row_bytes;
-        for (int w = 0; w < layout.words; ++w) {
-            uint32_t word;
-            std::memcpy(&word, tile + (b * layout.words + w) * 64 + row * 4, 4);
-            if (w == high) word = gather(word);
-            if (layout.type_id == kQ8_0) word ^= kBias;
-            const int64_t at = block + word_offset(layout, w);
-            std::memcpy(out + at, &word, is_whole ? 4 : size_t(row_bytes - at));
-        }
-        const uint8_t* tail = tile + words_bytes + (b * kTileRows + row) * layout.tail_bytes;
-        std::memcpy(out + block + layout.tail_offset, tail, size_t(layout.tail_bytes));
+        for_runs(layout, [&](const Run& run) {
+            for (int i = 0; i < run.count; ++i) {
+                const int w = run.from + i;
+                uint32_t word;
+                std::memcpy(&word, words + (run.to + i) * 64 + row * 4, 4);
+                if (w == high) word = gather(word);
+                if (layout.type_id == kQ8_0) word ^= kBias;
+                const int64_t at = block + word_offset(layout, w);
+                std::memcpy(out + at, &word, is_whole ? 4 : size_t(row_bytes - at));
+            }
+        });
+        if (layout.scale_bytes)
+            std::memcpy(out + block + layout.scale_offset, tile + layout.scales_at(b) + row * layout.scale_bytes, size_t(layout.scale_bytes));
     }
 }

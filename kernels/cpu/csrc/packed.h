@@ -1,7 +1,8 @@
 // The one layout in which the native kernels keep every matrix: rows in tiles of 16, and in a tile the rows' blocks as
 // 32-bit words, interleaved, so that one 64-byte vector holds the same word of 16 rows. A block whose size is no multiple
-// of four has its scale (one or two bytes) taken out of it, into a tail of the tile: 16 of them for each block. The tile is as
-// large as its rows are in the file, rounded up to 64 bytes. Drawings and the exact rules: docs/kernels.md.
+// of four has its scale (one or two bytes) taken out of it, into a line of 64 bytes that goes before the two (or four)
+// blocks whose scales it holds. Kernels read a tile from its begin to its end, for memory is fast only where hardware
+// foresees what comes: some types have their words in the order of use. Drawings and the exact rules: docs/kernels.md.
 #pragma once
 #include <cstdint>
 
@@ -15,8 +16,18 @@ struct TypeLayout {
     int type_id;
     int block_length, block_bytes;
     int words;                    // interleaved words of a block
-    int tail_bytes, tail_offset;  // the 0 to 2 bytes of a block that live in the tile's tail, and where in the block they were
-    Act act;                      // activations it is multiplied with, unless told to be exact
+    int scale_bytes, scale_offset;  // the 0 to 2 bytes of a block that go to the line of scales, and where in the block they were
+    Act act;                        // activations it is multiplied with, unless told to be exact
+
+
+    // Blocks that share a line of scales.
+    int64_t blocks_per_line() const { return 4 / scale_bytes; }
+    // Where block b's words and its 16 scales lie in a tile.
+    int64_t words_at(int64_t b) const { return b * words * 64 + (scale_bytes ? (b / blocks_per_line() + 1) * 64 : 0); }
+    int64_t scales_at(int64_t b) const {
+        const int64_t per = blocks_per_line();
+        return b / per * (1 + per * words) * 64 + b % per * kTileRows * scale_bytes;
+    }
 };
 
 // Null for types that the kernels cannot keep.
@@ -30,16 +41,12 @@ struct PackedMatrix {
     const uint8_t* data;  // 64-byte aligned, tiles() * tile_bytes bytes
 
     int64_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
-    int64_t words_bytes() const { return blocks * layout->words * 64; }
     const uint8_t* tile(int64_t t) const { return data + t * tile_bytes; }
-    const uint8_t* tail(int64_t t) const { return tile(t) + words_bytes(); }
 };
 
 // Blocks of a row of `columns` weights, and the bytes of a tile of such rows.
 int64_t packed_blocks(const TypeLayout& layout, int64_t columns);
 int64_t packed_tile_bytes(const TypeLayout& layout, int64_t columns);
-// Bytes between the last scale of a tile and its end.
-int64_t packed_padding(const TypeLayout& layout, int64_t blocks);
 
 // Tile t of a matrix from 16 rows in file order; null pointers stand for rows of zeros (beyond the last).
 // row_bytes: readable bytes of a row (a 16-bit row of odd length has half a word less than the layout).
