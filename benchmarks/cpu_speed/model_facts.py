@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from benchmarks.cpu_speed.cells import Cell
 from serve_app.gguf_file import open_gguf
 
 # Bytes of a value in the cache, by Sirocco's names; q8 has a 16-bit scale for every 32.
@@ -46,6 +47,6 @@ class ModelFacts:
         """Read for one token of `new` that are decoded behind `depth` others, on average."""
         return self.weight_bytes + (depth + new / 2) * self.kv_values * KV_BYTES[kv]
 
-    def prefill_products(self, tokens: int) -> int:
-        """Of the matrices for a prompt; the head computes one row. Attention's are not counted."""
-        return tokens * self.layer_products + self.head_products
+    def products_per_token(self, cell: Cell) -> float:
+        """Of the matrices; a prompt needs one row of the head for all its tokens. Attention's are not counted."""
+        return self.layer_products + self.head_products / (cell.prompt if cell.kind == "prefill" else 1)

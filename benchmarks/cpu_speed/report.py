@@ -74,8 +74,8 @@ def _cell_json(
         if cell.kind == "decode" and bandwidth is not None:
             read = facts.decode_bytes(cell.prompt, kv, cell.new) * median(rates)
             entry["share_of_bandwidth"] = round(read / bandwidth, 3)
-        if cell.kind == "prefill":
-            products = facts.prefill_products(cell.prompt) / cell.prompt * median(rates)
+        else:
+            products = facts.products_per_token(cell) * median(rates)
             entry["share_of_dot_peak"] = {
                 kind: round(products / median(peak), 3) for kind, peak in machine.dots.items()
             }
@@ -117,10 +117,8 @@ def markdown(report: Json) -> str:
 
 def _run_lines(run: Json) -> list[str]:
     names = list(run["engines"])
-    versions = ", ".join(
-        f"{name} {facts.get('version', '?')}, KV {facts.get('kv', '?')}" for name, facts in run["engines"].items()
-    )
-    head = ["", *names, "to the better peer", "to OpenVINO", "of the bandwidth", "CPU ms/token"]
+    versions = "; ".join(_facts_text(name, facts) for name, facts in run["engines"].items())
+    head = ["", *names, "to the better peer", "to OpenVINO", "of the limit", "CPU ms/token"]
     lines = [f"### {run['model']} {run['type']}", "", f"tok/s: median (range); {versions}", ""]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for cell in run["cells"]:
@@ -128,12 +126,20 @@ def _run_lines(run: Json) -> list[str]:
         ours = found.get(SIROCCO, {})
         row = [cell["cell"], *(_rate(found.get(name)) for name in names)]
         row += [_ratio(cell.get("to_better_peer")), _ratio(cell.get("to_openvino"))]
-        share = ours.get("share_of_bandwidth")
-        row += ["" if share is None else f"{share:.0%}", str(ours.get("cpu_ms_per_token", ""))]
+        row += [_limit(ours, run["type"]), str(ours.get("cpu_ms_per_token", ""))]
         lines.append(f"| {' | '.join(row)} |")
     for name, errors in run["errors"].items():
         lines += ["", *(f"{name}: {error}" for error in errors)]
     return lines
+
+
+def _facts_text(name: str, facts: Json) -> str:
+    parts = [str(facts[key]) for key in ("version", "kernels") if key in facts]
+    if "kv" in facts:
+        parts.append(f"KV {facts['kv']}")
+    if "load_s" in facts:
+        parts.append(f"loaded in {facts['load_s']} s with {facts['peak_rss_mb']} MB")
+    return f"{name} ({', '.join(parts)})"
 
 
 def _rate(entry: Json | None) -> str:
@@ -143,12 +149,22 @@ def _rate(entry: Json | None) -> str:
     return f"{rate['median']:.1f} ({rate['low']:.1f}–{rate['high']:.1f})"
 
 
+def _limit(entry: Json, quant_type: str) -> str:
+    """Decode: of the read bandwidth. Else of the dot instruction that a type's products can use."""
+    if "share_of_bandwidth" in entry:
+        return f"{entry['share_of_bandwidth']:.0%} of reading"
+    kind = {"BF16": "bf16", "F16": "f32", "F32": "f32"}.get(quant_type, "int8")
+    share = entry.get("share_of_dot_peak", {}).get(kind)
+    return "" if share is None else f"{share:.0%} of {kind} dots"
+
+
 def _ratio(value: Json | None) -> str:
     if value is None:
         return ""
     text = f"**{value['median']:.2f}** [{value['low']:.2f}, {value['high']:.2f}] {value['peer']}"
     if "cpu_time" in value:
-        text += f", CPU time {value['cpu_time']['median']:.2f}"
+        cpu = value["cpu_time"]
+        text += f", CPU time {cpu['median']:.2f} [{cpu['low']:.2f}, {cpu['high']:.2f}]"
     return text
 
 

@@ -46,6 +46,7 @@ def test_a_cell_is_measured_twice_at_first_and_once_from_then_on(engine: ChildEn
     assert engine.measure(Cell("prefill", 200), 0).cpu_s == 5.0
     assert engine.is_loaded
     assert engine.facts["version"] == "7"
+    assert engine.facts["peak_rss_mb"] > 1
     engine.stop()
     assert not engine.is_loaded
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import models
+from benchmarks.cpu_speed.cells import Cell
 from benchmarks.cpu_speed.model_facts import ModelFacts
 from benchmarks.random_models.shapes import SHAPES
 from benchmarks.random_models.values import rounded, stored
@@ -96,7 +97,8 @@ def test_facts_of_a_file(folder: Path) -> None:
     assert facts.weight_bytes == 2 * matrices + 4 * (norms + rope_divisors)
     assert facts.kv_values == 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim
     assert facts.decode_bytes(100, "f16", 10) == facts.weight_bytes + 105 * facts.kv_values * 2
-    assert facts.prefill_products(10) == 10 * facts.layer_products + facts.head_products
+    assert facts.products_per_token(Cell("prefill", 10)) == facts.layer_products + facts.head_products / 10
+    assert facts.products_per_token(Cell("batch", 32, 64, 8)) == facts.layer_products + facts.head_products
 
 
 def test_bfloat16_is_rounded_as_torch_does() -> None:

@@ -16,7 +16,7 @@ FACTS = ModelFacts(weight_bytes=1_000_000, layer_products=900, head_products=10_
 MACHINE = Machine(
     {"processor": "a processor", "threads": 2, "system": "Linux", "python": "3.11"},
     {(2, True): [2e9, 3e9, 4e9]},
-    {"bf16": [1_000_000.0]},
+    {"int8": [1_000_000.0]},
 )
 
 
@@ -44,7 +44,10 @@ def results() -> Results:
 def engines() -> list[SimpleNamespace]:
     """Names and facts are all that a report asks for."""
     names = (SIROCCO, "llama.cpp", MISTRALRS, OPENVINO)
-    return [SimpleNamespace(name=name, facts={"version": "1", "kv": "f16"}) for name in names]
+    return [
+        SimpleNamespace(name=name, facts={"version": "1", "kv": "f16", "load_s": 2.5, "peak_rss_mb": 800})
+        for name in names
+    ]
 
 
 def test_the_better_peer_is_chosen_for_each_cell(results: Results) -> None:
@@ -63,7 +66,7 @@ def test_what_follows_from_the_samples(results: Results) -> None:
     assert prefill["to_openvino"]["median"] == 1.5
     assert prefill["engines"][SIROCCO]["cpu_ms_per_token"] == 10.0
     # (900 + 10000 / 100) products a token * 300 a second, of 1e6.
-    assert prefill["engines"][SIROCCO]["share_of_dot_peak"]["bf16"] == pytest.approx(0.3)
+    assert prefill["engines"][SIROCCO]["share_of_dot_peak"]["int8"] == pytest.approx(0.3)
     # 1e6 bytes a token * 500 a second, of the median 1e9.
     assert decode["engines"][SIROCCO]["share_of_bandwidth"] == pytest.approx(0.5)
     assert decode["to_better_peer"]["median"] == pytest.approx(1.625)
@@ -80,5 +83,8 @@ def test_the_tables(results: Results) -> None:
     assert "300.0 (200.0–400.0)" in rows[0]
     assert "**2.00** [1.25, 2.00] mistral.rs" in rows[0]
     assert "| – |" in rows[1]
-    assert "50%" in rows[1]
+    assert "| 30% of int8 dots |" in rows[0]
+    assert "| 50% of reading |" in rows[1]
     assert "mistral.rs: decode at 0: gone" in text
+    assert "OpenVINO (1, KV f16, loaded in 2.5 s with 800 MB)" in text
+    assert "CPU time 0.50 [0.50, 0.50]" in rows[1]

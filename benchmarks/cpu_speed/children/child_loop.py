@@ -18,7 +18,10 @@ Measure = Callable[[Cell], Figures]
 
 
 def serve(load: Callable[[dict[str, Any]], tuple[Measure, dict[str, Any]]]) -> None:
-    """load(options) → (measure, facts). What libraries print goes to standard error; an error in a cell is a reply."""
+    """load(options) → (measure, facts), to which the time of loading and the memory used so far are added.
+
+    What libraries print goes to standard error. An error in a cell is a reply.
+    """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -26,8 +29,11 @@ def serve(load: Callable[[dict[str, Any]], tuple[Measure, dict[str, Any]]]) -> N
         replies.write(json.dumps(value) + "\n")
         replies.flush()
 
-    measure, facts = load(json.loads(sys.stdin.readline()))
-    reply(facts)
+    options = json.loads(sys.stdin.readline())
+    start = time.perf_counter()
+    measure, facts = load(options)
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reply({**facts, "load_s": round(time.perf_counter() - start, 2), "peak_rss_mb": round(peak_kib * 1024 / 1e6)})
     for line in sys.stdin:
         try:
             reply(measure(json.loads(line)))
