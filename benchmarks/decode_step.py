@@ -1,137 +1,93 @@
-"""Milliseconds of one decode step, forward and greedy draw, of the embedded model's sizes with random weights.
+"""Microseconds of an engine's decode step: in all, within the native forward, and outside of it.
 
-    python benchmarks/decode_step.py [--threads 1] [--context 256] [--types dense,Q8_0,Q4_K]
+    python -m benchmarks.decode_step [MODEL.gguf] [--threads 1] [--batches 1,8,32] [--steps 400]
 
-Prints a Markdown table: weights, batch, milliseconds a step (median and 10th percentile), Python calls a step.
+Without a model: 16 layers of random weights, small enough that what is around the forward shows. Outside of the forward
+are scheduling, batch building, the draw, detokenising and stop checks. Prints a Markdown table with medians and 10th
+percentiles.
 """
 
 import argparse
-import cProfile
-import pstats
-import statistics
 import time
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from benchmarks.random_models.gguf_writer import write_gguf
+from benchmarks.random_models.shapes import SHAPES
+from benchmarks.random_models.vocabulary import make_vocabulary
 from kernels import dispatch
-from kernels.formats import block_format
-from serve_app.batch import ForwardBatch
-from serve_app.engine.model_runner import ModelRunner
-from serve_app.engine.sampler import Sampler
-from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
-from serve_app.models.rope_config import RopeConfig
-from serve_app.options import SamplingParams
-from serve_app.quant.packed import PackedWeight, fuse
-from serve_app.quant.weight import DenseWeight, Weight
+from serve_app.engine.build import build_engine
+from serve_app.engine.engine import Engine
+from serve_app.messages import GenerateRequest
+from serve_app.options import EngineConfig, ModelSource, SamplingParams
 
-SIZES = LlamaArgs(
-    n_layers=4,
-    n_heads=8,
-    n_kv_heads=4,
-    head_dim=32,
-    hidden_size=256,
-    intermediate_size=768,
-    vocab_size=512,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(),
-    tie_word_embeddings=True,
-    attention_bias=False,
-    mlp_bias=False,
-)
-BLOCK_SIZE = 32
+_N_LAYERS = 16
+_WARM_UP_STEPS = 20
 
 
-class RandomSource:
-    """A WeightSource of random weights, dense or of one block type."""
+class Timed:
+    """A function, and the seconds of its last call."""
 
-    def __init__(self, type_name: str) -> None:
-        self._type_name = type_name
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.seconds = 0.0
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """See WeightSource."""
-        return torch.ones(shape)
-
-    def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
-        """See WeightSource."""
-        return fuse([self._matrix(out, in_features) for out in out_features])
-
-    def has(self, name: str) -> bool:
-        """See WeightSource."""
-        return False
-
-    def _matrix(self, out: int, in_features: int) -> Weight:
-        if self._type_name == "dense":
-            return DenseWeight(torch.randn(out, in_features) / in_features**0.5)
-        form = block_format(self._type_name)
-        blocks = torch.randint(0, 64, (out, form.row_bytes(in_features)), dtype=torch.uint8)
-        blocks.view(-1, form.block_bytes)[:, form.offset("d") + 1] = 32  # scales below 0.01
-        return PackedWeight(form, blocks, torch.float32)
-
-
-def decode_batch(pool: SimpleNamespace, batch: int, context: int) -> ForwardBatch:
-    """Every request at the same context length."""
-    blocks = -(-context // BLOCK_SIZE)
-    tables = torch.randperm(batch * blocks).view(batch, blocks)
-    last = context - 1
-    return ForwardBatch(
-        token_ids=torch.randint(0, 512, (batch,)),
-        positions=torch.full((batch,), last),
-        slot_mapping=tables[:, last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE,
-        block_tables=tables.to(torch.int32),
-        query_start=torch.arange(batch + 1, dtype=torch.int32),
-        context_lens=torch.full((batch,), context, dtype=torch.int32),
-        logit_index=torch.arange(batch),
-        sample_rows=torch.arange(batch),
-        sample_positions=torch.full((batch,), context),
-        max_query_len=1,
-        max_context_len=context,
-        kv=pool,  # type: ignore[arg-type]
-    )
-
-
-def measure(type_name: str, batch: int, context: int, seconds: float) -> tuple[float, float, int]:
-    """Median and 10th percentile in milliseconds, and Python calls a step."""
-    shape = (batch * -(-context // BLOCK_SIZE), BLOCK_SIZE, SIZES.n_kv_heads, SIZES.head_dim)
-    pool = SimpleNamespace(
-        k=[torch.randn(shape) for _ in range(SIZES.n_layers)], v=[torch.randn(shape) for _ in range(SIZES.n_layers)]
-    )
-    sampler = Sampler(SIZES.vocab_size, batch)
-    for row in range(batch):
-        sampler.set_row(row, SamplingParams(temperature=0.0), 0, [1])
-    runner = ModelRunner(LlamaForCausalLM(SIZES, RandomSource(type_name)), sampler, pool, "cpu")  # type: ignore[arg-type]
-    step = decode_batch(pool, batch, context)
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 20 or time.perf_counter() - begin < seconds:
+    def __call__(self, *args: Any) -> Any:
+        """Calls it."""
         start = time.perf_counter()
-        runner.execute(step)
-        times.append(time.perf_counter() - start)
-    profile = cProfile.Profile()
-    profile.runcall(runner.execute, step)
-    calls: int = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
-    return statistics.median(times) * 1e3, statistics.quantiles(times, n=10)[0] * 1e3, calls
+        result = self._function(*args)
+        self.seconds = time.perf_counter() - start
+        return result
+
+
+def measure(engine: Engine, forward: Timed, batch: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Microseconds of `steps` decode steps, and of the forward within each."""
+    params = SamplingParams(temperature=0.0, max_tokens=steps + _WARM_UP_STEPS, ignore_eos=True)
+    for i in range(batch):
+        engine.add(GenerateRequest(f"{batch}-{i}", [1 + i, 2, 3], params))
+    for _ in range(_WARM_UP_STEPS):
+        engine.step()
+    whole, inner = np.empty(steps), np.empty(steps)
+    for i in range(steps):
+        start = time.perf_counter()
+        engine.step()
+        whole[i], inner[i] = time.perf_counter() - start, forward.seconds
+    while engine.has_requests:
+        engine.step()
+    return whole * 1e6, inner * 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--types", default="dense,Q8_0,Q4_K")
-    parser.add_argument("--batches", default="1,32")
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
+    parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    dispatch.set_num_threads(options.threads)
-    print(f"{dispatch.native().reason}, {options.threads} threads, context {options.context}\n")
-    print("| weights | batch | ms (median) | ms (p10) | Python calls |\n|---|---|---|---|---|")
-    for type_name in options.types.split(","):
-        for batch in map(int, options.batches.split(",")):
-            median, low, calls = measure(type_name, batch, options.context, options.seconds)
-            print(f"| {type_name} | {batch} | {median:.3f} | {low:.3f} | {calls} |")
+    with TemporaryDirectory() as folder:
+        model = options.model
+        if model is None:
+            model = Path(folder) / "small.gguf"
+            shape = replace(SHAPES["tiny"], n_layers=_N_LAYERS)
+            write_gguf(model, shape, make_vocabulary(shape.vocab_size), "bf16", 0)
+        length = options.steps + _WARM_UP_STEPS + 32
+        largest = max(options.batches)
+        config = EngineConfig(max_seqs=largest, num_threads=options.threads, pool_tokens=largest * length)
+        engine = build_engine(ModelSource(model=str(model), max_seq_len=length), config, lambda deltas: None)
+    runner: Any = engine.parts.runner
+    runner._forward = forward = Timed(runner._forward)
+    print(f"{dispatch.native().reason}, {options.threads} threads\n")
+    print("| batch | step µs, median (p10) | forward | outside of it |\n|---|---|---|---|")
+    for batch in options.batches:
+        whole, inner = measure(engine, forward, batch, options.steps)
+        cells = [f"{np.median(v):.0f} ({np.quantile(v, 0.1):.0f})" for v in (whole, inner, whole - inner)]
+        print(f"| {batch} | {' | '.join(cells)} |")
+    engine.stop()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ OPENVINO_FORMATS = {"Q4_0": "int4", "Q4_K_M": "int4", "Q8_0": "int8"}
 _LLAMA_KV = {"q8": "q8_0"}
 _OPENVINO_KV = {"q8": "u8"}
 _GIB = 1 << 30
+_ROUNDING_TOKENS = 64  # to whole blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,13 @@ class Peers:
 def sirocco(model: Path, cells: Sequence[Cell], threads: int, kv: str) -> ChildEngine:
     """Our engine, alone in a process, for the GGUF at `model`; kv as --kv-cache-dtype takes it, auto too."""
     context, streams = _sizes(cells)
-    options = {"model": str(model), "threads": threads, "kv": kv, "context": context, "streams": streams}
+    # The cells use the pool one after the other; the prompts of all depths stay in it, as prefixes.
+    largest = max(cell.streams * (cell.prompt + cell.new + _ROUNDING_TOKENS) for cell in cells)
+    pool_tokens = largest + sum(cell.prompt + _ROUNDING_TOKENS for cell in cells) + context
+    options = {"model": str(model), "threads": threads, "kv": kv}
+    options |= {"context": context, "pool_tokens": pool_tokens, "streams": streams}
     command = [sys.executable, str(CHILDREN / "sirocco_child.py")]
-    kv_bytes = _kv_bytes(ModelFacts.of(model), context, kv)
+    kv_bytes = _kv_bytes(ModelFacts.of(model), pool_tokens, kv)
     needed = int(1.15 * model.stat().st_size) + kv_bytes + _GIB
     return ChildEngine(SIROCCO, command, options, needed, environment={"PYTHONPATH": str(ROOT)})
 
@@ -49,7 +54,7 @@ def make_engines(
     path = gguf_path(folder, model, quant_type)
     facts, size = ModelFacts.of(path), path.stat().st_size
     context, streams = _sizes(cells)
-    kv_bytes = _kv_bytes(facts, context, kv)
+    kv_bytes = _kv_bytes(facts, 4 * context, kv)
     engines: list[Engine] = [sirocco(path, cells, threads, kv)] if peers.with_sirocco else []
     if peers.llama_bench is not None:
         engines.append(LlamaCpp(peers.llama_bench, path, threads, _LLAMA_KV.get(kv, kv)))
@@ -76,5 +81,5 @@ def _sizes(cells: Sequence[Cell]) -> tuple[int, int]:
     return max(cell.prompt + cell.new for cell in cells) + 256, max(cell.streams for cell in cells)
 
 
-def _kv_bytes(facts: ModelFacts, context: int, kv: str) -> int:
-    return int(4 * context * facts.kv_values * KV_BYTES.get(kv, max(KV_BYTES.values())))
+def _kv_bytes(facts: ModelFacts, tokens: int, kv: str) -> int:
+    return int(tokens * facts.kv_values * KV_BYTES.get(kv, max(KV_BYTES.values())))

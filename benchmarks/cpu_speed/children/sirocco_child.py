@@ -8,6 +8,7 @@ from kernels import dispatch
 from serve_app import __version__
 from serve_app.engine.build import build_engine
 from serve_app.engine.engine import Engine
+from serve_app.kv_cache.kv_pool import kv_dtype_name
 from serve_app.messages import GenerateRequest
 from serve_app.options import EngineConfig, ModelSource, SamplingParams
 
@@ -64,17 +65,17 @@ class Sirocco:
 
 
 def load(options: dict[str, Any]) -> tuple[Measure, dict[str, Any]]:
-    """options: model, threads, kv, context (tokens of the longest request), streams."""
+    """options: model, threads, kv, context (tokens of the longest request), pool_tokens, streams."""
     config = EngineConfig(
         max_seqs=options["streams"],
-        # Room for the prompts of all depths, which the prefills of random prompts must not push out.
-        pool_tokens=4 * options["context"],
+        pool_tokens=options["pool_tokens"],
         num_threads=options["threads"],
+        kv_cache_dtype=options["kv"],
     )
     engine = build_engine(
         ModelSource(model=options["model"], max_seq_len=options["context"]), config, lambda deltas: None
     )
-    facts = {"version": __version__, "kernels": dispatch.native().reason, "kv": str(engine.parts.kv.k[0].dtype)}
+    facts = {"version": __version__, "kernels": dispatch.native().reason, "kv": kv_dtype_name(engine.parts.kv.dtype)}
     return Sirocco(engine, engine.parts.tokenizer.vocab_size).measure, facts
 
 
