@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "iq_grids.h"
-#include "jobs.h"
+#include "kernel_choice.h"
 #include "philox.h"
 #include "probe.h"
 #include "sampling.h"
@@ -20,51 +20,16 @@
 
 namespace nb = nanobind;
 
-namespace generic {
-extern const KernelTable table;
-}
-#if defined(SIROCCO_X86)
-namespace avx2 {
-extern const KernelTable table;
-}
-namespace avx512 {
-extern const KernelTable table;
-}
-#endif
-
 namespace {
-
-std::vector<const KernelTable*> usable_tables() {  // best first
-    std::vector<const KernelTable*> tables;
-#if defined(SIROCCO_X86)
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                          __builtin_cpu_supports("bmi2");
-    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni"))
-        tables.push_back(&avx512::table);
-    if (has_avx2) tables.push_back(&avx2::table);
-#endif
-    tables.push_back(&generic::table);
-    return tables;
-}
-
-const KernelTable* kernels = usable_tables().front();
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
-    for (const KernelTable* table : usable_tables()) names.emplace_back(table->name);
+    for (const KernelTable* table : usable_kernels()) names.emplace_back(table->name);
     return names;
 }
 
 void use_instruction_set(const std::string& name) {
-    for (const KernelTable* table : usable_tables())
-        if (name == table->name) {
-            kernels = table;
-            return;
-        }
-    throw std::invalid_argument("this CPU or build has no instruction set " + name);
+    if (!use_kernels(name)) throw std::invalid_argument("this CPU or build has no instruction set " + name);
 }
 
 template <typename T = void>
@@ -85,10 +50,10 @@ void take_iq_grids() {
     }
 }
 
-bool can_decode(int type_id) { return kernels->decoder(type_id) != nullptr; }
+bool can_decode(int type_id) { return current_kernels().decoder(type_id) != nullptr; }
 
 void dequantize(int type_id, uintptr_t blocks, uintptr_t out, int64_t rows, int64_t row_bytes, int64_t columns) {
-    const Decode decode = kernels->decoder(type_id);
+    const Decode decode = current_kernels().decoder(type_id);
     require(decode != nullptr, "dequantize: no native decoder for this type");
     nb::gil_scoped_release release;
     parallel_for(rows, columns, [&](int64_t begin, int64_t end) {
@@ -98,17 +63,18 @@ void dequantize(int type_id, uintptr_t blocks, uintptr_t out, int64_t rows, int6
 
 void matmul(int type_id, uintptr_t weight, int64_t rows, int64_t row_bytes, int64_t block_bytes, int64_t block_length,
             uintptr_t x, int x_type, int64_t tokens, int64_t in_features, uintptr_t out, int out_type, int64_t out_stride) {
-    const Decode decode = kernels->decoder(type_id);
+    const Decode decode = current_kernels().decoder(type_id);
     require(decode != nullptr, "matmul: no native decoder for this type");
     require(in_features == row_bytes / block_bytes * block_length, "matmul: x and weight differ in width");
     nb::gil_scoped_release release;
+    const KernelTable& kernels = current_kernels();
     const int64_t padded = (in_features + 15) / 16 * 16;
     const float* wide = at<float>(x);
     if (Float(x_type) != Float::f32 || padded != in_features) {
         float* buffer = scratch(2, tokens * padded);
         const int64_t width = Float(x_type) == Float::f32 ? 4 : 2;
         for (int64_t t = 0; t < tokens; ++t) {
-            kernels->to_f32(at<char>(x) + t * in_features * width, Float(x_type), buffer + t * padded, in_features);
+            kernels.to_f32(at<char>(x) + t * in_features * width, Float(x_type), buffer + t * padded, in_features);
             std::fill(buffer + t * padded + in_features, buffer + (t + 1) * padded, 0.0f);
         }
         wide = buffer;
@@ -116,7 +82,7 @@ void matmul(int type_id, uintptr_t weight, int64_t rows, int64_t row_bytes, int6
     const FileMatmulJob job{decode, at<uint8_t>(weight), row_bytes, block_bytes, block_length, wide, tokens, in_features,
                         padded, at(out), out_stride, Float(out_type)};
     parallel_for(rows, in_features * (tokens + 1) / 4,
-                 [&](int64_t begin, int64_t end) { kernels->matmul_file(job, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernels.matmul_file(job, begin, end); });
 }
 
 // out[i] = the first 32 bits of Philox(key = seeds[i], counter = positions[i]) / 2^32.
@@ -132,18 +98,17 @@ void draw_tokens(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t voc
                  uintptr_t top_p, uintptr_t min_p, uintptr_t u, uintptr_t out) {
     require(vocab > 0, "draw_tokens: no vocabulary");
     nb::gil_scoped_release release;
+    const KernelTable& kernels = current_kernels();
     parallel_for(rows, vocab * 16, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             const DrawParams p{at<float>(temperature)[r], at<int64_t>(top_k)[r], at<double>(top_p)[r], at<double>(min_p)[r],
                                at<double>(u)[r]};
-            at<int64_t>(out)[r] = draw_token(*kernels, at<float>(logits) + r * row_stride, vocab, p);
+            at<int64_t>(out)[r] = draw_token(kernels, at<float>(logits) + r * row_stride, vocab, p);
         }
     });
 }
 
 }  // namespace
-
-const KernelTable& current_kernels() { return *kernels; }
 
 void bind_layers(nb::module_& m);
 void bind_packed(nb::module_& m);
@@ -156,7 +121,7 @@ NB_MODULE(_native, m) {
     bind_packed(m);
     bind_program(m);
     m.def("instruction_sets", instruction_sets);
-    m.def("instruction_set", [] { return std::string(kernels->name); });
+    m.def("instruction_set", [] { return std::string(current_kernels().name); });
     m.def("use_instruction_set", use_instruction_set);
     m.def("set_num_threads", set_team_size, nb::call_guard<nb::gil_scoped_release>());
     m.def("num_threads", team_size);

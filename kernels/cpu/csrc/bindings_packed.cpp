@@ -88,16 +88,6 @@ void matmul(const PackedMemory& memory, uintptr_t x, int64_t tokens, bool is_exa
 
 }  // namespace
 
-void packed_row(const PackedMatrix& m, int64_t id, float* out) {
-    const TypeLayout& layout = *m.layout;
-    const int64_t blocks_bytes = m.blocks * layout.block_bytes, padded = m.blocks * layout.block_length;
-    auto* row = reinterpret_cast<uint8_t*>(scratch(0, blocks_bytes / 4 + 1));
-    unpack_row(layout, m.blocks, m.tile(id / kTileRows), int(id % kTileRows), blocks_bytes, row);
-    float* values = padded == m.columns ? out : scratch(1, padded);
-    current_kernels().decoder(layout.type_id)(row, values, padded);
-    if (values != out) std::memcpy(out, values, size_t(m.columns) * 4);
-}
-
 void bind_packed(nb::module_& m) {
     nb::class_<PackedMemory>(m, "PackedMatrix")
         .def(nb::init<int, int64_t, int64_t>())

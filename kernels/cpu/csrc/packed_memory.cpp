@@ -2,8 +2,12 @@
 
 #include <sys/mman.h>
 
+#include <cstring>
 #include <new>
 #include <stdexcept>
+
+#include "jobs.h"
+#include "scratch.h"
 
 namespace {
 
@@ -45,4 +49,14 @@ int64_t PackedMemory::row_bytes() const {
     const TypeLayout& layout = *matrix_.layout;
     // Two weights of a 16-bit type share a word: the last one may be alone.
     return layout.block_length == 2 ? matrix_.columns * 2 : matrix_.blocks * layout.block_bytes;
+}
+
+void packed_row(const PackedMatrix& m, int64_t id, float* out) {
+    const TypeLayout& layout = *m.layout;
+    const int64_t blocks_bytes = m.blocks * layout.block_bytes, padded = m.blocks * layout.block_length;
+    auto* row = reinterpret_cast<uint8_t*>(scratch(0, blocks_bytes / 4 + 1));
+    unpack_row(layout, m.blocks, m.tile(id / kTileRows), int(id % kTileRows), blocks_bytes, row);
+    float* values = padded == m.columns ? out : scratch(1, padded);
+    current_kernels().decoder(layout.type_id)(row, values, padded);
+    if (values != out) std::memcpy(out, values, size_t(m.columns) * 4);
 }
