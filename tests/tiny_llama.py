@@ -116,7 +116,7 @@ def step_logits(
 ) -> list[Tensor]:
     """Runs one step; the logits of every token, piece by piece."""
     forward = choose_forward(model, pool, "cpu", backend, is_exact=is_exact)
-    logits = torch.from_numpy(np.array(forward(make_batch(pool, pieces))))
+    logits = torch.as_tensor(forward(make_batch(pool, pieces))).clone()
     return list(logits.split([p.stop - p.start for p in pieces]))
 
 

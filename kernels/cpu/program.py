@@ -56,8 +56,8 @@ class Operation:
         return [(form.kind or 0, number(form)) for form in self.forms]
 
 
-Covering = Callable[[int], Tensor]
-"""A rotary table that may grow: gives at least so many rows, and the same tensor as long as they are enough."""
+Covering = Callable[[int], NDArray[np.float32]]
+"""A rotary table that may grow: gives at least so many rows, and the same array as long as they are enough."""
 
 
 class Recording:
@@ -123,7 +123,7 @@ class Recording:
         native = _native.Program(num_blocks, block_size)
         tables = [covering(0) for covering in self._tables]
         for table in tables:
-            native.table(table.data_ptr(), len(table))
+            native.table(table.ctypes.data, len(table))
         _Writer(native, self._operations).write(result)
         return RecordedProgram(native, self._tables, tables, self._kept)
 
@@ -175,7 +175,9 @@ class _Writer:
 class RecordedProgram:
     """A step as one native call. Holds all that the call reads besides its arguments and the KV cache."""
 
-    def __init__(self, native: _native.Program, growing: list[Covering], tables: list[Tensor], kept: list[Any]) -> None:
+    def __init__(
+        self, native: _native.Program, growing: list[Covering], tables: list[NDArray[np.float32]], kept: list[Any]
+    ) -> None:
         self._native = native
         self._growing = growing
         self._tables = tables
@@ -215,5 +217,5 @@ class RecordedProgram:
     def _grow(self, num_positions: int) -> None:
         self._tables = [covering(num_positions) for covering in self._growing]
         for number, table in enumerate(self._tables):
-            self._native.set_table(number, table.data_ptr(), len(table))
+            self._native.set_table(number, table.ctypes.data, len(table))
         self._num_positions = min(len(table) for table in self._tables)

@@ -2,15 +2,14 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from serve_app.attention.backend import AttentionBackend
 from serve_app.attention.choose import choose_backend
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.batch import ForwardBatch
+from serve_app.engine.logits_ops import Logits
 from serve_app.layers.torch_step import TorchStep
 from serve_app.models.base import CausalLM
 
@@ -18,15 +17,12 @@ if TYPE_CHECKING:
     from kernels.cpu.program import RecordedProgram
     from serve_app.kv_cache.kv_pool import KvPool
 
-Logits = NDArray[np.float32] | Tensor
-"""float32 [L, vocab], an array of the host or a tensor of another device; the next step may overwrite it."""
-
 
 class Forward(Protocol):
     """Computes a step. After an error the step's KV slots may hold anything."""
 
     def __call__(self, batch: ForwardBatch) -> Logits:
-        """The logits of batch.logit_index."""
+        """The logits of batch.logit_index, which the next step may overwrite."""
         ...
 
 
@@ -51,11 +47,11 @@ class TorchForward:
 
     def __call__(self, batch: ForwardBatch) -> Logits:
         """See Forward."""
-        with torch.inference_mode():
+        with torch.no_grad():
             step = TorchStep(DeviceBatch.of(batch, self._kv, self._device), self._backend)
             hidden = step.wanted(self._model.forward(step))
             logits: Tensor = self._model.logits(hidden, step).float()
-        return logits.numpy() if logits.device.type == "cpu" else logits
+        return logits
 
 
 class NativeForward:

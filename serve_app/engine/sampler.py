@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels import dispatch
 from serve_app.engine.dry import DryHistory
+from serve_app.engine.logits_ops import HostLogits, Logits, LogitsOps, TorchLogits
 from serve_app.engine.row_tables import Ints, PenaltyRows, SparseRows, needs_penalties
 from serve_app.engine.token_mask import TokenMask
 from serve_app.options import SamplingParams
@@ -73,11 +73,10 @@ class Sampler:
         breaker_ids gives the token ids that a DRY sequence breaker string stands for (those whose text contains it).
         """
         self.vocab_size = vocab_size
-        self._device = torch.device(device)
         self._eos_ids = tuple(eos_ids)
         self._breaker_ids = breaker_ids
-        self._uniform = dispatch.choose("uniform").function
-        self._draw_tokens = dispatch.choose("draw_tokens", device).function
+        self._torch_ops = TorchLogits(torch.device(device))
+        self._host_ops: HostLogits | None = None
         self._needs = np.zeros(max_rows, np.int64)
         self._temperature = np.zeros(max_rows, np.float32)
         self._top_k = np.zeros(max_rows, np.int64)
@@ -161,72 +160,58 @@ class Sampler:
         if src in self._masks:
             self._masks[dst] = self._masks[src].fork()
 
-    def sample(self, logits: "Tensor | NDArray[np.float32]", rows: Ints, positions: Ints) -> Sampled:
+    def sample(self, logits: Logits, rows: Ints, positions: Ints) -> Sampled:
         """Draws one token for each row and updates the rows' states with it.
 
-        logits [S, vocab_size] float32 on the device (overwritten), rows [S] without repetition, positions [S] of the
-        tokens to be drawn: the random number is a function of the row's seed and the position alone.
+        logits [S, vocab_size] float32, an array of the host or a tensor on the device (overwritten), rows [S] without
+        repetition, positions [S] of the tokens to be drawn: the random number is a function of the row's seed and the
+        position alone.
         """
-        if isinstance(logits, np.ndarray):
-            logits = torch.from_numpy(logits)
+        ops = self._ops_for(logits)
         needs = self._needs[rows]
         if not needs.any():
-            return Sampled(logits.argmax(dim=-1).cpu().numpy(), None)
+            return Sampled(ops.likeliest(logits), None)
         asked = np.flatnonzero(needs & Need.LOGPROBS)
         # A copy, as logits change from here on.
-        raw = logits.index_select(0, self._tensor(asked)) if len(asked) else None
+        raw = ops.copy(logits, asked) if len(asked) else None
         if (needs & Need.CHANGES).any():
-            self._change_logits(logits, rows, positions, needs)
-        ids = self._draw(logits, rows, positions, needs)
-        token_ids = ids.cpu().numpy()
+            self._change_logits(ops, logits, rows, positions, needs)
+        token_ids = self._draw(ops, logits, rows, positions, needs)
         if (needs & Need.MEMORY).any():
             self._advance(rows, token_ids, needs)
-        logprobs = None if raw is None else self._logprobs(raw, ids, asked, rows)
+        logprobs = None if raw is None else self._logprobs(ops, raw, token_ids, asked, rows)
         return Sampled(token_ids, logprobs)
 
-    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def _ops_for(self, logits: Logits) -> LogitsOps:
+        if isinstance(logits, Tensor):
+            return self._torch_ops
+        if self._host_ops is None:
+            self._host_ops = HostLogits()
+        return self._host_ops
 
-    def _change_logits(self, logits: Tensor, rows: Ints, positions: Ints, needs: Ints) -> None:
+    def _change_logits(self, ops: LogitsOps, logits: Logits, rows: Ints, positions: Ints, needs: Ints) -> None:
         """Everything before the temperature, in place, each on the rows that asked for it."""
         if len(who := np.flatnonzero(needs & Need.DRY)):
             which, tokens, amounts = self._dry.penalties(rows[who])
-            self._add(logits, who[which], tokens, -amounts)
+            ops.add(logits, who[which], tokens, -amounts)
         if len(who := np.flatnonzero(needs & Need.PENALTY)):
-            tokens, amounts, repetition = self._penalties.lists(rows[who])
-            at = (self._tensor(who[:, None]), self._tensor(tokens))
-            some = logits[at] - self._tensor(amounts)
-            factor = self._tensor(repetition)
-            logits.index_put_(at, torch.where(some > 0, some / factor, some * factor))
+            ops.penalise(logits, who, *self._penalties.lists(rows[who]))
         if len(who := np.flatnonzero(needs & Need.BIAS)):
-            self._add(logits, who[:, None], *self._bias.lists(rows[who]))
+            ops.add(logits, who[:, None], *self._bias.lists(rows[who]))
         is_early = (needs & Need.MIN_TOKENS > 0) & (positions < self._min_until[rows])
         if len(who := np.flatnonzero(is_early)):
-            self._add(logits, who[:, None], *self._too_early.lists(rows[who]))
+            ops.add(logits, who[:, None], *self._too_early.lists(rows[who]))
         if len(who := np.flatnonzero(needs & Need.MASK)):
-            index = self._tensor(who)
-            allowed = self._allowed(rows[who])
-            logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(~allowed, float("-inf")))
+            # Each automaton fills its own words: the only loop over rows.
+            for row in rows[who].tolist():
+                self._masks[row].fill(self._mask_bits[row])
+            ops.forbid(logits, who, self._mask_bits[rows[who]])
 
-    def _add(self, logits: Tensor, who: Ints, tokens: Ints, amounts: NDArray[np.float32]) -> None:
-        at = (self._tensor(who), self._tensor(tokens))
-        logits.index_put_(at, self._tensor(amounts), accumulate=True)
-
-    def _allowed(self, rows: Ints) -> Tensor:
-        """The masks of the rows, unpacked: bool [s, vocab]. Each automaton fills its own: the only loop over rows."""
-        for row in rows.tolist():
-            self._masks[row].fill(self._mask_bits[row])
-        words = self._tensor(self._mask_bits[rows])
-        bits = torch.arange(32, dtype=torch.int32, device=self._device)
-        return (words.unsqueeze(-1) >> bits & 1).bool().flatten(1)[:, : self.vocab_size]
-
-    def _draw(self, logits: Tensor, rows: Ints, positions: Ints, needs: Ints) -> Tensor:
+    def _draw(self, ops: LogitsOps, logits: Logits, rows: Ints, positions: Ints, needs: Ints) -> Ints:
         if not (needs & Need.RANDOM).any():
-            return logits.argmax(dim=-1)
-        u = self._uniform(torch.from_numpy(self._seed[rows].view(np.int64)), torch.from_numpy(positions))
-        parameters = (self._temperature, self._top_k, self._top_p, self._min_p)
-        ids: Tensor = self._draw_tokens(logits, *(torch.from_numpy(p[rows]) for p in parameters), u)
-        return ids
+            return ops.likeliest(logits)
+        parameters = (self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows])
+        return ops.draw(logits, self._seed[rows], positions, parameters)
 
     def _advance(self, rows: Ints, token_ids: Ints, needs: Ints) -> None:
         """Tells what remembers tokens which were drawn."""
@@ -238,17 +223,15 @@ class Sampler:
             for row, token_id in zip(rows[who].tolist(), token_ids[who].tolist(), strict=True):
                 self._masks[row].advance(token_id)
 
-    def _logprobs(self, raw: Tensor, ids: Tensor, asked: Ints, rows: Ints) -> StepLogprobs:
+    def _logprobs(self, ops: LogitsOps, raw: Logits, ids: Ints, asked: Ints, rows: Ints) -> StepLogprobs:
         k = int(self._num_logprobs[rows[asked]].max())
-        scale = raw.logsumexp(dim=-1, keepdim=True)
-        chosen = raw.gather(1, ids.index_select(0, self._tensor(asked)).unsqueeze(1)) - scale
-        values, indices = raw.topk(k, dim=-1)
         result = StepLogprobs(
             np.full(len(rows), np.nan, np.float32),
             np.full((len(rows), k), -1, np.int64),
             np.full((len(rows), k), np.nan, np.float32),
         )
-        result.chosen[asked] = chosen.squeeze(1).cpu().numpy()
-        result.top_ids[asked] = indices.cpu().numpy()
-        result.top_logprobs[asked] = (values - scale).cpu().numpy()
+        chosen, top_ids, top_logprobs = ops.logprobs(raw, ids[asked], k)
+        result.chosen[asked] = chosen
+        result.top_ids[asked] = top_ids
+        result.top_logprobs[asked] = top_logprobs
         return result

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-
-from kernels.reference.norm import rotary_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +45,30 @@ class Rotary:
 
     def __init__(self, frequencies: Tensor, max_positions: int) -> None:
         """frequencies [rotary_dim / 2] float32 on the model's device; max_positions: of the model."""
-        self._frequencies = frequencies
+        self._device = frequencies.device
+        self._frequencies = frequencies.cpu().numpy()
         self._max_positions = max_positions
-        self._table = rotary_table(torch.empty(0, device=frequencies.device), frequencies)
+        self._host: NDArray[np.float32] = self._make(0)
+        self._table = torch.empty(0)
 
     @property
     def rotary_dim(self) -> int:
         """See AngleTable."""
-        return 2 * int(self._frequencies.shape[0])
+        return 2 * len(self._frequencies)
 
-    def covering(self, num_positions: int) -> Tensor:
+    def covering(self, num_positions: int) -> NDArray[np.float32]:
+        """See AngleTable. Without torch: native steps run no operator of it."""
+        if num_positions > len(self._host):
+            self._host = self._make(max(num_positions, min(self._max_positions, max(512, 2 * num_positions))))
+        return self._host
+
+    def on_device(self, num_positions: int) -> Tensor:
         """See AngleTable."""
-        if num_positions > self._table.shape[0]:
-            size = max(num_positions, min(self._max_positions, max(512, 2 * num_positions)))
-            positions = torch.arange(size, device=self._frequencies.device)
-            self._table = rotary_table(positions, self._frequencies)
+        host = self.covering(num_positions)
+        if len(self._table) != len(host):
+            self._table = torch.from_numpy(host).to(self._device)
         return self._table
+
+    def _make(self, num_positions: int) -> NDArray[np.float32]:
+        angles = np.arange(num_positions, dtype=np.float32)[:, None] * self._frequencies
+        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)

@@ -7,6 +7,8 @@ a single time over symbolic rows, and what it did becomes a native program (nati
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serve_app.attention.backend import AttentionShape
@@ -40,11 +42,15 @@ class AngleTable(Protocol):
         """Rotated elements of a head, the first ones."""
         ...
 
-    def covering(self, num_positions: int) -> Tensor:
-        """float32 [at least num_positions, rotary_dim], contiguous: cosines of the first half, sines in the second.
+    def covering(self, num_positions: int) -> NDArray[np.float32]:
+        """[at least num_positions, rotary_dim], contiguous: cosines of the first half, sines in the second.
 
-        The same tensor until more positions are asked for.
+        The same array until more positions are asked for.
         """
+        ...
+
+    def on_device(self, num_positions: int) -> Tensor:
+        """The same as a tensor on the model's device."""
         ...
 
 

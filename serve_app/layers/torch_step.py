@@ -58,7 +58,7 @@ class TorchStep:
         counts = [shape.n_heads, shape.n_kv_heads, shape.n_kv_heads]
         q, k, v = torch.split_with_sizes(qkv.view(qkv.shape[0], sum(counts), shape.head_dim), counts, dim=1)
         if rotary is not None:
-            reference.rope(q, k, self._batch.positions, rotary.covering(self._batch.host.max_context_len))
+            reference.rope(q, k, self._batch.positions, rotary.on_device(self._batch.host.max_context_len))
         return self._attention.run(shape, q, k, v)
 
     def add(self, x: Tensor, other: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -23,8 +24,18 @@ def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+@pytest.fixture(params=["host", "torch"], autouse=True)
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits as native steps leave them, and as plain torch does."""
+    monkeypatch.setattr(sys.modules[__name__], "FORM", request.param)
+
+
+FORM = "torch"
+
+
 def sample(sampler: Sampler, logits: torch.Tensor, rows: list[int], position: int = 10) -> Sampled:
-    return sampler.sample(logits.clone(), np.array(rows), np.full(len(rows), position))
+    copy = logits.clone(memory_format=torch.contiguous_format)
+    return sampler.sample(copy.numpy() if FORM == "host" else copy, np.array(rows), np.full(len(rows), position))
 
 
 def one_row(params: SamplingParams, logits: torch.Tensor, **kwargs: Any) -> int:

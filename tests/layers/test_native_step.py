@@ -139,7 +139,7 @@ def run(
     results = []
     for step in spans:
         pieces = [Piece(IDS[r:] + IDS[:r], a, b, range(6 * r, 6 * r + 6)) for r, (a, b) in enumerate(step)]
-        results.append(torch.from_numpy(forward(make_batch(pool, pieces, rows)).copy()))
+        results.append(torch.as_tensor(forward(make_batch(pool, pieces, rows))).clone())
     return results
 
 
