@@ -50,6 +50,7 @@ def examine() -> dict[str, list[Finding]]:
         "memory": _memory,
         "torch": _torch,
         "gpu": _gpu,
+        "kernels": _kernels,
         "attention": _attention,
         "ray": _ray,
     }
@@ -110,14 +111,24 @@ def _gpu() -> Iterable[Finding]:
     yield Finding("used", False, "this version computes on the CPU")
 
 
-def _attention() -> Iterable[Finding]:
-    import torch
-
+def _kernels() -> Iterable[Finding]:
     from kernels import dispatch
-    from serve_app.attention.choose import list_backends
 
     native = dispatch.native()
     yield Finding("native_kernels", native.ops is not None, native.reason)
+    if native.ops is None:
+        yield Finding("matrices", "torch", "decoded piece by piece where they are packed: slow")
+        return
+    usable = native.ops._native.instruction_sets()
+    yield Finding("instruction_sets", usable, "usable here; SIROCCO_CPU_ISA names the one that must run")
+    yield Finding("matrices", "native", "of every type, by integers or bfloat16 where the type allows; see --cpu-exact")
+
+
+def _attention() -> Iterable[Finding]:
+    import torch
+
+    from serve_app.attention.choose import list_backends
+
     chosen = ""
     for backend in list_backends("cpu", torch.float32):
         if not backend.is_usable:

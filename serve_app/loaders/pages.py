@@ -38,6 +38,16 @@ def drop_pages(data: NDArray[np.uint8]) -> None:
     Without this, a tensor that was copied while loading counts twice in the process's resident memory. Does nothing
     for memory that is no file mapping.
     """
+    _advise(data, mmap.MADV_DONTNEED)
+
+
+def expect_pages(data: NDArray[np.uint8]) -> None:
+    """Lets the kernel begin to read a part of a mapped file that is needed soon; does nothing for other memory."""
+    _advise(data, mmap.MADV_WILLNEED)
+
+
+def _advise(data: NDArray[np.uint8], advice: int) -> None:
+    """For the whole pages within data."""
     mapped = _mapping_of(data)
     if mapped is None or data.nbytes == 0:
         return
@@ -45,7 +55,7 @@ def drop_pages(data: NDArray[np.uint8]) -> None:
     first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (begin + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if 0 <= first < last <= len(mapped):
-        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+        mapped.madvise(advice, first, last - first)
 
 
 def _mapping_of(data: object) -> mmap.mmap | None:

@@ -9,7 +9,7 @@ from kernels.dispatch import native_matrix
 from kernels.reference.quant import dequantize
 from serve_app.errors import ModelFileError
 from serve_app.loaders.checkpoint import Checkpoint, StoredTensor, num_elements
-from serve_app.loaders.pages import as_tensor, drop_pages
+from serve_app.loaders.pages import as_tensor, drop_pages, expect_pages
 from serve_app.quant.native_weight import NativeWeight
 from serve_app.quant.packed import PackedWeight, fuse
 from serve_app.quant.weight import DenseWeight, FusedWeight, Weight
@@ -97,6 +97,7 @@ class CheckpointSource:
         matrix = native_matrix(stored.form.type_id, *stored.shape) if self._device.type == "cpu" else None
         if matrix is None:
             return None
+        expect_pages(stored.data)
         num_rows, rows = stored.shape[0], self._rows(stored, stored.shape[0])
         if stored.row_order is not None:
             matrix.pack(0, rows, stored.row_order)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.dispatch import NativeModule
 from serve_app import cpu_info
 from serve_app.commands import doctor
 from serve_app.commands.doctor import Finding
@@ -23,16 +24,28 @@ def test_the_report_has_what_was_promised(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_attention_backends_each_have_a_reason_and_one_is_chosen() -> None:
-    findings = [finding for finding in doctor.examine()["attention"] if finding.name != "native_kernels"]
+    findings = doctor.examine()["attention"]
     assert [finding.value for finding in findings].count("chosen") == 1
     assert all(finding.note for finding in findings)
     assert "torch" in {finding.name for finding in findings}
 
 
+def test_which_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {finding.name: finding for finding in doctor.examine()["kernels"]}
+    assert found["native_kernels"].value is True
+    assert "generic" in found["instruction_sets"].value
+    assert found["native_kernels"].note.removeprefix("native ") in found["instruction_sets"].value
+    assert found["matrices"].value == "native"
+    monkeypatch.setattr("kernels.dispatch.native", lambda: NativeModule(None, "it is not built"))
+    without = {finding.name: finding for finding in doctor.examine()["kernels"]}
+    assert (without["native_kernels"].value, without["native_kernels"].note) == (False, "it is not built")
+    assert without["matrices"].value == "torch"
+
+
 def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.run(as_json=False) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {"cpu", "memory", "torch", "gpu", "attention", "ray"} <= set(lines)
+    assert {"cpu", "memory", "torch", "gpu", "kernels", "attention", "ray"} <= set(lines)
     assert any("GiB" in line for line in lines)
 
 

@@ -45,7 +45,7 @@ def test_without_native_code_one_warning_says_why(
     assert "plain torch" in line.getMessage()
     assert "SIROCCO_NATIVE=0" in line.getMessage()
     assert line.levelno == logging.WARNING
-    findings = [f for f in doctor.examine()["attention"] if f.name == "native_kernels"]
+    findings = [f for f in doctor.examine()["kernels"] if f.name == "native_kernels"]
     assert [(f.value, f.note) for f in findings] == [(False, dispatch.native().reason)]
 
 
