@@ -82,6 +82,37 @@ def softcap(x: int, count: int, cap: float) -> None: ...
 def add(x: int, y: int, count: int) -> None: ...
 def scale(x: int, count: int, factor: float) -> None: ...
 def uniform(seeds: int, positions: int, out: int, count: int) -> None: ...
+def likeliest(logits: int, row_stride: int, rows: int, vocab: int, out: int) -> None: ...
+def logprobs(
+    logits: int, row_stride: int, rows: int, vocab: int, ids: int, k: int, chosen: int, top_ids: int, top: int
+) -> None: ...
+def add_to_logits(
+    logits: int,
+    row_stride: int,
+    rows: int,
+    vocab: int,
+    who: int,
+    num_who: int,
+    tokens: int,
+    amounts: int,
+    count: int,
+) -> None: ...
+def penalise(
+    logits: int,
+    row_stride: int,
+    rows: int,
+    vocab: int,
+    who: int,
+    num_who: int,
+    tokens: int,
+    amounts: int,
+    factors: int,
+    scratch: int,
+    count: int,
+) -> None: ...
+def forbid(
+    logits: int, row_stride: int, rows: int, vocab: int, who: int, num_who: int, words: int, words_stride: int
+) -> None: ...
 def draw_tokens(
     logits: int,
     row_stride: int,

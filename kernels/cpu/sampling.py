@@ -1,53 +1,117 @@
-"""The native draw of tokens on arrays of the host. See kernels.reference.sampling for what it computes."""
+"""Native sampling on arrays of the host: changes of logits, the draw of tokens, log-probabilities.
+
+logits are float32 [S, vocab] with contiguous rows; what names rows or tokens is int64 and checked natively: IndexError.
+See kernels.reference.sampling for what the draw computes. A row's result and cost do not depend on the other rows.
+"""
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels.cpu import _native
 
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
 
 def _require(holds: bool) -> None:
     assert holds, "an array handed to a native kernel has the wrong shape, dtype or strides"
 
 
-def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+def _logits(logits: Floats) -> tuple[int, int, int, int]:
+    rows, vocab_size = logits.shape
+    _require(logits.dtype == np.float32 and (vocab_size <= 1 or logits.strides[1] == 4) and logits.strides[0] % 4 == 0)
+    return logits.ctypes.data, logits.strides[0] // 4, rows, vocab_size
+
+
+def _array(array: NDArray[Any], dtype: type, shape: tuple[int, ...]) -> int:
+    _require(array.dtype == dtype and array.shape == shape and array.flags.c_contiguous)
+    return array.ctypes.data
+
+
+def uniform(seeds: NDArray[np.uint64], positions: Ints) -> Doubles:
     """seeds and positions [S] → float64 [S] in [0, 1), Philox4x32-10."""
     out = np.empty(len(seeds))
-    _require(seeds.dtype == np.uint64 and positions.dtype == np.int64 and len(positions) == len(seeds))
-    _require(seeds.flags.c_contiguous and positions.flags.c_contiguous)
-    _native.uniform(seeds.ctypes.data, positions.ctypes.data, out.ctypes.data, len(seeds))
+    shape = seeds.shape
+    _native.uniform(_array(seeds, np.uint64, shape), _array(positions, np.int64, shape), out.ctypes.data, len(out))
     return out
 
 
-def draw_tokens(
-    logits: NDArray[np.float32],
-    temperature: NDArray[np.float32],
-    top_k: NDArray[np.int64],
-    top_p: NDArray[np.float64],
-    min_p: NDArray[np.float64],
-    u: NDArray[np.float64],
-) -> NDArray[np.int64]:
-    """logits [S, vocab], the others [S] → ids [S]. Temperature 0 takes the likeliest token, the first among equals.
+def likeliest(logits: Floats) -> Ints:
+    """The first of the largest in each row; NaN is none, and a row without a number gives 0."""
+    out = np.empty(len(logits), np.int64)
+    _native.likeliest(*_logits(logits), out.ctypes.data)
+    return out
 
-    Each row's cost does not depend on the other rows.
-    """
-    rows, vocab_size = logits.shape
-    out = np.empty(rows, np.int64)
-    _require(logits.flags.c_contiguous and logits.dtype == np.float32)
-    _require(temperature.dtype == np.float32 and top_k.dtype == np.int64)
-    parameters = (temperature, top_k, top_p, min_p, u)
-    _require(all(p.shape == (rows,) and p.flags.c_contiguous for p in parameters))
-    _require(all(p.dtype == np.float64 for p in parameters[2:]))
+
+def draw_tokens(logits: Floats, temperature: Floats, top_k: Ints, top_p: Doubles, min_p: Doubles, u: Doubles) -> Ints:
+    """logits [S, vocab], the others [S] → ids [S]. Temperature 0 takes the likeliest token, the first among equals."""
+    out = np.empty(len(logits), np.int64)
+    shape = out.shape
     _native.draw_tokens(
-        logits.ctypes.data,
-        vocab_size,
-        rows,
-        vocab_size,
-        temperature.ctypes.data,
-        top_k.ctypes.data,
-        top_p.ctypes.data,
-        min_p.ctypes.data,
-        u.ctypes.data,
+        *_logits(logits),
+        _array(temperature, np.float32, shape),
+        _array(top_k, np.int64, shape),
+        _array(top_p, np.float64, shape),
+        _array(min_p, np.float64, shape),
+        _array(u, np.float64, shape),
         out.ctypes.data,
     )
     return out
+
+
+def logprobs(logits: Floats, ids: Ints, k: int) -> tuple[Floats, Ints, Floats]:
+    """Log-probabilities of the tokens ids [S], and of the k likeliest: [S], ids [S, k], [S, k], best first.
+
+    Where NaNs leave fewer than k tokens, -1 and NaN stand for the rest.
+    """
+    rows = len(logits)
+    chosen, top_ids, top = np.empty(rows, np.float32), np.empty((rows, k), np.int64), np.empty((rows, k), np.float32)
+    _native.logprobs(
+        *_logits(logits), _array(ids, np.int64, (rows,)), k, chosen.ctypes.data, top_ids.ctypes.data, top.ctypes.data
+    )
+    return chosen, top_ids, top
+
+
+def add(logits: Floats, who: Ints, tokens: Ints, amounts: Floats) -> None:
+    """Adds amounts in place to rows who [s]; tokens and amounts [s, n], or [s]. A token named twice gets both."""
+    shape = tokens.shape
+    _require(shape[0] == len(who) and len(shape) in (1, 2))
+    _native.add_to_logits(
+        *_logits(logits),
+        _array(who, np.int64, (len(who),)),
+        len(who),
+        _array(tokens, np.int64, shape),
+        _array(amounts, np.float32, shape),
+        shape[1] if len(shape) == 2 else 1,
+    )
+
+
+def penalise(logits: Floats, who: Ints, tokens: Ints, amounts: Floats, factors: Floats) -> None:
+    """Subtracts amounts [s, n] from tokens [s, n] of rows who [s], then divides what is positive by factors [s] and
+    multiplies the rest by it, in place. A token named again with the same amount is penalised once."""
+    shape = (len(who), tokens.shape[1])
+    scratch = np.empty(shape, np.float32)
+    _native.penalise(
+        *_logits(logits),
+        _array(who, np.int64, shape[:1]),
+        len(who),
+        _array(tokens, np.int64, shape),
+        _array(amounts, np.float32, shape),
+        _array(factors, np.float32, shape[:1]),
+        scratch.ctypes.data,
+        shape[1],
+    )
+
+
+def forbid(logits: Floats, who: Ints, words: NDArray[np.int32]) -> None:
+    """Sets to -inf in rows who [s] what has no bit: words [s, w], token i is bit i % 32 of word i // 32."""
+    _native.forbid(
+        *_logits(logits),
+        _array(who, np.int64, (len(who),)),
+        len(who),
+        _array(words, np.int32, (len(who), words.shape[1])),
+        words.shape[1],
+    )

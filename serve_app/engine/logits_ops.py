@@ -66,23 +66,20 @@ class HostLogits:
 
     def add(self, logits: Floats, who: Ints, tokens: Ints, amounts: Floats) -> None:
         """See LogitsOps."""
-        np.add.at(logits, (who, tokens), amounts)
+        self._sampling.add(logits, who.reshape(-1), np.ascontiguousarray(tokens), np.ascontiguousarray(amounts))
 
     def penalise(self, logits: Floats, who: Ints, tokens: Ints, amounts: Floats, factor: Floats) -> None:
         """See LogitsOps."""
-        at = (who[:, None], tokens)
-        some = logits[at] - amounts
-        logits[at] = np.where(some > 0, some / factor, some * factor)
+        lists = np.ascontiguousarray(tokens), np.ascontiguousarray(amounts)
+        self._sampling.penalise(logits, who, *lists, np.ascontiguousarray(factor).reshape(-1))
 
     def forbid(self, logits: Floats, who: Ints, words: NDArray[np.int32]) -> None:
         """See LogitsOps."""
-        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=logits.shape[1])
-        logits[who] = np.where(bits, logits[who], -np.inf)
+        self._sampling.forbid(logits, who, words)
 
     def likeliest(self, logits: Floats) -> Ints:
         """See LogitsOps."""
-        zero = np.zeros(len(logits))
-        return self._sampling.draw_tokens(logits, zero.astype(np.float32), zero.astype(np.int64), zero, zero, zero)
+        return self._sampling.likeliest(logits)
 
     def draw(self, logits: Floats, seeds: NDArray[np.uint64], positions: Ints, parameters: Parameters) -> Ints:
         """See LogitsOps."""
@@ -90,14 +87,7 @@ class HostLogits:
 
     def logprobs(self, raw: Floats, ids: Ints, k: int) -> tuple[Floats, Ints, Floats]:
         """See LogitsOps."""
-        largest = raw.max(axis=1, keepdims=True)
-        scale = largest + np.log(np.exp(raw - largest).sum(axis=1, keepdims=True))
-        some = (
-            np.argpartition(raw, raw.shape[1] - k, axis=1)[:, raw.shape[1] - k :] if k else np.zeros((len(raw), 0), int)
-        )
-        order = np.argsort(-np.take_along_axis(raw, some, 1), axis=1, kind="stable")
-        top = np.take_along_axis(some, order, 1)
-        return (np.take_along_axis(raw, ids[:, None], 1) - scale)[:, 0], top, np.take_along_axis(raw, top, 1) - scale
+        return self._sampling.logprobs(raw, ids, k)
 
 
 class TorchLogits:

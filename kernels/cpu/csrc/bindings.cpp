@@ -12,9 +12,7 @@
 
 #include "iq_grids.h"
 #include "kernel_choice.h"
-#include "philox.h"
 #include "probe.h"
-#include "sampling.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -85,32 +83,10 @@ void matmul(int type_id, uintptr_t weight, int64_t rows, int64_t row_bytes, int6
                  [&](int64_t begin, int64_t end) { kernels.matmul_file(job, begin, end); });
 }
 
-// out[i] = the first 32 bits of Philox(key = seeds[i], counter = positions[i]) / 2^32.
-void uniform(uintptr_t seeds, uintptr_t positions, uintptr_t out, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const uint64_t seed = at<uint64_t>(seeds)[i], position = at<uint64_t>(positions)[i];
-        const Philox bits = philox4x32_10({{uint32_t(position), uint32_t(position >> 32), 0, 0}}, uint32_t(seed), uint32_t(seed >> 32));
-        at<double>(out)[i] = double(bits.x[0]) * 0x1p-32;
-    }
-}
-
-void draw_tokens(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t vocab, uintptr_t temperature, uintptr_t top_k,
-                 uintptr_t top_p, uintptr_t min_p, uintptr_t u, uintptr_t out) {
-    require(vocab > 0, "draw_tokens: no vocabulary");
-    nb::gil_scoped_release release;
-    const KernelTable& kernels = current_kernels();
-    parallel_for(rows, vocab * 16, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-            const DrawParams p{at<float>(temperature)[r], at<int64_t>(top_k)[r], at<double>(top_p)[r], at<double>(min_p)[r],
-                               at<double>(u)[r]};
-            at<int64_t>(out)[r] = draw_token(kernels, at<float>(logits) + r * row_stride, vocab, p);
-        }
-    });
-}
-
 }  // namespace
 
 void bind_layers(nb::module_& m);
+void bind_sampling(nb::module_& m);
 void bind_packed(nb::module_& m);
 void bind_program(nb::module_& m);
 
@@ -129,7 +105,6 @@ NB_MODULE(_native, m) {
     m.def("can_decode", can_decode);
     m.def("dequantize", dequantize);
     m.def("matmul", matmul);
-    m.def("uniform", uniform);
-    m.def("draw_tokens", draw_tokens);
+    bind_sampling(m);
     bind_layers(m);
 }

@@ -44,8 +44,16 @@ struct KernelTable {
     void (*attend)(const AttentionTables&, const AttentionJob&, const AttentionUnit&, float* partials);
     void (*merge_segments)(const AttentionTables&, const AttentionJob&, const AttentionUnit& whole, float* partials);
     void (*to_f32)(const void* from, Float type, float* to, int64_t count);
-    // out[i] = e^((x[i] - largest) / divisor)
-    void (*exp_shifted)(const float* x, float largest, float divisor, float* out, int64_t count);
+    // The largest that is not NaN (-infinity if there is none), and where the value is found first, or -1.
+    float (*largest_of)(const float* x, int64_t count);
+    int64_t (*first_equal)(const float* x, int64_t count, float value);
+    // out[i] = e^((x[i] - largest) / divisor), within [0, 1], 0 for NaN; sums: of each kSumBlock of them.
+    void (*exp_weights)(const float* x, float largest, float divisor, float* out, int64_t count, double* sums);
+    void (*chunk_maxima)(const float* x, int64_t count, float* out);  // of each kChunk
+    double (*mass_above)(const float* x, int64_t count, float threshold);  // the sum of what is at least the threshold
+    // What is at least the threshold, and the ids, x[0] being first_id; how many. There is room for `count` of them, and
+    // what lies beyond those found is overwritten.
+    int64_t (*collect)(const float* x, int64_t first_id, int64_t count, float threshold, float* values, int32_t* ids);
 };
 
 // The build in use.

@@ -20,7 +20,12 @@ void scale(float*, int64_t, float);
 void attend(const AttentionTables&, const AttentionJob&, const AttentionUnit&, float*);
 void merge_segments(const AttentionTables&, const AttentionJob&, const AttentionUnit&, float*);
 void to_f32(const void*, Float, float*, int64_t);
-void exp_shifted(const float*, float, float, float*, int64_t);
+float largest_of(const float*, int64_t);
+int64_t first_equal(const float*, int64_t, float);
+void exp_weights(const float*, float, float, float*, int64_t, double*);
+void chunk_maxima(const float*, int64_t, float*);
+double mass_above(const float*, int64_t, float);
+int64_t collect(const float*, int64_t, int64_t, float, float*, int32_t*);
 
 extern const KernelTable table;
 const KernelTable table{
@@ -39,6 +44,11 @@ const KernelTable table{
     .attend = attend,
     .merge_segments = merge_segments,
     .to_f32 = to_f32,
-    .exp_shifted = exp_shifted,
+    .largest_of = largest_of,
+    .first_equal = first_equal,
+    .exp_weights = exp_weights,
+    .chunk_maxima = chunk_maxima,
+    .mass_above = mass_above,
+    .collect = collect,
 };
 }  // namespace SIROCCO_ISA

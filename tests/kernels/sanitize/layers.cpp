@@ -75,7 +75,15 @@ void elements(const KernelTable& kernels, int64_t count) {
     kernels.softcap(x.data(), count, 30.0f);
     kernels.add(x.data(), y.data(), count);
     kernels.scale(x.data(), count, 0.5f);
-    kernels.exp_shifted(x.data(), 2.0f, 0.7f, y.data(), count);
+    Exact<double> sums((count + kSumBlock - 1) / kSumBlock, 8);
+    kernels.exp_weights(x.data(), 2.0f, 0.7f, y.data(), count, sums.data());
+    Exact<float> maxima((count + kChunk - 1) / kChunk, 4);
+    kernels.chunk_maxima(x.data(), count, maxima.data());
+    kernels.mass_above(y.data(), count, 0.1f);
+    kernels.first_equal(x.data(), count, kernels.largest_of(x.data(), count));
+    Exact<float> values(count, 4);
+    Exact<int32_t> ids(count, 4);
+    require(kernels.collect(x.data(), 0, count, 0.0f, values.data(), ids.data()) <= count, "more values than there are");
     kernels.to_f32(x.data(), Float::f32, y.data(), count);
     kernels.to_f32(halves.data(), Float::f16, y.data(), count);
     kernels.to_f32(halves.data(), Float::bf16, y.data(), count);
@@ -131,6 +139,13 @@ void run_sampling(const KernelTable& kernels) {
         for (const double top_p : {1.0, 0.9}) {
             const int64_t id = draw_token(kernels, logits.data(), vocab, {1.0f, 0, top_p, 0.0, 0.5});
             require(id >= 0 && id < vocab, "a token outside the vocabulary");
+        }
+        require(likeliest(kernels, logits.data(), vocab) < vocab, "a likeliest token outside the vocabulary");
+        for (const int64_t k : {int64_t(0), int64_t(1), vocab / 2, vocab}) {
+            Exact<int64_t> ids(k, 8);
+            Exact<float> top(k, 4), chosen(1, 4);
+            logprobs(kernels, logits.data(), vocab, vocab - 1, k, chosen.data(), ids.data(), top.data());
+            for (int64_t i = 0; i < k; ++i) require(ids[i] >= -1 && ids[i] < vocab, "a top token outside the vocabulary");
         }
     }
 }
