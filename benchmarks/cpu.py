@@ -14,6 +14,8 @@ the environment forces our instruction set, to be compared with a llama.cpp that
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -105,4 +107,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # Ended from outside, it still ends what it has started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     main()

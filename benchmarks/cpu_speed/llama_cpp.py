@@ -108,12 +108,16 @@ def _run(command: list[str]) -> tuple[list[str], float | None]:
     assert process.stdout is not None
     notes = _Notes(process)
     notes.start()
-    with process.stdout:
-        lines = [process.stdout.readline()]
-        after = cpu_s_of(process.pid)
-        lines += process.stdout
-    notes.join()
-    if process.wait():
+    try:
+        with process.stdout:
+            lines = [process.stdout.readline()]
+            after = cpu_s_of(process.pid)
+            lines += process.stdout
+        process.wait()
+    finally:
+        process.kill()  # where we are interrupted
+        notes.join()
+    if process.returncode:
         raise EngineError(f"{command[0]} ended with {process.returncode}: {notes.last_words()}")
     return lines, None if notes.before is None or after is None else after - notes.before
 
