@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "cpu"
-ONLY_X86 = ("matmul_avx2.cpp", "matmul_avx2_q8.cpp", "matmul_bf16.cpp")
+ONLY_X86 = ("matmul_avx2.cpp", "matmul_avx2_decoded.cpp", "matmul_avx2_q8.cpp", "matmul_bf16.cpp")
 PORTABLE = sorted(
     source
     for source in (KERNELS / "csrc").glob("*.cpp")

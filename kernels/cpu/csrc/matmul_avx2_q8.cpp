@@ -102,20 +102,6 @@ SIROCCO_INLINE Words weights_of(const uint8_t* words, int sub, int group) {
     return Q::kBits == 8 ? w ^ 0x80808080u : w;
 }
 
-// These types' high and low bits lie far apart. Read in the order of their use, lines come from memory in an order that the
-// hardware does not foresee (measured: a third of the bandwidth); one look at each line of the block in order cures it.
-template <typename Q>
-constexpr bool kNeedsLook = Q::kType == 10 || Q::kType == 11 || Q::kType == 14;
-
-template <typename Q>
-SIROCCO_INLINE void look_at_block(const uint8_t* words) {
-    for (int i = 0; i < Q::kWords; ++i) {
-        int32_t word;
-        std::memcpy(&word, words + i * 64, 4);
-        asm volatile("" ::"r"(word));
-    }
-}
-
 // A tile times M tokens, straight from the packed words.
 template <typename Q, int M>
 SIROCCO_INLINE void multiply_packed(const MatmulJob& job, int64_t tile, const uint8_t* const* x, Sum (&total)[M]) {
@@ -124,7 +110,6 @@ SIROCCO_INLINE void multiply_packed(const MatmulJob& job, int64_t tile, const ui
     const uint8_t* packed = job.weight.tile(tile);
     for (int64_t b = 0; b < job.weight.blocks; ++b) {
         const uint8_t *words = block_words<Q>(packed, b), *line = block_scales<Q>(packed, b);
-        if constexpr (kNeedsLook<Q>) look_at_block<Q>(words);
         Scales scales[2];
         for (int h = 0; h < 2; ++h) Q::scales(words + 32 * h, line + 16 * h, scales[h]);
         Sum sums[M] = {};
