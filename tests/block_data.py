@@ -63,7 +63,8 @@ def rounded_to_8_bits(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     padded[:, :columns] = x
     blocks = padded.view(tokens, num_blocks, block)
     top = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top > 1e-36, 127.0 / top, torch.zeros_like(top))
+    # A division of tensors: a number divided by a tensor is multiplied by its rounded inverse.
+    inverse = torch.where(top > 1e-36, torch.tensor(127.0) / top, torch.zeros_like(top))
     q = (blocks * inverse).round()
     scale = (top / 127.0).expand_as(blocks)
     return (q.double() * scale).reshape(padded.shape)[:, :columns], scale.reshape(padded.shape)[:, :columns].double()
