@@ -18,6 +18,9 @@ class BatchBuilder:
     def __init__(self, max_seqs: int, max_blocks: int, block_size: int) -> None:
         self._tables = np.zeros((max_seqs, max_blocks), np.int32)
         self._block_size = block_size
+        # Of decodes alone: every request has one token, whose logits are wanted.
+        self._starts = np.arange(max_seqs + 1, dtype=np.int32)
+        self._index = np.arange(max_seqs)
 
     def set_blocks(self, request: Request) -> None:
         """Takes over a running request's whole block list."""
@@ -34,6 +37,8 @@ class BatchBuilder:
         wanted_logits: (index into step.prefill, positions) of prompt tokens whose logits are to come back besides
         those that are sampled.
         """
+        if not step.prefill:
+            return self._decodes(step.decode)
         decode, prefill = step.decode, step.prefill
         num_decode = len(decode)
         counts = np.ones(num_decode + len(prefill), np.int64)
@@ -78,4 +83,27 @@ class BatchBuilder:
             sample_positions=context[sampled],
             max_query_len=int(counts.max()),
             max_context_len=int(context.max()),
+        )
+
+    def _decodes(self, requests: Sequence[Request]) -> ForwardBatch:
+        """Most steps are of this kind. A list a number of each request: half of the time of an array a number."""
+        size = self._block_size
+        positions = [r.num_computed for r in requests]
+        slots = [r.blocks[n // size] * size + n % size for r, n in zip(requests, positions, strict=True)]
+        lists = [[r.token_ids[-1] for r in requests], positions, slots, [r.row for r in requests]]
+        token_ids, computed, slot_mapping, rows = np.array(lists, np.int64)
+        longest, count = max(positions) + 1, len(requests)
+        context = computed + 1
+        return ForwardBatch(
+            token_ids=token_ids,
+            positions=computed,
+            slot_mapping=slot_mapping,
+            block_tables=self._tables[rows, : -(-longest // size)],
+            query_start=self._starts[: count + 1],
+            context_lens=context.astype(np.int32),
+            logit_index=self._index[:count],
+            sample_rows=rows,
+            sample_positions=context,
+            max_query_len=1,
+            max_context_len=longest,
         )

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from serve_app.kv_cache.arena import PosixShmArena
-from serve_app.kv_cache.kv_pool import HEADER_BYTES, KvPool
+from serve_app.kv_cache.kv_pool import HEADER_BYTES, KvPool, kv_dtype_name, row_elements
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -50,3 +50,15 @@ def test_a_tensor_taken_from_the_pool_may_outlive_it() -> None:
     view.fill_(2.0)
     assert float(view.sum()) == 2.0 * view.numel()
     assert pool.k == []
+
+
+def test_q8_rows_hold_a_scale_for_each_32_values() -> None:
+    pool = KvPool.create(PosixShmArena.create, 3, 16, 2, 2, 80, torch.uint8)
+    assert row_elements(80, torch.uint8) == 80 + 3 * 2
+    assert pool.k[1].shape == (3, 16, 2, 86)
+    assert KvPool.bytes_per_block(16, 2, 2, 80, torch.uint8) == 2 * 2 * 16 * 2 * 86
+    assert kv_dtype_name(pool.dtype) == "q8"
+    pool.v[1][1].fill_(7)
+    pool.copy_block(1, 2)
+    assert int(pool.v[1][2].sum()) == 7 * 16 * 2 * 86
+    pool.close()
