@@ -7,8 +7,7 @@ mistakes and end in an AssertionError; sizes that the batch brings (slots, block
 import torch
 from torch import Tensor
 
-from kernels.cpu import _native, layers
-from kernels.cpu.attention import AttentionPlan as AttentionPlan
+from kernels.cpu import _native
 from kernels.formats import block_format
 
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -58,41 +57,6 @@ def matmul(type_id: int, x: Tensor, blocks: Tensor, out: Tensor | None = None) -
         out.stride(0),
     )
     return out
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [T, H], weight [H] float32 → x / rms(x) * weight, [T, H] in x's dtype."""
-    return layers.norm(x.float(), weight, epsilon).to(x.dtype)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Adds x to residual in place, then normalises the sum; all [T, H]."""
-    if x.dtype == torch.float32:
-        return layers.norm(x, weight, epsilon, residual=residual)
-    residual += x
-    return rms_norm(residual, weight, epsilon)
-
-
-def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
-    """Rotates q [T, n_heads, head_dim] and k [T, n_kv_heads, head_dim] in place; only the first dimension is strided.
-
-    table float32 [positions, rotary_dim]: cosines of the first half, sines in the second. positions [T] int64.
-    """
-    wide = q.float(), k.float()
-    layers.rope_kv(*wide, table=table, positions=positions)
-    if q.dtype != torch.float32:
-        q.copy_(wide[0])
-        k.copy_(wide[1])
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up [T, 2 * I] → silu(gate) * up, [T, I]."""
-    return layers.activate(gate_up.float()).to(gate_up.dtype)
-
-
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of caches [num_blocks, block_size, n_kv_heads, row]."""
-    layers.rope_kv(None, k.float(), v.float(), k_cache=k_cache, v_cache=v_cache, slots=slots)
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def test_the_wheel_ships_the_three_packages_and_nothing_else() -> None:
 
 
 def test_no_dependency_is_the_other_kernels() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needs = [*project["dependencies"], *(need for extra in project["optional-dependencies"].values() for need in extra)]
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = config["project"]
+    groups = [*project["optional-dependencies"].values(), *config["dependency-groups"].values()]
+    needs = [*project["dependencies"], *(need for group in groups for need in group)]
     names = {need.split(";")[0].split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip() for need in needs}
     assert not names & {"kernels", "deployments", "serve-app", "serve_app"}

@@ -7,16 +7,17 @@ import threading
 import pytest
 import torch
 
-from kernels.cpu import _native, ops
+from kernels.cpu import _native, layers, ops
+from kernels.cpu.attention import AttentionPlan
 
 
 def plan(
     tables: list[list[int]], starts: list[int], contexts: list[int], tokens: int, num_blocks: int = 4
-) -> ops.AttentionPlan:
+) -> AttentionPlan:
     def ints(values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32)
 
-    return ops.AttentionPlan(ints(tables), ints(starts), ints(contexts), tokens, (num_blocks, 4, 1, 8), 2)
+    return AttentionPlan(ints(tables), ints(starts), ints(contexts), tokens, (num_blocks, 4, 1, 8), 2)
 
 
 def test_a_fitting_plan_is_cut_by_request_and_head() -> None:
@@ -46,14 +47,14 @@ def test_tables_that_leave_the_pool_are_refused(
 def test_slots_outside_the_pool_are_refused(slot: int) -> None:
     k, cache = torch.zeros(1, 1, 8), torch.zeros(4, 4, 1, 8)
     with pytest.raises(IndexError, match="slot"):
-        ops.kv_write(k, k, cache, cache, torch.tensor([slot]))
+        layers.rope_kv(None, k, k, k_cache=cache, v_cache=cache, slots=torch.tensor([slot]))
 
 
 @pytest.mark.parametrize("position", [-1, 10])
 def test_positions_outside_the_table_are_refused(position: int) -> None:
     q = torch.zeros(1, 2, 8)
     with pytest.raises(IndexError, match="position"):
-        ops.rope(q, q, torch.tensor([position]), torch.zeros(10, 8))
+        layers.rope_kv(q, q, positions=torch.tensor([position]), table=torch.zeros(10, 8))
 
 
 def test_a_matrix_of_another_width_is_refused() -> None:

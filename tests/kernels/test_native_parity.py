@@ -9,9 +9,7 @@ import torch
 from kernels import dispatch
 from kernels.cpu import _native, ops
 from kernels.formats import BY_NAME
-from kernels.reference import norm as plain
 from kernels.reference import sampling
-from kernels.reference.attention import paged_attention, paged_decode
 from kernels.reference.quant import dequantize
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -113,74 +111,6 @@ def test_matmul_writes_into_a_slice() -> None:
     assert torch.equal(wide[:, 10:30], ops.matmul(8, x, blocks))
     assert not wide[:, :10].any()
     assert not wide[:, 30:].any()
-
-
-@pytest.mark.parametrize("width", [5, 64, 173])
-def test_norms(width: int, dtype: torch.dtype) -> None:
-    x, weight = randn(9, width, dtype=dtype), randn(width, seed=1)
-    expected = plain.rms_norm(x, weight, 1e-5)
-    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), expected, rtol=TOLERANCE[dtype], atol=1e-5)
-    residuals = [randn(9, width, dtype=dtype, seed=2) for _ in range(2)]
-    expected = plain.add_rms_norm(x, residuals[0], weight, 1e-5)
-    got = ops.add_rms_norm(x, residuals[1], weight, 1e-5)
-    assert torch.equal(residuals[0], residuals[1])
-    torch.testing.assert_close(got, expected, rtol=TOLERANCE[dtype], atol=1e-5)
-
-
-@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (24, 24), (24, 10), (6, 2)])
-def test_rope_in_a_fused_tensor(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
-    table = plain.rotary_table(torch.arange(50), torch.rand(rotary_dim // 2))
-    positions = torch.tensor([0, 49, 7, 7, 20])
-    fused = [randn(5, 6 + 2 + 2, head_dim, dtype=dtype) for _ in range(2)]
-    for rope, heads in zip((plain.rope, ops.rope), fused, strict=True):
-        rope(heads[:, :6], heads[:, 6:8], positions, table)
-    torch.testing.assert_close(fused[1], fused[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    assert torch.equal(fused[1][:, 8:], randn(5, 10, head_dim, dtype=dtype)[:, 8:])
-
-
-@pytest.mark.parametrize("width", [3, 64, 173])
-def test_silu_mul(width: int, dtype: torch.dtype) -> None:
-    gate_up = randn(7, 2 * width, dtype=dtype) * 30
-    expected = plain.silu_mul(gate_up)
-    torch.testing.assert_close(ops.silu_mul(gate_up), expected, rtol=TOLERANCE[dtype], atol=1e-6)
-
-
-@pytest.mark.parametrize("kv_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 24), (6, 6, 6), (20, 1, 40)])
-def test_kv_write_and_attention(
-    n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype
-) -> None:
-    contexts, queries, block_size = [1, 70, 33, 129, 64], [1, 40, 1, 1, 64], 16
-    query_start = [0, 1, 41, 42, 43, 107]
-    tables = torch.zeros(5, 9, dtype=torch.int32)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(1)).to(torch.int32)
-    for r, context in enumerate(contexts):
-        count = -(-context // block_size)
-        tables[r, :count], order = order[:count], order[count:]
-    cache = randn(2, 40, block_size, n_kv_heads, head_dim, seed=3).to(kv_dtype)
-    k_cache, v_cache = cache[0].clone(), cache[1].clone()
-    heads = randn(107, n_heads + 2 * n_kv_heads, head_dim, dtype=dtype)
-    q, k, v = heads.split([n_heads, n_kv_heads, n_kv_heads], dim=1)
-    slots = torch.cat(
-        [
-            tables[r].long()[torch.arange(c - n, c) // block_size] * block_size + torch.arange(c - n, c) % block_size
-            for r, (c, n) in enumerate(zip(contexts, queries, strict=True))
-        ]
-    )
-    plain.kv_write(k, v, cache[0], cache[1], slots)
-    ops.kv_write(k, v, k_cache, v_cache, slots)
-    assert torch.equal(k_cache, cache[0])
-    assert torch.equal(v_cache, cache[1])
-
-    expected = paged_attention(q, k_cache, v_cache, tables, query_start, contexts)
-    lens = torch.tensor(contexts, dtype=torch.int32)
-    plan = ops.AttentionPlan(tables, torch.tensor(query_start, dtype=torch.int32), lens, 107, k_cache.shape, n_heads)
-    got = plan.run(q.float(), k_cache, v_cache).to(dtype)
-    torch.testing.assert_close(got, expected, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
-
-    last = torch.tensor(query_start[1:]) - 1
-    decode = paged_decode(q[last], k_cache, v_cache, tables, lens)
-    torch.testing.assert_close(decode, expected[last], rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 
 def test_uniform() -> None:

@@ -147,8 +147,8 @@ struct Q3_K {
     static constexpr int kType = 11, kBits = 3, kBlock = 256, kSub = 16, kWords = 27, kScales = 32, kOffsetBits = 2;
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
-        const Words low = load_words(words + ((sub / 8 ? 19 : 7 + 4 * (sub & 1)) + 4 * (sub & 1) + g) * 64);
-        const Words high = load_words(words + (3 + 8 * (sub & 1) + g) * 64);
+        const Words low = load_words(words + (sub / 8 ? 19 + 4 * (sub & 1) + g : 3 + 8 * (sub & 1) + 2 * g) * 64);
+        const Words high = load_words(words + (4 + 8 * (sub & 1) + 2 * g) * 64);
         return ((low >> (sub & 6)) & 0x03030303u) | (((high >> (sub / 2)) & 0x01010101u) << 2);
     }
     SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* line, Scales& s) {
@@ -198,8 +198,8 @@ struct Q6_K {
     static constexpr bool kHasMinimum = false;
     SIROCCO_INLINE static Words weights(const uint8_t* words, int sub, int g) {
         const int half = sub / 8, part = sub & 7;
-        const Words low = load_words(words + (24 * half + 4 + ((part & 3) < 2 ? 8 * (part & 3) : 8 + 4 * (part & 3)) + g) * 64);
-        const Words high = load_words(words + (24 * half + 8 + 8 * (part & 1) + g) * 64);
+        const Words low = load_words(words + (24 * half + 4 + ((part & 3) < 2 ? 8 * (part & 3) + 2 * g : 8 + 4 * (part & 3) + g)) * 64);
+        const Words high = load_words(words + (24 * half + 5 + 8 * (part & 1) + 2 * g) * 64);
         return nibbles(low, 4 * (part / 4)) | (((high >> (2 * (part / 2))) & 0x03030303u) << 4);
     }
     SIROCCO_INLINE static void scales(const uint8_t* words, const uint8_t* line, Scales& s) {

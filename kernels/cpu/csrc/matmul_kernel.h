@@ -43,17 +43,19 @@ SIROCCO_INLINE static int32_t load_int(const uint8_t* p) {
 
 SIROCCO_INLINE static Floats all(float v) { return Floats{} + v; }
 
-// With few tokens, hardware asks for the weights in time. With more, its memory of what goes by is full of the tokens'
-// rows, and the kernels ask by themselves, for the second-level cache: asking for the first would wait for its few buffers.
-constexpr int kAskFrom = 6;          // tokens
-constexpr int64_t kAhead = 4 << 10;  // bytes
+// With one or two tokens, hardware asks for the weights in time. With more it falls behind, and the kernels ask by
+// themselves: for the second-level cache, since asking for the first would wait for its few buffers. Every line must be
+// asked for: one that is not, in a kilobyte, costs the time of a whole memory access and halves the speed.
+constexpr int64_t kAhead = 8 << 10;  // bytes
 
-template <int M>
+// Whether M tokens on blocks of so many words need it; measured. Long blocks come in bursts, which hardware follows longer.
+template <int M, int BlockWords>
+constexpr bool kAsks = M >= (BlockWords > 48 ? 6 : 3);
+
+// Asks for part `part` of `parts` of the lines from p + kAhead on.
 SIROCCO_INLINE static void ask_ahead(const uint8_t* p, int lines, int part, int parts) {
-    if constexpr (M >= kAskFrom) {
-        SIROCCO_UNROLL
-        for (int i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(p + kAhead + i * 64, 0, 2);
-    }
+    SIROCCO_UNROLL
+    for (int i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(p + kAhead + i * 64, 0, 2);
 }
 
 // Blocks of 8-bit activations: integer dots of the sub-blocks, scaled in float32.
@@ -63,15 +65,16 @@ SIROCCO_INLINE static void multiply_q8(const MatmulJob& job, const uint8_t* tile
     const ActLayout& layout = job.x.layout;
     const int64_t scale_at = layout.scale, sum_at = Q::kSub == 32 ? layout.sum32 : layout.sum16, minus_at = layout.minus;
     for (int64_t b = 0; b < job.weight.blocks; ++b) {
-        const uint8_t* words = block_words<Q>(tile, b);
+        const uint8_t *words = block_words<Q>(tile, b), *line = block_scales<Q>(tile, b);
+        if constexpr (kAsks<M, Q::kWords> && Q::kScales) ask_ahead(line, 1, 0, 1);
         Scales scales;
-        Q::scales(words, block_scales<Q>(tile, b), scales);
+        Q::scales(words, line, scales);
         Floats sums[M];
         for (int m = 0; m < M; ++m) sums[m] = Floats{};
         SIROCCO_UNROLL
         for (int sub = 0; sub < kSubs; ++sub) {
             const int64_t column = b * Q::kBlock + sub * Q::kSub, at = (b * kSubs + sub) * 4;
-            ask_ahead<M>(words, Q::kWords, sub, kSubs);
+            if constexpr (kAsks<M, Q::kWords>) ask_ahead(words, Q::kWords, sub, kSubs);
             // Tokens are the inner loop: each sum waits for its last product while the others take their turns.
             Ints dots[M];
             SIROCCO_UNROLL

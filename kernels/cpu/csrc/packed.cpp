@@ -76,15 +76,15 @@ int64_t word_offset(const TypeLayout& layout, int w) {
     return layout.scale_bytes && layout.scale_offset <= at ? at + layout.scale_bytes : at;
 }
 
-// Words that stay together: `count` of them from word `from` of a block go to place `to`.
+// `count` words from word `from` of a block on go to places `to`, to + step, …
 struct Run {
-    int from, count, to;
+    int from, count, to, step;
 };
 
-// Scales first, then what each quarter of a block reads for the first time.
-constexpr Run kQ6KRuns[] = {{48, 4, 0},  {0, 4, 4},   {32, 4, 8},  {4, 4, 12},  {36, 4, 16}, {8, 8, 20},
-                            {16, 4, 28}, {40, 4, 32}, {20, 4, 36}, {44, 4, 40}, {24, 8, 44}};
-constexpr Run kQ3KRuns[] = {{24, 3, 0}, {0, 4, 3}, {8, 4, 7}, {4, 4, 11}, {12, 12, 15}};
+// Scales first, then words in the order in which a block reads them for the first time: low and high bits in turn.
+constexpr Run kQ6KRuns[] = {{48, 4, 0, 1},  {0, 4, 4, 2},   {32, 4, 5, 2},  {4, 4, 12, 2},  {36, 4, 13, 2}, {8, 8, 20, 1},
+                            {16, 4, 28, 2}, {40, 4, 29, 2}, {20, 4, 36, 2}, {44, 4, 37, 2}, {24, 8, 44, 1}};
+constexpr Run kQ3KRuns[] = {{24, 3, 0, 1}, {8, 4, 3, 2}, {0, 4, 4, 2}, {12, 4, 11, 2}, {4, 4, 12, 2}, {16, 8, 19, 1}};
 
 template <typename Body>
 void for_runs(const TypeLayout& layout, Body body) {
@@ -93,7 +93,7 @@ void for_runs(const TypeLayout& layout, Body body) {
     };
     if (layout.type_id == 14) all(kQ6KRuns);
     else if (layout.type_id == 11) all(kQ3KRuns);
-    else body(Run{0, layout.words, 0});
+    else body(Run{0, layout.words, 0, 1});
 }
 
 constexpr int kRun = 64;  // words of a row that are packed at a time
@@ -109,8 +109,8 @@ Words4 load4(const uint8_t* at) {
     return v;
 }
 
-// Words of four rows to their places: 64 bytes from word to word, 4 from row to row.
-void interleave4(const uint8_t* const* from, int words, uint32_t turned, uint8_t* out) {
+// Words of four rows to their places: `step` bytes from word to word, 4 from row to row.
+void interleave4(const uint8_t* const* from, int words, uint32_t turned, uint8_t* out, int step) {
     int w = 0;
     for (; w + 4 <= words; w += 4) {
         const Words4 a = load4(from[0] + w * 4), b = load4(from[1] + w * 4), c = load4(from[2] + w * 4), d = load4(from[3] + w * 4);
@@ -120,7 +120,7 @@ void interleave4(const uint8_t* const* from, int words, uint32_t turned, uint8_t
                                    __builtin_shuffle(ab2, cd2, Words4{0, 1, 4, 5}), __builtin_shuffle(ab2, cd2, Words4{2, 3, 6, 7})};
         for (int i = 0; i < 4; ++i) {
             const Words4 column = columns[i] ^ turned;
-            std::memcpy(out + (w + i) * 64, &column, sizeof column);
+            std::memcpy(out + (w + i) * step, &column, sizeof column);
         }
     }
     for (; w < words; ++w)
@@ -128,7 +128,7 @@ void interleave4(const uint8_t* const* from, int words, uint32_t turned, uint8_t
             uint32_t word;
             std::memcpy(&word, from[r] + w * 4, 4);
             word ^= turned;
-            std::memcpy(out + w * 64 + r * 4, &word, 4);
+            std::memcpy(out + w * step + r * 4, &word, 4);
         }
 }
 
@@ -140,7 +140,7 @@ void pack_words(int64_t words, const uint8_t* const* rows, int64_t row_bytes, ui
         for (int r = 0; r < kTileRows; r += 4) {
             const uint8_t* from[4];
             for (int i = 0; i < 4; ++i) from[i] = rows[r + i] ? rows[r + i] + first * 4 : kZeros;
-            interleave4(from, count, 0, tile + first * 64 + r * 4);
+            interleave4(from, count, 0, tile + first * 64 + r * 4, 64);
         }
     }
     if (words == whole) return;
@@ -186,7 +186,7 @@ void pack_tile(const TypeLayout& layout, int64_t blocks, const uint8_t* const* r
             for_runs(layout, [&](const Run& run) {
                 const uint8_t* words[4];
                 for (int i = 0; i < 4; ++i) words[i] = from[i] + run.from * 4;
-                interleave4(words, run.count, turned, out + run.to * 64 + r * 4);
+                interleave4(words, run.count, turned, out + run.to * 64 + r * 4, run.step * 64);
             });
             if (high < 0) continue;
             for (int i = 0; i < 4; ++i) {
@@ -213,7 +213,7 @@ void unpack_row(const TypeLayout& layout, int64_t blocks, const uint8_t* tile, i
             for (int i = 0; i < run.count; ++i) {
                 const int w = run.from + i;
                 uint32_t word;
-                std::memcpy(&word, words + (run.to + i) * 64 + row * 4, 4);
+                std::memcpy(&word, words + (run.to + i * run.step) * 64 + row * 4, 4);
                 if (w == high) word = gather(word);
                 if (layout.type_id == kQ8_0) word ^= kBias;
                 const int64_t at = block + word_offset(layout, w);
