@@ -1,5 +1,7 @@
 """Matrices in the layout of the native kernels (csrc/packed.h), made of rows in file order."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -90,3 +92,30 @@ class PackedMatrix:
         bias_at = 0 if bias is None else bias.data_ptr()
         self.native.matmul(x.data_ptr(), len(x), exact, bias_at, out.data_ptr(), stride)
         return out
+
+
+def grouped_matmul(
+    matrices: Sequence[PackedMatrix], x: Tensor, starts: Tensor, who: Tensor | None = None, *, exact: bool = False
+) -> Tensor:
+    """Products of groups of rows, each with a matrix of its own, as the experts of a mixture need them.
+
+    x float32 [T, columns]; starts int64 [len(matrices) + 1], from 0 on: group g are the pairs from starts[g] up to
+    starts[g + 1], none perhaps. who int64 [P]: the row of x of each pair, else pair p is row p. Returns float32 [P, rows]: pair p of
+    group g is x[who[p]] matrices[g]^T, with the bits of matrices[g].matmul. The matrices have one shape and one form of
+    activations. IndexError for groups that overlap, do not take all rows, or take a row that x does not have.
+    """
+    _require(len(starts) == len(matrices) + 1 and starts.dtype == torch.int64 and starts.is_contiguous())
+    _require(x.dtype == torch.float32 and x.is_contiguous())
+    _require(all(x.shape[1] == matrix.shape[1] for matrix in matrices))
+    pairs = int(starts[-1])
+    who_at = 0
+    if who is not None:
+        _require(who.dtype == torch.int64 and who.is_contiguous() and len(who) == pairs)
+        who_at = who.data_ptr()
+    rows = matrices[0].shape[0] if matrices else 0
+    out = torch.empty((max(pairs, 0), rows), dtype=torch.float32)
+    if who is not None and len(who) == 0:
+        return out
+    natives = [matrix.native for matrix in matrices]
+    _native.grouped_matmul(natives, x.data_ptr(), len(x), who_at, starts.data_ptr(), exact, out.data_ptr(), rows)
+    return out

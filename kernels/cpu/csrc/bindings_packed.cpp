@@ -1,7 +1,9 @@
 // Python's view of packed matrices. Addresses and counts come from kernels/cpu/packed.py, which owns the tensors; what
 // could read or write outside of them is checked here.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -86,6 +88,47 @@ void matmul(const PackedMemory& memory, uintptr_t x, int64_t tokens, bool is_exa
                  [&](int64_t begin, int64_t end) { run_units(kernels.matmul, job, units, tokens, begin, end); });
 }
 
+// Pair p of group g, starts[g] <= p < starts[g + 1], is row who[p] of x times matrix g; who may be null: row p.
+void grouped_matmul(const std::vector<const PackedMemory*>& matrices, uintptr_t x, int64_t tokens, uintptr_t who, uintptr_t starts, bool is_exact,
+                    uintptr_t out, int64_t out_stride) {
+    require(!matrices.empty(), "grouped matmul: no matrix");
+    const PackedMatrix& first = matrices[0]->matrix();
+    for (const PackedMemory* memory : matrices) {
+        const PackedMatrix& m = memory->matrix();
+        require(m.rows == first.rows && m.columns == first.columns && m.layout->act == first.layout->act, "grouped matmul: matrices of different sizes or activations");
+    }
+    const auto *start = at<const int64_t>(starts), *row = at<const int64_t>(who);
+    const size_t groups = matrices.size();
+    for (size_t g = 0; g < groups; ++g) require(start[g] <= start[g + 1], "grouped matmul: groups must not overlap");
+    const int64_t pairs = start[groups];
+    require(start[0] == 0 && (row || pairs == tokens), "grouped matmul: groups must take all rows");
+    for (int64_t p = 0; row && p < pairs; ++p) require(row[p] >= 0 && row[p] < tokens, "grouped matmul: row outside x");
+    require(out_stride >= first.rows, "grouped matmul: rows of the result overlap");
+    nb::gil_scoped_release release;
+    const KernelTable& kernels = current_kernels();
+    const ActLayout layout = ActLayout::of(is_exact ? Act::f32 : first.layout->act, first.columns);
+    // A row that several groups take is converted once and copied: kernels read neighbouring rows.
+    auto* acts = reinterpret_cast<uint8_t*>(scratch(3, (tokens + (row ? pairs : 0)) * layout.row_bytes / 4));
+    parallel_for(tokens, first.columns * 4, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+            kernels.to_act(layout, at<const float>(x) + t * first.columns, acts + t * layout.row_bytes, 0, first.columns);
+    });
+    uint8_t* grouped = acts;
+    if (row) {
+        grouped += tokens * layout.row_bytes;
+        parallel_for(pairs, layout.row_bytes / 16, [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; ++p) std::memcpy(grouped + p * layout.row_bytes, acts + row[p] * layout.row_bytes, size_t(layout.row_bytes));
+        });
+    }
+    GroupedMatmul work;
+    for (size_t g = 0; g < groups; ++g) {
+        const MatmulJob job{matrices[g]->matrix(), {layout, grouped + start[g] * layout.row_bytes}, nullptr, at<float>(out) + start[g] * out_stride, out_stride};
+        work.add(job, start[g + 1] - start[g], team_size());
+    }
+    parallel_for(work.num_units(), first.tile_bytes * std::max<int64_t>(pairs / int64_t(groups), 1),
+                 [&](int64_t begin, int64_t end) { work.run(kernels.matmul, begin, end); });
+}
+
 }  // namespace
 
 void bind_packed(nb::module_& m) {
@@ -101,4 +144,5 @@ void bind_packed(nb::module_& m) {
         .def("unpack", unpack)
         .def("gather", rows)
         .def("matmul", matmul);
+    m.def("grouped_matmul", grouped_matmul);
 }

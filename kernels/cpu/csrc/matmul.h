@@ -1,6 +1,7 @@
 // Products of activations with packed matrices.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "act.h"
 #include "packed.h"
@@ -24,3 +25,22 @@ MatmulUnits matmul_units(const MatmulJob& job, int64_t num_tokens, int num_threa
 // Computes the units [begin, end) with a kernel of one instruction set.
 using MatmulKernel = void (*)(const MatmulJob&, int64_t tile_begin, int64_t tile_end, int64_t token_begin, int64_t token_end);
 void run_units(MatmulKernel kernel, const MatmulJob& job, const MatmulUnits& units, int64_t num_tokens, int64_t begin, int64_t end);
+
+// Products of groups of tokens, each with a matrix of its own: the experts of a mixture. Their units form one list, so that
+// threads share all groups at once, however unequal these are.
+class GroupedMatmul {
+   public:
+    // The next group: num_tokens rows of job.x.
+    void add(const MatmulJob& job, int64_t num_tokens, int num_threads);
+    int64_t num_units() const { return ends_.empty() ? 0 : ends_.back(); }
+    void run(MatmulKernel kernel, int64_t begin, int64_t end) const;
+
+   private:
+    struct Group {
+        MatmulJob job;
+        MatmulUnits units;
+        int64_t num_tokens;
+    };
+    std::vector<Group> groups_;
+    std::vector<int64_t> ends_;  // units up to the end of each group
+};

@@ -36,3 +36,20 @@ void run_units(MatmulKernel kernel, const MatmulJob& job, const MatmulUnits& uni
         u = last;
     }
 }
+
+void GroupedMatmul::add(const MatmulJob& job, int64_t num_tokens, int num_threads) {
+    const MatmulUnits units = matmul_units(job, num_tokens, num_threads);
+    if (units.count == 0) return;
+    groups_.push_back({job, units, num_tokens});
+    ends_.push_back(num_units() + units.count);
+}
+
+void GroupedMatmul::run(MatmulKernel kernel, int64_t begin, int64_t end) const {
+    auto g = size_t(std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin());
+    for (; begin < end; ++g) {
+        const Group& group = groups_[g];
+        const int64_t first = ends_[g] - group.units.count, last = std::min(end, ends_[g]);
+        run_units(kernel, group.job, group.units, group.num_tokens, begin - first, last - first);
+        begin = last;
+    }
+}

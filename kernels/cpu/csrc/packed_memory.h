@@ -1,25 +1,25 @@
 // A packed matrix that owns its memory.
 #pragma once
+#include <memory>
+
 #include "packed.h"
 
 class PackedMemory {
    public:
     // Zeroed; throws std::bad_alloc, or std::invalid_argument for a type or size that cannot be kept.
     PackedMemory(int type_id, int64_t rows, int64_t columns);
-    ~PackedMemory();
     PackedMemory(const PackedMemory&) = delete;
     PackedMemory& operator=(const PackedMemory&) = delete;
 
     const PackedMatrix& matrix() const { return matrix_; }
-    uint8_t* tile(int64_t t) { return data_ + t * matrix_.tile_bytes; }
+    uint8_t* tile(int64_t t) { return data_.get() + t * matrix_.tile_bytes; }
     int64_t num_bytes() const { return matrix_.tiles() * matrix_.tile_bytes; }
     // Bytes of a row in file order.
     int64_t row_bytes() const;
 
    private:
     PackedMatrix matrix_{};
-    uint8_t* data_ = nullptr;
-    int64_t mapped_bytes_ = 0;
+    std::shared_ptr<uint8_t> data_;
 };
 
 // Row `id` of a packed matrix as float32 [columns]; the type must have a decoder.
