@@ -5,8 +5,8 @@
 The server is started as its users start it, the engine alone is a process of its own that waits on its standard input
 while the server is measured; so the idle application is up all the time. Each pair measures both with the same prompts
 of random tokens, in changing order. Prints the median of the pairs' ratios with its bootstrap 95 % interval, and the
-processor time a token of both, the server's over all its processes. The client runs on the same cores and is counted
-nowhere.
+processor time a token of both: all processes of the server count, in both, since it is up in both. The client runs on
+the same cores and is counted nowhere.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -72,10 +73,17 @@ def _measure_pair(
         found = server.measure(pool, contents)
         return Sample(found.tokens, found.seconds, sum(found.cpu_s.values()))
 
+    def by_itself() -> Sample:
+        start, idle_cpu_s = time.perf_counter(), server.watch_cpu()
+        found = alone.measure(cell, seed)
+        # The idle application is up for both; what it takes belongs to both.
+        idle = sum(idle_cpu_s().values()) * found.seconds / (time.perf_counter() - start)
+        return Sample(found.tokens, found.seconds, (found.cpu_s or 0.0) + idle)
+
     if number % 2:
         first = served()
-        return first, alone.measure(cell, seed)
-    second = alone.measure(cell, seed)
+        return first, by_itself()
+    second = by_itself()
     return served(), second
 
 

@@ -23,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -135,12 +136,21 @@ class Server:
 
     def measure(self, pool: ProcessPoolExecutor, contents: list[bytes]) -> Round:
         """One round: a stream for each body."""
-        before = cpu_by_kind(self._root)
+        cpu_s = self.watch_cpu()
         count, seconds = pool.submit(run_client, self.port, contents).result()
-        cpu_s: Counter[str] = Counter()
-        for process, (kind, spent) in cpu_by_kind(self._root).items():
-            cpu_s[kind] += spent - before.get(process, (kind, 0.0))[1]
-        return Round(count, seconds, cpu_s)
+        return Round(count, seconds, cpu_s())
+
+    def watch_cpu(self) -> Callable[[], Counter[str]]:
+        """A function that gives the processor seconds of each kind of process since now."""
+        before = cpu_by_kind(self._root)
+
+        def since() -> Counter[str]:
+            cpu_s: Counter[str] = Counter()
+            for process, (kind, spent) in cpu_by_kind(self._root).items():
+                cpu_s[kind] += spent - before.get(process, (kind, 0.0))[1]
+            return cpu_s
+
+        return since
 
     def stop(self) -> float:
         """Ctrl-C; seconds until the process is gone."""

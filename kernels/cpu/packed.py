@@ -100,9 +100,10 @@ def grouped_matmul(
     """Products of groups of rows, each with a matrix of its own, as the experts of a mixture need them.
 
     x float32 [T, columns]; starts int64 [len(matrices) + 1], from 0 on: group g are the pairs from starts[g] up to
-    starts[g + 1], none perhaps. who int64 [P]: the row of x of each pair, else pair p is row p. Returns float32 [P, rows]: pair p of
-    group g is x[who[p]] matrices[g]^T, with the bits of matrices[g].matmul. The matrices have one shape and one form of
-    activations. IndexError for groups that overlap, do not take all rows, or take a row that x does not have.
+    starts[g + 1], none perhaps. who int64 [P]: the row of x of each pair, else pair p is row p. Returns float32
+    [P, rows]: pair p of group g is x[who[p]] matrices[g]^T, with the bits of matrices[g].matmul. The matrices have one
+    shape and one form of activations. IndexError for groups that overlap, do not take all rows, or take a row that x
+    does not have.
     """
     _require(len(starts) == len(matrices) + 1 and starts.dtype == torch.int64 and starts.is_contiguous())
     _require(x.dtype == torch.float32 and x.is_contiguous())
