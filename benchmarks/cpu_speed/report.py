@@ -1,7 +1,7 @@
 """The results as JSON and as Markdown."""
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.cpu_speed.cells import Cell, Sample
@@ -61,7 +61,7 @@ def _cell_json(
     cell: Cell, names: Sequence[str], results: Results, facts: ModelFacts, kv: str, machine: Machine
 ) -> Json:
     value: Json = {"cell": cell.label, "kind": cell.kind, "engines": {}}
-    bandwidth = median(results.bandwidth[cell]) if results.bandwidth.get(cell) else None
+    bandwidth = mean(results.bandwidth[cell]) if results.bandwidth.get(cell) else None
     for name in names:
         samples = results.of(cell, name)
         if not samples:
@@ -72,7 +72,8 @@ def _cell_json(
         if costs:
             entry["cpu_ms_per_token"] = round(median(costs), 3)
         if cell.kind == "decode" and bandwidth is not None:
-            read = facts.decode_bytes(cell.prompt, kv, cell.new) * median(rates)
+            # Of means: medians of what jumps between two values may fall on different ones.
+            read = facts.decode_bytes(cell.prompt, kv, cell.new) * mean(rates)
             entry["share_of_bandwidth"] = round(read / bandwidth, 3)
         else:
             products = facts.products_per_token(cell) * median(rates)
