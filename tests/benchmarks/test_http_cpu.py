@@ -2,8 +2,12 @@
 
 import json
 from collections import Counter
+from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from benchmarks import http_cpu
 from benchmarks.cpu_speed.cells import Cell, Sample
@@ -18,15 +22,21 @@ class Fakes:
     def __init__(self) -> None:
         self.log: list[tuple[str, Any]] = []
         self.alone = SimpleNamespace(measure=self._alone)
-        self.server = SimpleNamespace(measure=self._served)
+        self.server = SimpleNamespace(measure=self._served, watch_cpu=lambda: lambda: Counter({"Ray": 0.8}))
 
     def _alone(self, cell: Cell, seed: int) -> Sample:
         self.log.append(("alone", seed))
-        return Sample(cell.num_tokens, 1.0, 1.6)
+        return Sample(cell.num_tokens, 1.0, 1.2)
 
     def _served(self, pool: object, contents: list[bytes]) -> Round:
         self.log.append(("served", [json.loads(content)["prompt"] for content in contents]))
         return Round(20, 1.25, Counter({"Target": 1.6, "Ingress": 0.4}))
+
+
+@pytest.fixture(autouse=True)
+def two_seconds_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine alone computes for one second of two; the idle server takes 0.8 in both."""
+    monkeypatch.setattr(http_cpu, "time", SimpleNamespace(perf_counter=partial(next, count(0.0, 2.0))))
 
 
 def pair(fakes: Fakes, number: int) -> tuple[Sample, Sample]:
@@ -58,6 +68,7 @@ def test_ratios_and_processor_time_of_all_processes() -> None:
     assert found["ratio"]["median"] == 0.8
     assert found["ratio"]["cpu_time"]["median"] == 1.25
     assert found["served_cpu_ms_per_token"] == 100.0
+    assert found["alone_cpu_ms_per_token"] == pytest.approx((1.2 + 0.8 / 2) / 20 * 1e3)
     table = http_cpu._table([found])
     assert "**0.800** [0.800, 0.800], 4 pairs" in table
     assert "| 1.250 [1.250, 1.250] |" in table

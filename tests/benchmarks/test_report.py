@@ -36,7 +36,7 @@ def results() -> Results:
         (DECODE, SIROCCO): samples([500.0, 500.0], 10),
         (DECODE, "llama.cpp"): samples([400.0, 250.0], 10, 2.0),
     }
-    found.bandwidth = {PREFILL: [1e9], DECODE: [1e9, 1e9, 5e9]}
+    found.bandwidth = {PREFILL: [1e9], DECODE: [5e8, 5e8, 2e9]}
     found.errors = {MISTRALRS: ["decode at 0: gone"]}
     return found
 
@@ -67,7 +67,7 @@ def test_what_follows_from_the_samples(results: Results) -> None:
     assert prefill["engines"][SIROCCO]["cpu_ms_per_token"] == 10.0
     # (900 + 10000 / 100) products a token * 300 a second, of 1e6.
     assert prefill["engines"][SIROCCO]["share_of_dot_peak"]["int8"] == pytest.approx(0.3)
-    # 1e6 bytes a token * 500 a second, of the median 1e9.
+    # 1e6 bytes a token * 500 a second, of 1e9 on average.
     assert decode["engines"][SIROCCO]["share_of_bandwidth"] == pytest.approx(0.5)
     assert decode["to_better_peer"]["median"] == pytest.approx(1.625)
     assert decode["to_better_peer"]["cpu_time"]["median"] == 0.5
