@@ -4,10 +4,11 @@ Tensors are on the CPU, float32, float16 or bfloat16, contiguous unless said oth
 mistakes and end in an AssertionError; sizes that the batch brings (slots, blocks, positions) are checked in C++.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu import _native
+from kernels.cpu import _native, sampling
 from kernels.formats import block_format
 
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -61,27 +62,10 @@ def matmul(type_id: int, x: Tensor, blocks: Tensor, out: Tensor | None = None) -
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """seeds and positions [S] int64 (seeds as bit patterns) → float64 [S] in [0, 1), Philox4x32-10."""
-    out = torch.empty(seeds.shape, dtype=torch.float64)
-    _require(seeds.is_contiguous() and positions.is_contiguous())
-    _native.uniform(seeds.data_ptr(), positions.data_ptr(), out.data_ptr(), seeds.shape[0])
-    return out
+    return torch.from_numpy(sampling.uniform(seeds.numpy().view(np.uint64), positions.numpy()))
 
 
 def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
     """See kernels.reference.sampling.draw_tokens. Each row's cost does not depend on the other rows."""
-    rows, vocab_size = logits.shape
-    out = torch.empty(rows, dtype=torch.int64)
-    _require(logits.stride(1) == 1 and logits.dtype == torch.float32 and len(u) == rows)
-    _native.draw_tokens(
-        logits.data_ptr(),
-        logits.stride(0),
-        rows,
-        vocab_size,
-        temperature.data_ptr(),
-        top_k.data_ptr(),
-        top_p.data_ptr(),
-        min_p.data_ptr(),
-        u.data_ptr(),
-        out.data_ptr(),
-    )
-    return out
+    arrays = [tensor.numpy() for tensor in (logits, temperature, top_k, top_p, min_p, u)]
+    return torch.from_numpy(sampling.draw_tokens(*arrays))
