@@ -178,7 +178,15 @@ class PackedMatrix:
     def matmul(self, x: int, tokens: int, exact: bool, bias: int, out: int, out_stride: int) -> None: ...
 
 def grouped_matmul(
-    matrices: list[PackedMatrix], x: int, tokens: int, who: int, starts: int, exact: bool, out: int, out_stride: int
+    matrices: list[PackedMatrix],
+    x: int,
+    tokens: int,
+    who: int,
+    pairs: int,
+    starts: int,
+    exact: bool,
+    out: int,
+    out_stride: int,
 ) -> None: ...
 
 class Program:

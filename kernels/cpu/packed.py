@@ -108,15 +108,12 @@ def grouped_matmul(
     _require(len(starts) == len(matrices) + 1 and starts.dtype == torch.int64 and starts.is_contiguous())
     _require(x.dtype == torch.float32 and x.is_contiguous())
     _require(all(x.shape[1] == matrix.shape[1] for matrix in matrices))
-    pairs = int(starts[-1])
-    who_at = 0
-    if who is not None:
-        _require(who.dtype == torch.int64 and who.is_contiguous() and len(who) == pairs)
-        who_at = who.data_ptr()
+    _require(who is None or (who.dtype == torch.int64 and who.is_contiguous()))
+    who_at, num_pairs = (0, len(x)) if who is None else (who.data_ptr(), len(who))
     rows = matrices[0].shape[0] if matrices else 0
-    out = torch.empty((max(pairs, 0), rows), dtype=torch.float32)
-    if who is not None and len(who) == 0:
-        return out
+    out = torch.empty((num_pairs, rows), dtype=torch.float32)
     natives = [matrix.native for matrix in matrices]
-    _native.grouped_matmul(natives, x.data_ptr(), len(x), who_at, starts.data_ptr(), exact, out.data_ptr(), rows)
+    _native.grouped_matmul(
+        natives, x.data_ptr(), len(x), who_at, num_pairs, starts.data_ptr(), exact, out.data_ptr(), rows
+    )
     return out

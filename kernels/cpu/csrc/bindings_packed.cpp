@@ -89,8 +89,8 @@ void matmul(const PackedMemory& memory, uintptr_t x, int64_t tokens, bool is_exa
 }
 
 // Pair p of group g, starts[g] <= p < starts[g + 1], is row who[p] of x times matrix g; who may be null: row p.
-void grouped_matmul(const std::vector<const PackedMemory*>& matrices, uintptr_t x, int64_t tokens, uintptr_t who, uintptr_t starts, bool is_exact,
-                    uintptr_t out, int64_t out_stride) {
+void grouped_matmul(const std::vector<const PackedMemory*>& matrices, uintptr_t x, int64_t tokens, uintptr_t who, int64_t pairs,
+                    uintptr_t starts, bool is_exact, uintptr_t out, int64_t out_stride) {
     require(!matrices.empty(), "grouped matmul: no matrix");
     const PackedMatrix& first = matrices[0]->matrix();
     for (const PackedMemory* memory : matrices) {
@@ -100,8 +100,7 @@ void grouped_matmul(const std::vector<const PackedMemory*>& matrices, uintptr_t 
     const auto *start = at<const int64_t>(starts), *row = at<const int64_t>(who);
     const size_t groups = matrices.size();
     for (size_t g = 0; g < groups; ++g) require(start[g] <= start[g + 1], "grouped matmul: groups must not overlap");
-    const int64_t pairs = start[groups];
-    require(start[0] == 0 && (row || pairs == tokens), "grouped matmul: groups must take all rows");
+    require(start[0] == 0 && start[groups] == pairs, "grouped matmul: groups must take all rows");
     for (int64_t p = 0; row && p < pairs; ++p) require(row[p] >= 0 && row[p] < tokens, "grouped matmul: row outside x");
     require(out_stride >= first.rows, "grouped matmul: rows of the result overlap");
     nb::gil_scoped_release release;
