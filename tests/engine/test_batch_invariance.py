@@ -45,6 +45,7 @@ class Watched:
         self.llm = LLM(model, config=EngineConfig(**({"num_threads": 1, "pool_tokens": 4096} | changes)))
         self.logits: dict[tuple[str, int], np.ndarray] = {}
         self.tokens: dict[str, list[int]] = {}
+        # Logits are nowhere handed out with the request that they belong to: they are seen on their way to the draw.
         sampler = self.llm.engine.parts.runner.sampler
         self._sample = sampler.sample  # type: ignore[attr-defined]
         sampler.sample = self._watch  # type: ignore[attr-defined]

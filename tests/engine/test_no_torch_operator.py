@@ -1,9 +1,7 @@
 """With native kernels the engine steps without torch: no operator of it is in the loop."""
 
-from typing import Any
-
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch_operators import Operators
 
 from serve_app.engine.llm import LLM
 from serve_app.messages import GenerateRequest
@@ -15,18 +13,6 @@ EVERYTHING = SamplingParams(
     repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1, dry=DryParams(multiplier=0.5),
     logit_bias=((5, 1.0),), min_tokens=50, logprobs=3, seed=2, max_tokens=60, ignore_eos=True,
 )  # fmt: skip
-
-
-class Operators(TorchDispatchMode):
-    """Remembers which ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +33,7 @@ def test_a_step_of_the_whole_engine_runs_no_torch_operator(params: list[Sampling
         assert operators.names == []
 
 
-def test_plain_torch_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_torch_shows() -> None:
     with LLM(config=EngineConfig(attention_backend="torch")) as llm:
         llm.engine.add(GenerateRequest("a", [1, 2, 3], GREEDY))
         with Operators() as operators:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch_operators import Operators
 
 from kernels.reference.sampling import uniform
 from serve_app.engine.sampler import Sampled, Sampler
@@ -44,22 +44,12 @@ def one_row(params: SamplingParams, logits: torch.Tensor, **kwargs: Any) -> int:
     return int(sample(sampler, logits.view(1, -1), [0], **kwargs).token_ids[0])
 
 
-class CountOps(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_greedy_batch_costs_one_argmax() -> None:
     sampler = Sampler(VOCAB, 8)
     for row in range(8):
         sampler.set_row(row, GREEDY, row, [1, 2])
     logits = random_logits(8)
-    with CountOps() as ops:
+    with Operators() as ops:
         result = sampler.sample(logits, np.arange(8), np.full(8, 5))
     # The detach is numpy()'s and computes nothing.
     assert [name for name in ops.names if "detach" not in name] == ["aten.argmax.default"]
@@ -103,7 +93,7 @@ def test_the_number_of_operators_does_not_grow_with_the_batch() -> None:
     counts = []
     for rows in (9, 90):
         sampler, logits = mixed_sampler(rows), random_logits(rows)
-        with CountOps() as ops:
+        with Operators() as ops:
             sampler.sample(logits, np.arange(rows), np.full(rows, 9))
         counts.append(len(ops.names))
     assert counts[0] == counts[1]

@@ -1,5 +1,6 @@
 """Packed matrices give their rows back bit for bit, whatever their type and shape."""
 
+import psutil
 import pytest
 import torch
 from block_data import TYPES, any_blocks, usual_blocks
@@ -64,6 +65,23 @@ def test_rows_at_an_odd_address() -> None:
     shifted = storage[1:].view(data.shape)
     shifted.copy_(data)
     assert torch.equal(PackedMatrix.of(form.type_id, shifted, 512).unpack(), data)
+
+
+def test_matrices_outlive_their_neighbours() -> None:
+    """They share mappings: one goes when the last matrix in it has gone, and no sooner."""
+    form = BY_NAME["Q8_0"]
+    data = [any_blocks(form, 1024, 1024, seed) for seed in range(4)]
+    process = psutil.Process()
+    before = process.memory_info().rss
+    matrices = [PackedMatrix.of(form.type_id, data[i % 4], 1024) for i in range(80)]
+    assert process.memory_info().rss - before > 80 * matrices[0].nbytes * 0.9
+    del matrices[::3]
+    assert not PackedMatrix(form.type_id, 1024, 1024).unpack()[:, :2].any()
+    kept = [i for i in range(80) if i % 3]
+    for i, matrix in zip(kept, matrices, strict=True):
+        assert torch.equal(matrix.unpack(), data[i % 4])
+    del matrix, matrices
+    assert process.memory_info().rss - before < 20 << 20
 
 
 def test_refusals() -> None:
