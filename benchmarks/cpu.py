@@ -8,8 +8,9 @@ Each engine loads its model once for a type and then waits on its standard input
 programs of llama.cpp run anew each time. Cells: the prefill of prompts, the decode of single streams behind prompts of
 some depth, and of batches. For each: tokens a second, median and range over the rounds; the ratio to the better of
 llama.cpp and mistral.rs, pair by pair, with its 95 % interval; processor time a token; and in decode the share of the
-read bandwidth, which is measured in every round too. For ratios near 1 ask for 15 rounds or more. SIROCCO_CPU_ISA in
-the environment forces our instruction set, to be compared with a llama.cpp that is built for the same.
+read bandwidth, which is measured in every round, and for Sirocco also between any two steps of rounds of their own: on
+a machine that changes by the second the latter is to be believed. For ratios near 1 ask for 15 rounds or more.
+SIROCCO_CPU_ISA in the environment forces our instruction set, to be compared with a llama.cpp built for the same.
 """
 
 import argparse

@@ -64,7 +64,7 @@ class ChildEngine:
             self._ask({**asdict(cell), "seed": _WARM_UP_SEED})
             self._warm.add(cell)
         reply = self._ask({**asdict(cell), "seed": seed})
-        return Sample(reply["tokens"], reply["seconds"], reply["cpu_s"])
+        return Sample(reply["tokens"], reply["seconds"], reply["cpu_s"], reply.get("read_rate"))
 
     def stop(self) -> None:
         """See Engine."""

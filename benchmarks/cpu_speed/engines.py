@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cpu_speed.cells import Cell
+from benchmarks.cpu_speed.cells import Cell, Kind
 from benchmarks.cpu_speed.child_engine import CHILDREN, ChildEngine
 from benchmarks.cpu_speed.engine import Engine
 from benchmarks.cpu_speed.llama_cpp import LlamaCpp
@@ -43,8 +43,9 @@ def sirocco(model: Path, cells: Sequence[Cell], threads: int, kv: str) -> ChildE
     options |= {"context": context, "pool_tokens": pool_tokens, "streams": streams}
     command = [sys.executable, str(CHILDREN / "sirocco_child.py")]
     kv_bytes = _kv_bytes(ModelFacts.of(model), pool_tokens, kv)
-    needed = int(1.15 * model.stat().st_size) + kv_bytes + _GIB
-    return ChildEngine(SIROCCO, command, options, needed, environment={"PYTHONPATH": str(ROOT)})
+    needed = int(1.15 * model.stat().st_size) + kv_bytes + 2 * _GIB
+    kinds: tuple[Kind, ...] = ("prefill", "decode", "share", "batch", "serve")
+    return ChildEngine(SIROCCO, command, options, needed, kinds, {"PYTHONPATH": str(ROOT)})
 
 
 def make_engines(

@@ -36,7 +36,9 @@ class LlamaCpp:
 
     def can(self, cell: Cell) -> bool:
         """See Engine."""
-        return cell.kind != "batch" or self._batched_bench.exists()
+        if cell.kind == "batch":
+            return self._batched_bench.exists()
+        return cell.kind in ("prefill", "decode")
 
     def measure(self, cell: Cell, seed: int) -> Sample:
         """See Engine. llama-bench makes its own random prompts."""

@@ -13,8 +13,7 @@ DOT_KINDS = ("int8", "bf16", "f32")
 
 def read_bandwidth(threads: int, passes: int = 5, huge_pages: bool = True) -> list[float]:
     """Bytes a second of each pass over memory far larger than the caches; a pass before them warms up."""
-    rates: list[float] = _native.probe_read(READ_BYTES, threads, passes + 1, huge_pages)
-    return rates[1:]
+    return _native.ReadProbe(READ_BYTES, threads, huge_pages).rates(passes + 1)[1:]
 
 
 def dot_products(kind: str, threads: int, passes: int = 5) -> list[float]:

@@ -71,7 +71,14 @@ def _cell_json(
         costs = [s.cpu_s / s.tokens * 1e3 for s in samples if s.cpu_s is not None]
         if costs:
             entry["cpu_ms_per_token"] = round(median(costs), 3)
-        if cell.kind == "decode" and bandwidth is not None:
+        if cell.kind == "share":
+            read_rates = [s.read_rate for s in samples if s.read_rate]
+            shares = [
+                facts.decode_bytes(cell.prompt, kv, cell.new) * a / b for a, b in zip(rates, read_rates, strict=True)
+            ]
+            entry["share_of_bandwidth"] = round(median(shares), 3)
+            value["read_GB_per_s"] = round(median(read_rates) / 1e9, 2)
+        elif cell.kind == "decode" and bandwidth is not None:
             # Of means: medians of what jumps between two values may fall on different ones.
             read = facts.decode_bytes(cell.prompt, kv, cell.new) * mean(rates)
             entry["share_of_bandwidth"] = round(read / bandwidth, 3)
@@ -81,7 +88,7 @@ def _cell_json(
                 kind: round(products / median(peak), 3) for kind, peak in machine.dots.items()
             }
         value["engines"][name] = entry
-    if bandwidth is not None:
+    if bandwidth is not None and cell.kind != "share":
         value["read_GB_per_s"] = round(bandwidth / 1e9, 2)
     for key, peer in (("to_better_peer", better_peer(cell, results)), ("to_openvino", OPENVINO)):
         pairs = results.pairs(cell, SIROCCO, peer) if peer is not None else []

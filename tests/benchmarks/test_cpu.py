@@ -34,7 +34,12 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     report = json.loads((tmp_path / "out.json").read_text())
     (run,) = report["runs"]
     assert run["errors"] == {}
+    share = run["cells"].pop(2)
     assert [cell["cell"] for cell in run["cells"]] == ["prefill 128", "decode at 0", "batch 8"]
+    assert share["cell"] == "decode at 0, reading in turn"
+    assert share["read_GB_per_s"] > 0
+    assert share["engines"].keys() == {"Sirocco"}
+    assert share["engines"]["Sirocco"]["share_of_bandwidth"] > 0
     for cell in run["cells"]:
         ours, theirs = cell["engines"]["Sirocco"], cell["engines"]["llama.cpp"]
         assert len(ours["samples"]) == len(theirs["samples"]) == 2
@@ -52,12 +57,15 @@ def test_a_model_that_is_not_there_ends_the_run(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_probes_give_a_rate_for_each_pass() -> None:
-    rates = _native.probe_read(8 << 20, 2, 3, True)
-    assert len(rates) == 3
+    reader = _native.ReadProbe(8 << 20, 2)
+    assert [len(reader.rates(passes)) for passes in (3, 1)] == [3, 1]
+    rates = reader.rates(2)
     assert all(rate > 0 for rate in rates)
     assert all(rate > 0 for rate in _native.probe_dot("int8", 1, 2))
-    for bad in ((1024, 1, 1, False), (8 << 20, 0, 1, False), (8 << 20, 8, 1, False)):
-        with pytest.raises(ValueError, match="probe_read"):
-            _native.probe_read(*bad)
+    for bad in ((1024, 1), (8 << 20, 0), (8 << 20, 8)):
+        with pytest.raises(ValueError, match="at least 2 MiB"):
+            _native.ReadProbe(*bad)
+    with pytest.raises(ValueError, match="at least one pass"):
+        reader.rates(0)
     with pytest.raises(ValueError, match="int8, bf16 or f32"):
         _native.probe_dot("int3", 1, 1)

@@ -93,5 +93,8 @@ def test_an_engine_that_fits_nowhere_is_an_error_of_its_own() -> None:
 
 def test_the_cells_of_a_run() -> None:
     cells = make_cells([128], [0, 1024], [1, 8], 64)
-    assert [cell.label for cell in cells] == ["prefill 128", "decode at 0", "decode at 1024", "batch 8"]
-    assert [cell.num_tokens for cell in cells] == [128, 64, 64, 512]
+    assert [cell.label for cell in cells] == [
+        *("prefill 128", "decode at 0", "decode at 0, reading in turn"),
+        *("decode at 1024", "decode at 1024, reading in turn", "batch 8"),
+    ]
+    assert [cell.num_tokens for cell in cells] == [128, 64, 64, 64, 64, 512]

@@ -74,6 +74,18 @@ def test_what_follows_from_the_samples(results: Results) -> None:
     assert MISTRALRS not in decode["engines"]
 
 
+def test_the_share_of_what_was_read_in_turn(results: Results) -> None:
+    cell = Cell("share", 0, 10)
+    # 1e6 bytes a token * 500 a second, of 1e9; then twice as fast by either.
+    pairs = ((500.0, 1e9), (1000.0, 1e9), (500.0, 5e8))
+    results.samples[cell, SIROCCO] = {i: Sample(10, 10 / a, 1.0, b) for i, (a, b) in enumerate(pairs)}
+    results.bandwidth[cell] = [1e12]
+    run = run_json("m", "Q8_0", "f16", engines(), [cell], results, FACTS, MACHINE)  # type: ignore[arg-type]
+    assert run["cells"][0]["engines"][SIROCCO]["share_of_bandwidth"] == pytest.approx(1.0)
+    assert run["cells"][0]["read_GB_per_s"] == 1.0
+    assert "to_better_peer" not in run["cells"][0]
+
+
 def test_the_tables(results: Results) -> None:
     run = run_json("m", "Q8_0", "f16", engines(), [PREFILL, DECODE], results, FACTS, MACHINE)  # type: ignore[arg-type]
     text = markdown({"machine": machine_json(MACHINE), "runs": [run]})

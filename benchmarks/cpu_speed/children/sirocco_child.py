@@ -1,10 +1,12 @@
 """Sirocco's engine, alone in a process: no Ray, no HTTP. See child_loop."""
 
+from pathlib import Path
 from typing import Any
 
 from child_loop import Cell, Clock, Figures, Measure, serve, token_ids
 
 from kernels import dispatch
+from kernels.cpu._native import ReadProbe
 from serve_app import __version__
 from serve_app.engine.build import build_engine
 from serve_app.engine.engine import Engine
@@ -12,12 +14,16 @@ from serve_app.kv_cache.kv_pool import kv_dtype_name
 from serve_app.messages import GenerateRequest
 from serve_app.options import EngineConfig, ModelSource, SamplingParams
 
+_MIN_READ_BYTES, _MAX_READ_BYTES = 64 << 20, 1 << 30
+
 
 class Sirocco:
     """One engine, stepped by the measurement itself. Prompts behind which is decoded stay in the prefix cache."""
 
-    def __init__(self, engine: Engine, vocab_size: int) -> None:
+    def __init__(self, engine: Engine, vocab_size: int, threads: int, read_bytes: int) -> None:
         self._engine = engine
+        self._threads = threads
+        self._read_bytes = read_bytes
         self._vocab_size = vocab_size
         self._num_requests = 0
 
@@ -43,10 +49,26 @@ class Sirocco:
         for stream in range(streams):
             self._add(max(1, cell["prompt"]), new + 1, first_seed + stream)
         self._run(streams)
+        if cell["kind"] == "share":
+            return self._run_reading(new)
         clock.mark()
         self._run(streams * new)
         clock.mark()
         return clock.figures(streams * new)
+
+    def _run_reading(self, steps: int) -> Figures:
+        """Steps of one stream, a pass of reading behind each; of two passes, since the first may meet busy threads."""
+        reader = ReadProbe(self._read_bytes, self._threads)
+        seconds, used, inverse = 0.0, 0.0, 0.0
+        for _ in range(steps):
+            clock = Clock()
+            clock.mark()
+            self._run(1)
+            clock.mark()
+            figures = clock.figures(1)
+            seconds, used = seconds + figures["seconds"], used + figures["cpu_s"]
+            inverse += 1 / reader.rates(2)[1]
+        return {"tokens": steps, "seconds": seconds, "cpu_s": used, "read_rate": steps / inverse}
 
     def _add(self, prompt: int, new: int, seed: int) -> None:
         self._num_requests += 1
@@ -76,7 +98,10 @@ def load(options: dict[str, Any]) -> tuple[Measure, dict[str, Any]]:
         ModelSource(model=options["model"], max_seq_len=options["context"]), config, lambda deltas: None
     )
     facts = {"version": __version__, "kernels": dispatch.native().reason, "kv": kv_dtype_name(engine.parts.kv.dtype)}
-    return Sirocco(engine, engine.parts.tokenizer.vocab_size).measure, facts
+    # A pass shall take about as long as a step.
+    read_bytes = min(max(Path(options["model"]).stat().st_size, _MIN_READ_BYTES), _MAX_READ_BYTES)
+    sirocco = Sirocco(engine, engine.parts.tokenizer.vocab_size, options["threads"], read_bytes)
+    return sirocco.measure, facts
 
 
 if __name__ == "__main__":

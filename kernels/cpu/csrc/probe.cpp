@@ -134,7 +134,7 @@ __attribute__((target("avx2,fma"))) void dot_f32_avx2(int64_t rounds) {
 }
 #endif
 
-using SumBytes = uint64_t (*)(const uint8_t*, int64_t);
+constexpr int64_t kHuge = int64_t(2) << 20;
 
 SumBytes choose_sum() {
 #ifdef SIROCCO_X86
@@ -168,23 +168,25 @@ DotLoop choose_dot(const std::string& kind) {
 
 }  // namespace
 
-std::vector<double> probe_read(int64_t bytes, int threads, int passes, bool huge_pages) {
-    constexpr int64_t kHuge = int64_t(2) << 20;
-    if (bytes < kHuge || threads < 1 || passes < 1) throw nb::value_error("probe_read: at least 2 MiB, a thread and a pass");
-    const int64_t share = bytes / threads / kHuge * kHuge;
-    if (share == 0) throw nb::value_error("probe_read: at least 2 MiB a thread");
-    const int64_t used = share * threads;
-    void* mapped = mmap(nullptr, size_t(used + kHuge), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) throw std::bad_alloc();
-    madvise(mapped, size_t(used + kHuge), huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-    auto* data = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapped) + kHuge - 1) / kHuge * kHuge);
-    timed_passes(threads, 1, [&](int thread) { std::fill_n(data + thread * share, share, uint8_t(thread + 1)); });
-    const SumBytes sum = choose_sum();
-    const std::vector<double> seconds =
-        timed_passes(threads, passes, [&](int thread) { sink = sum(data + thread * share, share); });
-    munmap(mapped, size_t(used + kHuge));
+ReadProbe::ReadProbe(int64_t bytes, int threads, bool huge_pages) : threads_(threads), sum_(choose_sum()) {
+    if (bytes < kHuge || threads < 1) throw nb::value_error("ReadProbe: at least 2 MiB and a thread");
+    share_ = bytes / threads / kHuge * kHuge;
+    if (share_ == 0) throw nb::value_error("ReadProbe: at least 2 MiB a thread");
+    mapped_bytes_ = size_t(share_ * threads + kHuge);
+    mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped_ == MAP_FAILED) throw std::bad_alloc();
+    madvise(mapped_, mapped_bytes_, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapped_) + kHuge - 1) / kHuge * kHuge);
+    timed_passes(threads, 1, [&](int thread) { std::fill_n(data_ + thread * share_, share_, uint8_t(thread + 1)); });
+}
+
+ReadProbe::~ReadProbe() { munmap(mapped_, mapped_bytes_); }
+
+std::vector<double> ReadProbe::rates(int passes) const {
+    if (passes < 1) throw nb::value_error("ReadProbe: at least one pass");
     std::vector<double> rates;
-    for (const double s : seconds) rates.push_back(double(used) / s);
+    for (const double s : timed_passes(threads_, passes, [&](int thread) { sink = sum_(data_ + thread * share_, share_); }))
+        rates.push_back(double(share_ * threads_) / s);
     return rates;
 }
 
@@ -200,6 +202,8 @@ std::vector<double> probe_dot(const std::string& kind, int threads, int passes) 
 }
 
 void bind_probe(nb::module_& m) {
-    m.def("probe_read", probe_read, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<ReadProbe>(m, "ReadProbe")
+        .def(nb::init<int64_t, int, bool>(), nb::arg("bytes"), nb::arg("threads"), nb::arg("huge_pages") = true)
+        .def("rates", &ReadProbe::rates, nb::arg("passes"), nb::call_guard<nb::gil_scoped_release>());
     m.def("probe_dot", probe_dot, nb::call_guard<nb::gil_scoped_release>());
 }

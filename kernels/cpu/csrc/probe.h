@@ -8,8 +8,27 @@ namespace nanobind {
 class module_;
 }
 
-// Bytes per second of each pass in which `threads` threads together read memory of `bytes` bytes, each a part of its own.
-std::vector<double> probe_read(int64_t bytes, int threads, int passes, bool huge_pages);
+using SumBytes = uint64_t (*)(const uint8_t*, int64_t);
+
+// Memory of `bytes` bytes that `threads` threads read together, each a part of its own.
+class ReadProbe {
+public:
+    ReadProbe(int64_t bytes, int threads, bool huge_pages);
+    ~ReadProbe();
+    ReadProbe(const ReadProbe&) = delete;
+    ReadProbe& operator=(const ReadProbe&) = delete;
+
+    // Bytes per second of each of so many passes, one right behind the other.
+    std::vector<double> rates(int passes) const;
+
+private:
+    int threads_;
+    SumBytes sum_;
+    int64_t share_ = 0;  // bytes of a thread
+    void* mapped_ = nullptr;
+    size_t mapped_bytes_ = 0;
+    uint8_t* data_ = nullptr;
+};
 
 // Products per second of each pass of the widest dot instruction on registers; kind: int8, bf16 or f32. Empty where this
 // CPU has no such instruction.
