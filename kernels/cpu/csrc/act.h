@@ -9,9 +9,9 @@
 //   f32:    float values[padded]
 //   bf16:   uint16 values[padded], two to a word as in a packed matrix
 //   q8_32:  int8 q[padded], then float scale[padded / 32], float sum32[padded / 32], int32 minus[padded / 32]
-//   q8_256: int8 q[padded], then float scale[padded / 256], float sum16[padded / 16], float sum32[padded / 32],
-//           int32 minus[padded / 16]
-// value = q * scale. sum16, sum32: of the q of 16 or 32 columns; minus: the same with its sign turned, as an integer.
+//   q8_256: int8 q[padded], then float scale[padded / 256], int16 sum16[padded / 16], int16 sum32[padded / 32]
+// value = q * scale. sum16, sum32: of the q of 16 or 32 columns; minus: the same with its sign turned. Of any four sums of
+// 16 bits the second and the third have changed places: as pairs they meet bytes 0 and 2, then 1 and 3 of a word.
 struct ActLayout {
     Act kind;
     int64_t columns, padded;
@@ -29,9 +29,9 @@ struct ActLayout {
             const int64_t n32 = a.padded / 32, n16 = a.padded / 16;
             a.scale = a.padded;
             a.sum16 = a.scale + up((is_small ? n32 : a.padded / 256) * 4, 64);
-            a.sum32 = a.sum16 + (is_small ? 0 : up(n16 * 4, 64));
-            a.minus = a.sum32 + up(n32 * 4, 64);
-            a.row_bytes = a.minus + up((is_small ? n32 : n16) * 4, 64);
+            a.sum32 = a.sum16 + (is_small ? 0 : up(n16 * 2, 64));
+            a.minus = a.sum32 + up(n32 * (is_small ? 4 : 2), 64);
+            a.row_bytes = a.minus + (is_small ? up(n32 * 4, 64) : 0);
         }
         return a;
     }

@@ -34,12 +34,12 @@ void fill_blocks(const PackedMatrix& w, int64_t tile, int64_t first, int64_t cou
         for (int h = 0; h < 2; ++h) {
             const uint8_t* words = block_words<Q>(w.tile(tile), b) + 32 * h;
             Scales scales;
-            Q::scales(words, block_scales<Q>(w.tile(tile), b) + 16 * h, scales);
+            float_scales<Q>(words, block_scales<Q>(w.tile(tile), b) + 16 * h, scales);
 #pragma GCC unroll 1
             for (int sub = 0; sub < Q::kBlock / Q::kSub; ++sub) {
 #pragma GCC unroll 1
                 for (int g = 0; g < Q::kSub / 4; ++g) {
-                    const Words bytes = Q::weights(words, sub, g);
+                    const Words bytes = Q::weights(InMemory{words}, sub, g);
                     SIROCCO_UNROLL
                     for (int i = 0; i < 4; ++i) {
                         Ints number = Ints((bytes >> (8 * i)) & 0xffu);

@@ -61,91 +61,159 @@ SIROCCO_INLINE void add_dots(Weights weights, const uint8_t* const* x, int64_t c
     }
 }
 
-// One sub-block, the `sub`th of its row, of M tokens: its dots, scaled, are added to the sums of its block.
+// The weights of 8 rows as add_group takes them: those of Q8_0 signed.
+template <typename Q>
+SIROCCO_INLINE Words weights_of(const uint8_t* words, int sub, int group) {
+    const Words w = Q::weights(InMemory{words}, sub, group);
+    return Q::kBits == 8 ? w ^ 0x80808080u : w;
+}
+
+// The scales of a block for 16 rows. Blocks of 32 have one scale and perhaps a minimum.
+template <typename Q>
+struct RowScales {
+    Floats scale[2], minimum[2];
+
+    SIROCCO_INLINE void load(const uint8_t* words, const uint8_t* line) {
+        for (int h = 0; h < 2; ++h) {
+            Scales scales;
+            Q::scales(words + 32 * h, line + 16 * h, scales);
+            scale[h] = scales.scale[0];
+            if constexpr (Q::kHasMinimum) minimum[h] = scales.minimum[0];
+        }
+    }
+};
+
+template <typename Q>
+    requires(Q::kBlock == 256)
+struct RowScales<Q> {
+    BlockScales half[2];
+
+    SIROCCO_INLINE void load(const uint8_t* words, const uint8_t* line) {
+        for (int h = 0; h < 2; ++h) Q::scales(words + 32 * h, line + 16 * h, half[h]);
+    }
+};
+
+// A block of 32, the `block`th of its row, times M tokens. weights(group, half)
 template <typename Q, int M, bool Unroll, typename Weights>
-SIROCCO_INLINE void add_sub(const ActLayout& layout, int64_t sub, Weights weights, const Floats* const* scale,
-                            const Floats* const* minimum, const uint8_t* const* x, Sum (&sums)[M]) {
+SIROCCO_INLINE void add_small_block(const ActLayout& layout, int64_t block, Weights weights, const RowScales<Q>& scales,
+                                    const uint8_t* const* x, Sum* total) {
     __m256i dots[M][2] = {};
     if constexpr (Q::kOffsetBits >= 0 && Q::kBits < 8) {
         SIROCCO_UNROLL
         for (int m = 0; m < M; ++m)
-            dots[m][0] = dots[m][1] = _mm256_slli_epi32(all_words(x[m] + layout.minus + sub * 4), Q::kOffsetBits);
+            dots[m][0] = dots[m][1] = _mm256_slli_epi32(all_words(x[m] + layout.minus + block * 4), Q::kOffsetBits);
     }
-    add_dots<Q, M, Unroll>(weights, x, sub * Q::kSub, dots);
-    const int64_t sum_at = (Q::kSub == 32 ? layout.sum32 : layout.sum16) + sub * 4;
+    add_dots<Q, M, Unroll>(weights, x, block * Q::kBlock, dots);
     SIROCCO_UNROLL
     for (int m = 0; m < M; ++m) {
+        const Floats act_scale = all_floats(x[m] + layout.scale + block * 4);
         SIROCCO_UNROLL
         for (int h = 0; h < 2; ++h) {
-            const Floats value = Floats(_mm256_cvtepi32_ps(dots[m][h]));
-            Floats& sum = sums[m].half[h];
-            sum = Q::kBlock == Q::kSub ? value * *scale[h] : fma(value, *scale[h], sum);
-            if constexpr (Q::kHasMinimum) sum = fma(*minimum[h], all_floats(x[m] + sum_at), sum);
+            Floats sum = Floats(_mm256_cvtepi32_ps(dots[m][h])) * scales.scale[h];
+            if constexpr (Q::kHasMinimum) sum = fma(scales.minimum[h], all_floats(x[m] + layout.sum32 + block * 4), sum);
+            total[m].half[h] = fma(sum, act_scale, total[m].half[h]);
         }
     }
 }
 
-template <int M>
-SIROCCO_INLINE void add_block(const ActLayout& layout, int64_t block, const Sum (&sums)[M], const uint8_t* const* x, Sum* total) {
+// A sub-block of 256, the `sub`th of its row, the one with index `index` of its block: its dots, times its scale, are added to the sums of its block.
+template <typename Q, int M, bool Unroll, typename Weights>
+SIROCCO_INLINE void add_sub(int64_t sub, Weights weights, const RowScales<Q>& scales, int index, const uint8_t* const* x, Sum (&sums)[M]) {
+    __m256i dots[M][2] = {};
+    add_dots<Q, M, Unroll>(weights, x, sub * Q::kSub, dots);
+    Floats scale[2];
+    for (int h = 0; h < 2; ++h) scale[h] = __builtin_convertvector(scales.half[h].scale[index], Floats);
     SIROCCO_UNROLL
     for (int m = 0; m < M; ++m) {
-        const Floats scale = all_floats(x[m] + layout.scale + block * 4);
         SIROCCO_UNROLL
-        for (int h = 0; h < 2; ++h) total[m].half[h] = fma(sums[m].half[h], scale, total[m].half[h]);
+        for (int h = 0; h < 2; ++h) sums[m].half[h] = fma(Floats(_mm256_cvtepi32_ps(dots[m][h])), scale[h], sums[m].half[h]);
     }
 }
 
-// The weights of 8 rows as add_group takes them: those of Q8_0 signed.
-template <typename Q>
-SIROCCO_INLINE Words weights_of(const uint8_t* words, int sub, int group) {
-    const Words w = Q::weights(words, sub, group);
-    return Q::kBits == 8 ? w ^ 0x80808080u : w;
+// What becomes of the sums of a block of 256 when all its sub-blocks are in them.
+template <typename Q, int M>
+SIROCCO_INLINE void add_sums(const ActLayout& layout, int64_t block, const RowScales<Q>& scales, const uint8_t* const* x,
+                             const Sum (&sums)[M], Sum* total) {
+    constexpr int kSubs = Q::kBlock / Q::kSub;
+    const int64_t sums_at = (Q::kSub == 32 ? layout.sum32 : layout.sum16) + block * kSubs * 2;
+    SIROCCO_UNROLL
+    for (int m = 0; m < M; ++m) {
+        const Floats act_scale = all_floats(x[m] + layout.scale + block * 4);
+        SIROCCO_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            const BlockScales& s = scales.half[h];
+            __m256i side = _mm256_setzero_si256();
+            SIROCCO_UNROLL
+            for (int i = 0; i < kSubs / 2; ++i)
+                side = _mm256_add_epi32(side, _mm256_madd_epi16(__m256i(s.pairs[i]), all_words(x[m] + sums_at + i * 4)));
+            const Floats from_sums = Floats(_mm256_cvtepi32_ps(side));
+            Floats sum = sums[m].half[h];
+            if constexpr (Q::kOffsetBits >= 0) sum = sum - from_sums * float(1 << Q::kOffsetBits);
+            Floats& out = total[m].half[h];
+            out = fma(sum, s.factor * act_scale, out);
+            if constexpr (Q::kHasMinimum) out = fma(from_sums, s.minimum * act_scale, out);
+        }
+    }
+}
+
+// The `block`th block of a row times M tokens. weights(sub, group, half)
+template <typename Q, int M, bool Unroll, typename Weights>
+SIROCCO_INLINE void add_block(const ActLayout& layout, int64_t block, Weights weights, const RowScales<Q>& scales,
+                              const uint8_t* const* x, Sum* total) {
+    if constexpr (Q::kBlock == 256) {
+        constexpr int kSubs = Q::kBlock / Q::kSub;
+        Sum sums[M] = {};
+        const auto add = [&](int sub) __attribute__((always_inline)) {
+            const auto of_sub = [&](int g, int h) __attribute__((always_inline)) { return weights(sub, g, h); };
+            add_sub<Q, M, Unroll && Q::kSub == 16>(block * kSubs + sub, of_sub, scales, sub, x, sums);
+        };
+        if constexpr (Unroll) {
+            SIROCCO_UNROLL
+            for (int sub = 0; sub < kSubs; ++sub) add(sub);
+        } else {
+#pragma GCC unroll 1
+            for (int sub = 0; sub < kSubs; ++sub) add(sub);
+        }
+        add_sums<Q, M>(layout, block, scales, x, sums, total);
+    } else {
+        const auto of_block = [&](int g, int h) __attribute__((always_inline)) { return weights(0, g, h); };
+        add_small_block<Q, M, Unroll>(layout, block, of_block, scales, x, total);
+    }
 }
 
 // A tile times M tokens, straight from the packed words.
 template <typename Q, int M>
 SIROCCO_INLINE void multiply_packed(const MatmulJob& job, int64_t tile, const uint8_t* const* x, Sum (&total)[M]) {
-    constexpr int kSubs = Q::kBlock / Q::kSub;
     const ActLayout layout = job.x.layout;
     const uint8_t* packed = job.weight.tile(tile);
     for (int64_t b = 0; b < job.weight.blocks; ++b) {
-        const uint8_t *words = block_words<Q>(packed, b), *line = block_scales<Q>(packed, b);
-        Scales scales[2];
-        for (int h = 0; h < 2; ++h) Q::scales(words + 32 * h, line + 16 * h, scales[h]);
-        Sum sums[M] = {};
-        SIROCCO_UNROLL
-        for (int sub = 0; sub < kSubs; ++sub) {
-            const Floats* scale[2] = {&scales[0].scale[sub], &scales[1].scale[sub]};
-            const Floats* minimum[2] = {&scales[0].minimum[sub], &scales[1].minimum[sub]};
-            const auto weights = [&](int g, int h) __attribute__((always_inline)) { return weights_of<Q>(words + 32 * h, sub, g); };
-            add_sub<Q, M, Q::kBlock == 32>(layout, b * kSubs + sub, weights, scale, minimum, x, sums);
-        }
-        add_block<M>(layout, b, sums, x, total);
+        const uint8_t* words = block_words<Q>(packed, b);
+        RowScales<Q> scales;
+        scales.load(words, block_scales<Q>(packed, b));
+        const auto weights = [&](int sub, int g, int h) __attribute__((always_inline)) { return weights_of<Q>(words + 32 * h, sub, g); };
+        add_block<Q, M, true>(layout, b, weights, scales, x, total);
     }
 }
 
-// A piece of a tile with its weights as bytes and its scales as floats: work that many tokens share.
+// A piece of a tile with its weights as bytes and its scales as they are used: work that many tokens share.
 template <typename Q>
 struct Unpacked {
     static constexpr int kSubs = Q::kBlock / Q::kSub, kGroups = Q::kSub / 4, kBlocks = int(kPieceColumns) / Q::kBlock;
-    uint8_t weights[kBlocks * kSubs][kGroups][64];
-    Floats scale[kBlocks * kSubs][2], minimum[kBlocks * kSubs][2];
+    uint8_t weights[kBlocks][kSubs][kGroups][64];
+    RowScales<Q> scales[kBlocks];
 
     void unpack(const uint8_t* tile, int64_t first, int64_t blocks) {
         for (int64_t b = 0; b < blocks; ++b) {
-            const uint8_t *words = block_words<Q>(tile, first + b), *line = block_scales<Q>(tile, first + b);
+            const uint8_t* words = block_words<Q>(tile, first + b);
+            scales[b].load(words, block_scales<Q>(tile, first + b));
             for (int h = 0; h < 2; ++h) {
-                Scales scales;
-                Q::scales(words + 32 * h, line + 16 * h, scales);
                 SIROCCO_UNROLL
                 for (int sub = 0; sub < kSubs; ++sub) {
                     SIROCCO_UNROLL
                     for (int g = 0; g < kGroups; ++g) {
                         const Words w = weights_of<Q>(words + 32 * h, sub, g);
-                        std::memcpy(weights[b * kSubs + sub][g] + 32 * h, &w, 32);
+                        std::memcpy(weights[b][sub][g] + 32 * h, &w, 32);
                     }
-                    scale[b * kSubs + sub][h] = scales.scale[sub];
-                    if constexpr (Q::kHasMinimum) minimum[b * kSubs + sub][h] = scales.minimum[sub];
                 }
             }
         }
@@ -155,15 +223,8 @@ struct Unpacked {
     template <int M>
     SIROCCO_INLINE void multiply(const ActLayout& layout, int64_t first, int64_t blocks, const uint8_t* const* x, Sum* total) const {
         for (int64_t b = 0; b < blocks; ++b) {
-            Sum sums[M] = {};
-#pragma GCC unroll 1
-            for (int64_t s = b * kSubs; s < (b + 1) * kSubs; ++s) {
-                const Floats* scales[2] = {&scale[s][0], &scale[s][1]};
-                const Floats* minimums[2] = {&minimum[s][0], &minimum[s][1]};
-                const auto bytes = [&](int g, int h) __attribute__((always_inline)) { return load_words(weights[s][g] + 32 * h); };
-                add_sub<Q, M, false>(layout, first * kSubs + s, bytes, scales, minimums, x, sums);
-            }
-            add_block<M>(layout, first + b, sums, x, total);
+            const auto bytes = [&](int sub, int g, int h) __attribute__((always_inline)) { return load_words(weights[b][sub][g] + 32 * h); };
+            add_block<Q, M, false>(layout, first + b, bytes, scales[b], x, total);
         }
     }
 };

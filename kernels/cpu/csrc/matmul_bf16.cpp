@@ -9,7 +9,7 @@ struct DotPairs {
     static void run(const MatmulJob& job, int64_t tile, int64_t token) {
         multiply_tile<M>(job, tile, token, [&](const uint8_t* words, const uint8_t* const* x, Floats* acc) {
             for (int64_t b = 0; b < job.weight.blocks; ++b, words += 64) {
-                if constexpr (kAsks<M, 1>) ask_ahead(words, 1, 0, 1);
+                if constexpr (kAsks<M>) ask_ahead(words, 1, 0, 1);
                 const auto w = __m512bh(_mm512_loadu_si512(words));
                 SIROCCO_UNROLL
                 for (int m = 0; m < M; ++m) {

@@ -68,7 +68,7 @@ uint32_t gather(uint32_t bits) {
 }
 
 constexpr uint32_t kBias = 0x80808080u;  // Q8_0 weights are kept unsigned, 128 higher
-constexpr int kQ8_0 = 8;
+constexpr int kQ8_0 = 8, kQ3_K = 11, kQ6_K = 14;
 
 // Word w of a block begins at this byte: words skip the scale where it comes first (else they come last).
 int64_t word_offset(const TypeLayout& layout, int w) {
@@ -82,18 +82,12 @@ struct Run {
 };
 
 // Scales first, then words in the order in which a block reads them for the first time: low and high bits in turn.
-constexpr Run kQ6KRuns[] = {{48, 4, 0, 1},  {0, 4, 4, 2},   {32, 4, 5, 2},  {4, 4, 12, 2},  {36, 4, 13, 2}, {8, 8, 20, 1},
-                            {16, 4, 28, 2}, {40, 4, 29, 2}, {20, 4, 36, 2}, {44, 4, 37, 2}, {24, 8, 44, 1}};
 constexpr Run kQ3KRuns[] = {{24, 3, 0, 1}, {8, 4, 3, 2}, {0, 4, 4, 2}, {12, 4, 11, 2}, {4, 4, 12, 2}, {16, 8, 19, 1}};
 
 template <typename Body>
 void for_runs(const TypeLayout& layout, Body body) {
-    const auto all = [&](const auto& runs) {
-        for (const Run& run : runs) body(run);
-    };
-    if (layout.type_id == 14) all(kQ6KRuns);
-    else if (layout.type_id == 11) all(kQ3KRuns);
-    else body(Run{0, layout.words, 0, 1});
+    if (layout.type_id != kQ3_K) return body(Run{0, layout.words, 0, 1});
+    for (const Run& run : kQ3KRuns) body(run);
 }
 
 constexpr int kRun = 64;  // words of a row that are packed at a time
@@ -107,6 +101,57 @@ Words4 load4(const uint8_t* at) {
     Words4 v;
     std::memcpy(&v, at, sizeof v);
     return v;
+}
+
+// Q6_K, a word of one row or the words of several: 52 words in file order to and from the order that kernels read.
+constexpr int kQ6KWords = 52, kQ6KHigh = 32, kQ6KScales = 48;
+
+// Where the low four bits of weights 4g to 4g + 3 of a sub-block are in the file, and how far up; where their high two.
+struct SixBits {
+    int low, low_shift, high, high_shift;
+    SixBits(int sub, int g) {
+        const int half = sub / 8, part = sub % 8 / 2, quarter = sub & 1;
+        low = half * 16 + (part & 1) * 8 + quarter * 4 + g, low_shift = part / 2 * 4;
+        high = kQ6KHigh + half * 8 + quarter * 4 + g, high_shift = part * 2;
+    }
+};
+
+template <typename W>
+void order_q6k(const W* file, W* out) {
+    for (int i = 0; i < 4; ++i) out[i] = file[kQ6KScales + i];
+    for (int sub = 0; sub < 16; ++sub) {
+        W q[4];
+        for (int g = 0; g < 4; ++g) {
+            const SixBits at(sub, g);
+            q[g] = ((file[at.low] >> at.low_shift) & 0x0f0f0f0fu) | (((file[at.high] >> at.high_shift) & 0x03030303u) << 4);
+        }
+        for (int g = 0; g < 3; ++g) out[4 + 3 * sub + g] = q[g] | (((q[3] >> (2 * g)) & 0x03030303u) << 6);
+    }
+}
+
+template <typename W>
+void restore_q6k(const W* packed, W* file) {
+    for (int i = 0; i < kQ6KScales; ++i) file[i] = W{};
+    for (int i = 0; i < 4; ++i) file[kQ6KScales + i] = packed[i];
+    for (int sub = 0; sub < 16; ++sub) {
+        const W* three = packed + 4 + 3 * sub;
+        W last{};
+        for (int g = 0; g < 3; ++g) last |= ((three[g] >> 6) & 0x03030303u) << (2 * g);
+        for (int g = 0; g < 4; ++g) {
+            const SixBits at(sub, g);
+            const W q = g < 3 ? three[g] : last;
+            file[at.low] |= (q & 0x0f0f0f0fu) << at.low_shift;
+            file[at.high] |= ((q >> 4) & 0x03030303u) << at.high_shift;
+        }
+    }
+}
+
+// The block of one row, without its scale.
+void unpack_q6k(const uint8_t* words, int row, uint8_t* out) {
+    uint32_t packed[kQ6KWords], file[kQ6KWords];
+    for (int w = 0; w < kQ6KWords; ++w) std::memcpy(packed + w, words + w * 64 + row * 4, 4);
+    restore_q6k(packed, file);
+    std::memcpy(out, file, sizeof file);
 }
 
 // Words of four rows to their places: `step` bytes from word to word, 4 from row to row.
@@ -183,6 +228,13 @@ void pack_tile(const TypeLayout& layout, int64_t blocks, const uint8_t* const* r
                 from[i] = block + first_word;
                 if (scales) std::memcpy(scales + (r + i) * scale_bytes, block + layout.scale_offset, size_t(scale_bytes));
             }
+            if (layout.type_id == kQ6_K) {
+                Words4 file[kQ6KWords], ordered[kQ6KWords];
+                interleave4(from, kQ6KWords, 0, reinterpret_cast<uint8_t*>(file), 16);
+                order_q6k(file, ordered);
+                for (int w = 0; w < kQ6KWords; ++w) std::memcpy(out + w * 64 + r * 4, &ordered[w], 16);
+                continue;
+            }
             for_runs(layout, [&](const Run& run) {
                 const uint8_t* words[4];
                 for (int i = 0; i < 4; ++i) words[i] = from[i] + run.from * 4;
@@ -209,7 +261,8 @@ void unpack_row(const TypeLayout& layout, int64_t blocks, const uint8_t* tile, i
         const uint8_t* words = tile + layout.words_at(b);
         const int64_t block = b * layout.block_bytes;
         const bool is_whole = block + layout.block_bytes <= row_bytes;
-        for_runs(layout, [&](const Run& run) {
+        if (layout.type_id == kQ6_K) unpack_q6k(words, row, out + block);
+        else for_runs(layout, [&](const Run& run) {
             for (int i = 0; i < run.count; ++i) {
                 const int w = run.from + i;
                 uint32_t word;

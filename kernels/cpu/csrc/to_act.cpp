@@ -60,6 +60,9 @@ inline int32_t sum(Ints v) {
     return total;
 }
 
+// Where sum i lies: 0, 2, 1, 3 of each four.
+constexpr int paired(int i) { return (i & ~3) + (i & 1) * 2 + (i & 2) / 2; }
+
 // One block with a common scale, 32 or 256 columns, of which `left` exist.
 template <int Block>
 void quantise_block(const ActLayout& layout, const float* x, int64_t left, uint8_t* row, int64_t column) {
@@ -79,19 +82,15 @@ void quantise_block(const ActLayout& layout, const float* x, int64_t left, uint8
         const Bytes bytes = __builtin_convertvector(q, Bytes);
         std::memcpy(row + column + 16 * i, &bytes, 16);
     }
-    auto* sum32 = reinterpret_cast<float*>(row + layout.sum32) + column / 32;
-    for (int i = 0; i < kParts / 2; ++i) sum32[i] = float(sums[2 * i] + sums[2 * i + 1]);
+    reinterpret_cast<float*>(row + layout.scale)[column / Block] = scale;
     if constexpr (Block == 32) {
-        reinterpret_cast<float*>(row + layout.scale)[column / 32] = scale;
+        reinterpret_cast<float*>(row + layout.sum32)[column / 32] = float(sums[0] + sums[1]);
         reinterpret_cast<int32_t*>(row + layout.minus)[column / 32] = -(sums[0] + sums[1]);
     } else {
-        reinterpret_cast<float*>(row + layout.scale)[column / 256] = scale;
-        auto* sum16 = reinterpret_cast<float*>(row + layout.sum16) + column / 16;
-        auto* minus = reinterpret_cast<int32_t*>(row + layout.minus) + column / 16;
-        for (int i = 0; i < kParts; ++i) {
-            sum16[i] = float(sums[i]);
-            minus[i] = -sums[i];
-        }
+        auto* sum16 = reinterpret_cast<int16_t*>(row + layout.sum16) + column / 16;
+        auto* sum32 = reinterpret_cast<int16_t*>(row + layout.sum32) + column / 32;
+        for (int i = 0; i < kParts; ++i) sum16[paired(i)] = int16_t(sums[i]);
+        for (int i = 0; i < kParts / 2; ++i) sum32[paired(i)] = int16_t(sums[2 * i] + sums[2 * i + 1]);
     }
 }
 
