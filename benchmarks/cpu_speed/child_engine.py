@@ -58,8 +58,7 @@ class ChildEngine:
     def measure(self, cell: Cell, seed: int) -> Sample:
         """See Engine. The first time in a cell is done twice: the first result, in cold memory, is dropped."""
         if self._process is None:
-            self._start()
-            self._warm.clear()
+            self.start()
         if cell not in self._warm:
             self._ask({**asdict(cell), "seed": _WARM_UP_SEED})
             self._warm.add(cell)
@@ -81,7 +80,9 @@ class ChildEngine:
             process.wait()
         process.stdout.close()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Starts the process and waits until it has its model; facts are known then. Raises EngineError."""
+        self._warm.clear()
         start = time.perf_counter()
         try:
             self._process = subprocess.Popen(
