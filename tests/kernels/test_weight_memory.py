@@ -9,11 +9,11 @@ from kernels.cpu import weight_memory
 from kernels.cpu.packed import PackedMatrix
 from kernels.formats import BY_NAME
 
-Q8_0, F32 = BY_NAME["Q8_0"], BY_NAME["F32"]
-# 136 MB in a mapping of its own, and small ones that share a mapping.
-LARGE = (Q8_0.type_id, 32000, 4000)
+Q4_0, F32 = BY_NAME["Q4_0"], BY_NAME["F32"]
+# 144 MB in a mapping of its own, and small ones that share a mapping.
+LARGE = (Q4_0.type_id, 64000, 4000)
 SMALL = [(F32.type_id, 100 + i, 1000) for i in range(40)]
-LARGE_BYTES = 32000 * 4000 // 32 * 34
+LARGE_BYTES = 64000 * 4000 // 32 * 18
 
 
 def resident_bytes() -> int:
@@ -47,13 +47,13 @@ def test_what_is_taken_is_zero_and_lasts() -> None:
         matrix.pack(0, torch.full((matrix.shape[0], 4000), number, dtype=torch.uint8))
     for number, matrix in enumerate(matrices[1:]):
         assert (matrix.unpack() == number).all()
-    assert not matrices[0].unpack(31968).any()
+    assert not matrices[0].unpack(63968).any()
 
 
 def test_other_sizes_than_were_foreseen() -> None:
     """Types that are not kept packed are passed over; a matrix nobody spoke of gets its memory all the same."""
-    weight_memory.prepare([(999, 16, 16), (Q8_0.type_id, 16, 33), SMALL[0]])
-    matrix = PackedMatrix(Q8_0.type_id, 20000, 4000)
+    weight_memory.prepare([(999, 16, 16), (Q4_0.type_id, 16, 33), SMALL[0]])
+    matrix = PackedMatrix(Q4_0.type_id, 20000, 4000)
     weight_memory.prepare([])
     weight_memory.end()
     assert not matrix.unpack(19990).any()
