@@ -14,7 +14,7 @@ def narrow(x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         even = (bits >> 16) & 1
-        bits = tl.where(x == x, bits + 0x7FFF + even, bits)
+        bits = tl.where(x == x, (bits + 0x7FFF + even) & -65536, bits)
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
