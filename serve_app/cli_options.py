@@ -193,7 +193,8 @@ class EngineOptions:
         float | None,
         _cache_option(
             "--pa-gpu-mem-usage",
-            help="Fraction of a GPU's memory that is in use with the KV pool; on a CPU, of the free memory for the pool.",
+            help="Size of the KV pool: on a GPU, what fills its memory up to this fraction; on a CPU, this fraction of "
+            "the free memory.",
         ),
     ] = _ENGINE.pool_fraction
     pool_tokens: Annotated[

@@ -82,12 +82,12 @@ class EngineConfig:
 
     At most one of pool_mb, pool_fraction and pool_tokens sets the KV pool (the --pa-gpu-mem, --pa-gpu-mem-usage and
     --pa-ctxt-len options); with none it is the smaller of a quarter of the memory that the cgroup leaves free and
-    max_seqs * context, and on a GPU what its memory leaves of pool_fraction 0.9. prefix_cache_n: how many released prompts keep their blocks, 0 = no prefix cache.
-    max_batched_tokens bounds one step's tokens, prefill_chunk_tokens one request's share of it.
-    max_waiting: requests that may wait; more are refused with QueueFull. kv_cache_dtype 'auto' suits the weights
+    max_seqs * context, and on a GPU as with pool_fraction 0.9. prefix_cache_n: how many released prompts keep their
+    blocks, 0 = no prefix cache. max_batched_tokens bounds one step's tokens, prefill_chunk_tokens one request's share
+    of it. max_waiting: requests that may wait; more are refused with QueueFull. kv_cache_dtype 'auto' suits the weights
     (loaders.load.kv_dtype); pa_cache_type, the name that users of mistral.rs know, says the same with fewer choices.
-    cpu_exact: on the CPU no product rounds its input. num_threads 0: the physical cores of
-    cgroup and affinity; shares_cores: others use them too, so that threads sleep at once after each step.
+    cpu_exact: on the CPU no product rounds its input. num_threads 0: the physical cores of cgroup and affinity;
+    shares_cores: others use them too, so that threads sleep at once after each step.
     """
 
     max_seqs: int = 32

@@ -144,7 +144,7 @@ def rope_kv(
     is_fp8 = k_cache.dtype == torch.float8_e4m3fn
     assert k.stride()[1:] == v.stride()[1:] == (head_dim, 1), "heads must lie side by side"
     assert q is None or q.stride()[1:] == (head_dim, 1), "heads must lie side by side"
-    assert k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape[2:] == (n_kv_heads, head_dim)
+    assert all(cache.is_contiguous() and cache.shape[2:] == (n_kv_heads, head_dim) for cache in (k_cache, v_cache))
     assert not is_fp8 or (k_scale is not None and v_scale is not None), "an e4m3 cache needs its scales"
     if num_tokens == 0:
         return
@@ -156,7 +156,8 @@ def rope_kv(
         byte_view(k_cache), byte_view(v_cache), slots, k_scale if is_fp8 else k, v_scale if is_fp8 else v,
         num_tokens, q_programs, 0 if q is None else q.stride(0), k.stride(0), v.stride(0), n_kv_heads * head_dim,
         N_HEADS=max(1, n_heads), N_KV_HEADS=n_kv_heads, HEAD_DIM=head_dim, HALF=half,
-        PAIRS=triton.next_power_of_2(max(1, half)), WIDTH=width, ROWS=rows, IS_INTERLEAVED=is_interleaved, IS_FP8=is_fp8,
+        PAIRS=triton.next_power_of_2(max(1, half)), WIDTH=width, ROWS=rows, IS_INTERLEAVED=is_interleaved,
+        IS_FP8=is_fp8,
     )  # fmt: skip
 
 

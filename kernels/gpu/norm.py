@@ -89,7 +89,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0) -> Tensor:
     """See reference.norm.add_rms_norm; residual [T, H] contiguous."""
-    assert residual.is_contiguous() and residual.shape == x.shape
+    assert residual.is_contiguous()
+    assert residual.shape == x.shape
     return _run(x, residual, _out(x), weight, None, epsilon, offset, is_layer_norm=False)
 
 

@@ -179,7 +179,7 @@ def _merge(
     total = tl.zeros([ROWS], tl.float32)
     values = tl.zeros([ROWS, WIDTH], tl.float32)
     at = place.to(tl.int64)
-    for _ in range(0, num_parts):
+    for _ in range(num_parts):
         part_largest = tl.load(part_max + at, mask=is_place, other=float("-inf"))
         new_largest = tl.maximum(largest, part_largest)
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -213,8 +213,10 @@ def attend(
     num_tokens, n_heads, head_dim = q.shape
     n_kv_heads = k_cache.shape[2]
     is_fp8 = k_cache.dtype == torch.float8_e4m3fn
-    assert q.stride()[1:] == (head_dim, 1) and num_tokens == plan.num_tokens
-    assert k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape
+    assert q.stride()[1:] == (head_dim, 1), "heads must lie side by side"
+    assert num_tokens == plan.num_tokens
+    assert all(cache.is_contiguous() for cache in (k_cache, v_cache))
+    assert k_cache.shape == v_cache.shape
     assert not is_fp8 or (k_scale is not None and v_scale is not None), "an e4m3 cache needs its scales"
     out = q.new_empty((num_tokens, n_heads * head_dim))
     if num_tokens == 0:

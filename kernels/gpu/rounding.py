@@ -8,6 +8,7 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """The interpreter cuts bits off where bfloat16 and e4m3 must be rounded, and cannot multiply matrices of bfloat16."""
 
+
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """float32 x in another float type."""

@@ -48,9 +48,7 @@ def usual_needs(device: torch.device | str, dtype: torch.dtype, kv_dtype: torch.
     """Those of most models: heads of 128, four query heads to a KV head, blocks of 32."""
     shape = AttentionShape(0, 8, 2, 128, 128**-0.5)
     device = torch.device(device)
-    return AttentionNeeds(
-        device, architecture_of(device), dtype, dtype if kv_dtype is None else kv_dtype, 32, (shape,)
-    )
+    return AttentionNeeds(device, architecture_of(device), dtype, dtype if kv_dtype is None else kv_dtype, 32, (shape,))
 
 
 def architecture_of(device: torch.device) -> tuple[int, int] | None:

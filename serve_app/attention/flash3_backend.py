@@ -18,8 +18,8 @@ NAME = "flash-attn-3"
 MODULE = "flash_attn_interface"
 LIMITS = Limits(((9, 0), (10, 0)))
 ARGUMENTS = frozenset(
-    ("q", "k_cache", "v_cache", "cache_seqlens", "page_table", "cu_seqlens_q", "max_seqlen_q", "softmax_scale", "causal",
-     "window_size", "softcap")
+    ("q", "k_cache", "v_cache", "cache_seqlens", "page_table", "cu_seqlens_q", "max_seqlen_q", "softmax_scale",
+     "causal", "window_size", "softcap")
 )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class FlashinferPlan:
         )
         if kind not in self._planned:
             self._planned[kind] = self._plan(kind, q.dtype)
-        out: Tensor = self._planned[kind].run(q, (batch.k[shape.layer], batch.v[shape.layer]))
+        out: Tensor = self._planned[kind].run(q.contiguous(), (batch.k[shape.layer], batch.v[shape.layer]))
         return out.flatten(1)
 
     def _plan(self, kind: AttentionShape, dtype: torch.dtype) -> Any:
@@ -105,7 +105,9 @@ def block_lists(host: ForwardBatch, block_size: int) -> tuple[Tensor, Tensor, Te
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     is_used = np.arange(host.block_tables.shape[1]) < counts[:, None]
     last = host.context_lens - np.maximum(counts - 1, 0) * block_size
-    return tuple(torch.from_numpy(np.ascontiguousarray(a, np.int32)) for a in (starts, host.block_tables[is_used], last))  # type: ignore[return-value]
+    return tuple(
+        torch.from_numpy(np.ascontiguousarray(a, np.int32)) for a in (starts, host.block_tables[is_used], last)
+    )  # type: ignore[return-value]
 
 
 @cache

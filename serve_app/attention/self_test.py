@@ -59,7 +59,9 @@ def _error(backend: AttentionBackend, needs: AttentionNeeds, shape: AttentionSha
     scales = [scale] if needs.is_fp8 else None
     batch = DeviceBatch.of(host, SmallCache([k_cache], [v_cache], scales, scales), device)
     slots = torch.arange(4 * size, device=device)
-    kv_write(draw(4 * size, shape.n_kv_heads), draw(4 * size, shape.n_kv_heads), k_cache, v_cache, slots, *batch.scales(0))
+    kv_write(
+        draw(4 * size, shape.n_kv_heads), draw(4 * size, shape.n_kv_heads), k_cache, v_cache, slots, *batch.scales(0)
+    )
     q = draw(host.num_tokens, shape.n_heads)
     k, v = draw(host.num_tokens, shape.n_kv_heads), draw(host.num_tokens, shape.n_kv_heads)
     out = backend.plan(batch).run(shape, q, k, v)

@@ -1,4 +1,7 @@
-"""vllm-flash-attn: the flash-attention 2 and 3 operators that the vllm distribution carries, without importing it."""
+"""vllm-flash-attn: the flash-attention 2 and 3 operators that the vllm distribution carries, without importing it.
+
+A distribution of its own, vllm_flash_attn, is taken too: by its operators, or else by its Python function.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +18,12 @@ from serve_app.attention.gpu_limits import Limits
 from serve_app.attention.op_schema import BoundOperator, missing_arguments
 from serve_app.attention.report import BackendReport
 from serve_app.attention.slot_write import write_slots
+from serve_app.attention.vllm_flash_module import ModuleFlashAttention, load_module
 
 NAME = "vllm-flash-attn"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FlashVersion:
     """One generation of operators. arguments: those that we give, with their types. table: what it calls the block
     table. constants: of arguments that have no default and are always the same here."""
@@ -89,7 +93,9 @@ class VllmFlashAttention:
     name = NAME
     is_graph_safe = True
 
-    def __init__(self, version: FlashVersion, call: Callable[[Mapping[str, Any]], Any], later: Mapping[str, Any]) -> None:
+    def __init__(
+        self, version: FlashVersion, call: Callable[[Mapping[str, Any]], Any], later: Mapping[str, Any]
+    ) -> None:
         """call: the operator by names; later: values of arguments that only some versions have."""
         self.version = version
         self._call = call
@@ -110,7 +116,6 @@ class VllmFlashPlan:
     def __init__(self, backend: VllmFlashAttention, batch: DeviceBatch) -> None:
         self._backend = backend
         self._batch = batch
-        # The longest context that fits the tables, not the step's: a graph is replayed with longer ones.
         self._lengths = {
             "cu_seqlens_q": batch.query_start,
             "seqused_k": batch.context_lens,
@@ -135,6 +140,7 @@ class VllmFlashPlan:
                 "v": batch.v[shape.layer],
                 "out": out,
                 **self._lengths,
+                # What fits the tables, not the step's longest context: a graph is replayed with longer ones.
                 "max_seqlen_k": batch.block_tables.shape[1] * k_cache.shape[1],
                 "softmax_scale": shape.scale,
                 "is_causal": True,
@@ -150,7 +156,7 @@ class VllmFlashPlan:
 class Loaded:
     """An operator that loaded and whose schema fits, or the reason why there is none."""
 
-    backend: VllmFlashAttention | None
+    backend: VllmFlashAttention | ModuleFlashAttention | None
     reason: str
 
 
@@ -174,7 +180,9 @@ def bind(version: FlashVersion, operator: Any, schema: torch.FunctionSchema) -> 
     if wrong := missing_arguments(schema, {**version.arguments, **later}):
         return Loaded(None, f"{version.library}.{version.operator} is of another version: {'; '.join(wrong)}")
     values = {name: value for name, (_, value) in _LATER.items() if name in names}
-    return Loaded(VllmFlashAttention(version, BoundOperator(operator, schema), values), f"flash-attention {version.number}")
+    return Loaded(
+        VllmFlashAttention(version, BoundOperator(operator, schema), values), f"flash-attention {version.number}"
+    )
 
 
 def _choose(needs: AttentionNeeds) -> Loaded:
@@ -188,6 +196,11 @@ def _choose(needs: AttentionNeeds) -> Loaded:
         reasons.append(f"version {version.number}: {loaded.reason}")
     if needs.device.type != "cuda":
         return Loaded(None, f"the model is on {needs.device.type}")
+    if FLASH_2.limits.refusal(needs) is None:
+        function, reason = load_module()
+        if function is not None:
+            return Loaded(ModuleFlashAttention(function), reason)
+        reasons.append(reason)
     return Loaded(None, "; ".join(reasons))
 
 
@@ -197,7 +210,7 @@ def look(needs: AttentionNeeds) -> BackendReport:
     return BackendReport(NAME, found.backend is not None, found.reason)
 
 
-def make(needs: AttentionNeeds) -> VllmFlashAttention:
+def make(needs: AttentionNeeds) -> VllmFlashAttention | ModuleFlashAttention:
     """The backend; look() said that there is one."""
     backend = _choose(needs).backend
     assert backend is not None

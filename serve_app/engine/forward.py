@@ -37,7 +37,9 @@ def choose_forward(
     return TorchForward(model, kv, torch.device(device), backend)
 
 
-def attention_needs(model: CausalLM, kv: "KvPool", device: torch.device, *, wants_graphs: bool = False) -> AttentionNeeds:
+def attention_needs(
+    model: CausalLM, kv: "KvPool", device: torch.device, *, wants_graphs: bool = False
+) -> AttentionNeeds:
     """What a model over a pool asks of an attention backend."""
     probe = ShapeProbe()
     model.forward(probe)

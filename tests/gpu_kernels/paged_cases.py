@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.reference.norm import kv_write
+from serve_app.attention.device_batch import DeviceBatch
+from serve_app.batch import ForwardBatch
 
 
 @dataclass
@@ -82,3 +85,37 @@ def make_case(
     scales = [None if s is None else s.to(device) for s in (k_scale, v_scale)]
     parts = (t.to(device) for t in (q, k_cache, v_cache, tables, starts, lengths))
     return PagedCase(*parts, *scales)
+
+
+@dataclass
+class OneLayer:
+    """A cache of one layer. See Cache."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    k_scales: list[Tensor] | None
+    v_scales: list[Tensor] | None
+
+
+def device_batch(case: PagedCase) -> DeviceBatch:
+    """The case as a step of the engine; its tokens are in their slots already."""
+    starts, lengths = (np.array(numbers, np.int32) for numbers in case.host_lengths)
+    counts = np.diff(starts)
+    tables = case.block_tables.cpu().numpy()
+    positions = np.concatenate([np.arange(c - n, c) for c, n in zip(lengths, counts, strict=True)]).astype(np.int64)
+    owner, size = np.repeat(np.arange(len(counts)), counts), case.k_cache.shape[1]
+    host = ForwardBatch(
+        token_ids=np.zeros(len(positions), np.int64),
+        positions=positions,
+        slot_mapping=tables[owner, positions // size].astype(np.int64) * size + positions % size,
+        block_tables=tables,
+        query_start=starts,
+        context_lens=lengths,
+        logit_index=np.arange(len(positions)),
+        sample_rows=np.zeros(0, np.int64),
+        sample_positions=np.zeros(0, np.int64),
+        max_query_len=int(counts.max()),
+        max_context_len=int(lengths.max()),
+    )
+    scales = ([case.k_scale], [case.v_scale]) if case.k_scale is not None else (None, None)
+    return DeviceBatch.of(host, OneLayer([case.k_cache], [case.v_cache], *scales), case.q.device)

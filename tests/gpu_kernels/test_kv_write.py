@@ -93,7 +93,9 @@ def test_tokens_without_a_slot_are_not_written(device: torch.device) -> None:
     kv_write(k, k, *ours, torch.tensor([-1, 3, -1, 20], device=device))
     flat = ours[0].view(-1, 16)
     assert torch.equal(flat[[3, 20]], k[[1, 3], 0])
-    assert torch.equal(flat.sum(1) == 7 * 16, torch.ones(32, dtype=torch.bool).index_fill(0, torch.tensor([3, 20]), False).to(device))
+    assert torch.equal(
+        flat.sum(1) == 7 * 16, torch.ones(32, dtype=torch.bool).index_fill(0, torch.tensor([3, 20]), False).to(device)
+    )
 
 
 def test_no_tokens(device: torch.device) -> None:

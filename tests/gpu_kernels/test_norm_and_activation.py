@@ -34,9 +34,7 @@ def test_norms(tokens: int, width: int, dtype: torch.dtype, device: torch.device
     close(norm.add_rms_norm(x, ours, weight, 1e-5), reference.add_rms_norm(x, theirs, weight, 1e-5))
     assert torch.equal(ours, theirs)
     ours = residual.clone()
-    close(
-        norm.layer_norm(x, weight, bias, 1e-5, residual=ours), reference.layer_norm(theirs, weight, bias, 1e-5)
-    )
+    close(norm.layer_norm(x, weight, bias, 1e-5, residual=ours), reference.layer_norm(theirs, weight, bias, 1e-5))
     assert torch.equal(ours, theirs)
 
 

@@ -99,9 +99,7 @@ def test_the_same_call_gives_the_same_bits(device: torch.device) -> None:
 def test_a_prompt_in_chunks_gives_the_bits_of_one_pass(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one part, a row's sums depend on nothing but its own keys: tiles are counted from the context's begin."""
     monkeypatch.setattr(attention_plan, "_num_parts", lambda *sizes: 1)
-    monkeypatch.setattr(
-        attention_plan, "choose_tiles", lambda *sizes, choose=choose_tiles: choose(64, *sizes[1:])
-    )
+    monkeypatch.setattr(attention_plan, "choose_tiles", lambda *sizes, choose=choose_tiles: choose(64, *sizes[1:]))
     whole = make_case([(100, 100)], 4, 2, 16, device=device)
     rows = got(whole)
     for begin, end in [(0, 30), (30, 31), (31, 100)]:

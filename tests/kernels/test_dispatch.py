@@ -67,7 +67,7 @@ def test_the_same_text_without_native_code(no_native: None, monkeypatch: pytest.
 def test_a_named_backend_that_cannot_run_is_refused(no_native: None) -> None:
     with pytest.raises(LaunchError, match="SIROCCO_NATIVE"):
         choose_backend(usual_needs("cpu", torch.float32), "cpu")
-    with pytest.raises(LaunchError, match="there are auto, cpu, .*torch"):
+    with pytest.raises(LaunchError, match=r"there are auto, cpu, .*torch"):
         choose_backend(usual_needs("cpu", torch.float32), "flash")
     usable = [r.name for r in list_backends(usual_needs("cpu", torch.float32)) if r.is_usable]
     assert usable == ["torch"]
