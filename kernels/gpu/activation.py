@@ -12,11 +12,13 @@ KINDS = ("silu", "gelu_tanh", "gelu_erf")
 @triton.jit
 def _function(x, KIND: tl.constexpr):
     if KIND == 0:
-        return x * tl.sigmoid(x)
-    if KIND == 1:
+        y = x * tl.sigmoid(x)
+    elif KIND == 1:
         # 1 + tanh(y) = 2 sigmoid(2y)
-        return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        y = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    else:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return y
 
 
 @triton.jit

@@ -10,8 +10,9 @@ from kernels.gpu.support import num_cores
 
 # The smallest side of a matrix that tensor cores multiply.
 SMALLEST_TILE = 16
-SHARED_BYTES = 80 << 10
-"""Shared memory of one program for keys and values: fits every architecture from 8.0 on, once."""
+SHARED_BYTES = 56 << 10
+"""Of a program that waits for memory: several of them share a multiprocessor."""
+MOST_BUFFERS = 4
 PROGRAMS_PER_CORE = 2
 LONGEST_PART = 8192
 """Keys that one program goes through at most, so that one long context does not keep a whole step waiting."""
@@ -36,13 +37,19 @@ def choose_tiles(max_query_len: int, group: int, head_dim: int, itemsize: int) -
     group: query heads of a KV head; they share a tile, since they read the same keys. itemsize: bytes of an element
     as it is multiplied. Decodes take few rows and short runs of keys, of which several are on their way at a time: they
     wait for memory. Prefills take many rows: each key that was read is used for all of them.
+
+    A tile's address comes from the block table, so that two loads follow each other: Triton's pipeline of n stages then
+    has (n - 1) // 2 tiles under way.
     """
     width = max(SMALLEST_TILE, triton.next_power_of_2(head_dim))
     wanted = min(max_query_len * group, 64 if width <= 128 else 32)
     rows = max(SMALLEST_TILE, triton.next_power_of_2(wanted), triton.next_power_of_2(group))
-    keys = 32 if rows <= 16 or width * itemsize > 256 else 64
-    stages = max(1, min(4, SHARED_BYTES // (2 * keys * width * itemsize)))
-    return Tiles(rows // group, rows, keys, width, num_warps=4, num_stages=stages)
+    row_bytes = width * itemsize
+    if rows > 16 and row_bytes <= 256:
+        return Tiles(rows // group, rows, keys=64, width=width, num_warps=4, num_stages=3)
+    keys = 32 if row_bytes <= 512 else 16
+    buffers = max(1, min(MOST_BUFFERS, SHARED_BYTES // (2 * keys * row_bytes)))
+    return Tiles(rows // group, rows, keys, width, num_warps=4, num_stages=2 * buffers + 1)
 
 
 class AttentionPlan:

@@ -12,8 +12,12 @@ from kernels.gpu.rounding import INTERPRETED, byte_view, e4m3_bits, narrow
 def _pairs(offsets, HALF: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
     """Where in a head the two elements of each rotated pair are."""
     if IS_INTERLEAVED:
-        return 2 * offsets, 2 * offsets + 1
-    return offsets, offsets + HALF
+        first = 2 * offsets
+        second = first + 1
+    else:
+        first = offsets
+        second = offsets + HALF
+    return first, second
 
 
 @triton.jit
@@ -31,11 +35,96 @@ def _put(cache, at, x, inverse_scale, mask, IS_FP8: tl.constexpr):
 
 
 @triton.jit
-def _scale_of(scale, head, mask, IS_FP8: tl.constexpr):
-    """What the values of each row are divided by, turned over."""
+def _rotate_queries(
+    program,
+    q,
+    positions,
+    table,
+    num_tokens,
+    q_stride,
+    N_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
+):
+    row = program * ROWS + tl.arange(0, ROWS)
+    token, head = row // N_HEADS, row % N_HEADS
+    is_row = token < num_tokens
+    pair = tl.arange(0, PAIRS)
+    mask = is_row[:, None] & (pair < HALF)[None, :]
+    position = tl.load(positions + token, mask=is_row, other=0)
+    cosine, sine = _angles(table, position, pair, mask, HALF)
+    first, second = _pairs(pair, HALF, IS_INTERLEAVED)
+    base = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * HEAD_DIM
+    a = tl.load(base + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(base + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    # One thread reads and writes both of a pair: no other may see half of it.
+    tl.store(base + first[None, :], narrow(a * cosine - b * sine, q.dtype.element_ty), mask=mask)
+    tl.store(base + second[None, :], narrow(b * cosine + a * sine, q.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _write_keys_and_values(
+    program,
+    k,
+    v,
+    positions,
+    table,
+    k_cache,
+    v_cache,
+    slots,
+    k_scale,
+    v_scale,
+    num_tokens,
+    k_stride,
+    v_stride,
+    slot_stride,
+    N_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
+    IS_FP8: tl.constexpr,
+):
+    row = program * ROWS + tl.arange(0, ROWS)
+    token, head = row // N_KV_HEADS, row % N_KV_HEADS
+    is_row = token < num_tokens
+    slot = tl.load(slots + token, mask=is_row, other=-1)
+    # A token that only fills up a batch has no slot.
+    is_row = is_row & (slot >= 0)
+    to = slot[:, None] * slot_stride + head[:, None] * HEAD_DIM
+    k_inverse = 1.0
+    v_inverse = 1.0
     if IS_FP8:
-        return (1.0 / tl.load(scale + head, mask=mask, other=1.0))[:, None]
-    return 1.0
+        k_inverse = (1.0 / tl.load(k_scale + head, mask=is_row, other=1.0))[:, None]
+        v_inverse = (1.0 / tl.load(v_scale + head, mask=is_row, other=1.0))[:, None]
+    k_base = k + token.to(tl.int64)[:, None] * k_stride + head[:, None] * HEAD_DIM
+    if HALF > 0:
+        pair = tl.arange(0, PAIRS)
+        turned = is_row[:, None] & (pair < HALF)[None, :]
+        position = tl.load(positions + token, mask=is_row, other=0)
+        cosine, sine = _angles(table, position, pair, turned, HALF)
+        first, second = _pairs(pair, HALF, IS_INTERLEAVED)
+        a = tl.load(k_base + first[None, :], mask=turned, other=0.0).to(tl.float32)
+        b = tl.load(k_base + second[None, :], mask=turned, other=0.0).to(tl.float32)
+        # Rounded as if the rotated keys had been kept in between.
+        c = narrow(a * cosine - b * sine, k.dtype.element_ty).to(tl.float32)
+        d = narrow(b * cosine + a * sine, k.dtype.element_ty).to(tl.float32)
+        _put(k_cache, to + first[None, :], c, k_inverse, turned, IS_FP8)
+        _put(k_cache, to + second[None, :], d, k_inverse, turned, IS_FP8)
+    column = tl.arange(0, WIDTH)
+    mask = is_row[:, None] & (column < HEAD_DIM)[None, :]
+    if 2 * HALF < HEAD_DIM:
+        rest = mask & (column >= 2 * HALF)[None, :]
+        x = tl.load(k_base + column[None, :], mask=rest, other=0.0).to(tl.float32)
+        _put(k_cache, to + column[None, :], x, k_inverse, rest, IS_FP8)
+    v_base = v + token.to(tl.int64)[:, None] * v_stride + head[:, None] * HEAD_DIM
+    y = tl.load(v_base + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    _put(v_cache, to + column[None, :], y, v_inverse, mask, IS_FP8)
 
 
 @triton.jit
@@ -68,54 +157,15 @@ def _rope_kv(
 ):
     """The first q_programs programs rotate ROWS heads of queries each, the others write as many of keys and values."""
     program = tl.program_id(0)
-    pair = tl.arange(0, PAIRS)
-    is_pair = pair < HALF
     if program < q_programs:
-        row = program * ROWS + tl.arange(0, ROWS)
-        token, head = row // N_HEADS, row % N_HEADS
-        is_row = token < num_tokens
-        mask = is_row[:, None] & is_pair[None, :]
-        position = tl.load(positions + token, mask=is_row, other=0)
-        cosine, sine = _angles(table, position, pair, mask, HALF)
-        first, second = _pairs(pair, HALF, IS_INTERLEAVED)
-        base = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * HEAD_DIM
-        a = tl.load(base + first[None, :], mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(base + second[None, :], mask=mask, other=0.0).to(tl.float32)
-        # One thread reads and writes both of a pair: no other may see half of it.
-        tl.store(base + first[None, :], narrow(a * cosine - b * sine, q.dtype.element_ty), mask=mask)
-        tl.store(base + second[None, :], narrow(b * cosine + a * sine, q.dtype.element_ty), mask=mask)
+        _rotate_queries(
+            program, q, positions, table, num_tokens, q_stride, N_HEADS, HEAD_DIM, HALF, PAIRS, ROWS, IS_INTERLEAVED
+        )
     else:
-        row = (program - q_programs) * ROWS + tl.arange(0, ROWS)
-        token, head = row // N_KV_HEADS, row % N_KV_HEADS
-        is_row = token < num_tokens
-        slot = tl.load(slots + token, mask=is_row, other=-1)
-        # A token that only fills up a batch has no slot.
-        is_row = is_row & (slot >= 0)
-        to = slot[:, None] * slot_stride + head[:, None] * HEAD_DIM
-        k_inverse = _scale_of(k_scale, head, is_row, IS_FP8)
-        v_inverse = _scale_of(v_scale, head, is_row, IS_FP8)
-        k_base = k + token.to(tl.int64)[:, None] * k_stride + head[:, None] * HEAD_DIM
-        if HALF > 0:
-            mask = is_row[:, None] & is_pair[None, :]
-            position = tl.load(positions + token, mask=is_row, other=0)
-            cosine, sine = _angles(table, position, pair, mask, HALF)
-            first, second = _pairs(pair, HALF, IS_INTERLEAVED)
-            a = tl.load(k_base + first[None, :], mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(k_base + second[None, :], mask=mask, other=0.0).to(tl.float32)
-            # Rounded as if the rotated keys had been kept in between.
-            c = narrow(a * cosine - b * sine, k.dtype.element_ty).to(tl.float32)
-            d = narrow(b * cosine + a * sine, k.dtype.element_ty).to(tl.float32)
-            _put(k_cache, to + first[None, :], c, k_inverse, mask, IS_FP8)
-            _put(k_cache, to + second[None, :], d, k_inverse, mask, IS_FP8)
-        column = tl.arange(0, WIDTH)
-        mask = is_row[:, None] & (column < HEAD_DIM)[None, :]
-        if 2 * HALF < HEAD_DIM:
-            rest = mask & (column >= 2 * HALF)[None, :]
-            x = tl.load(k_base + column[None, :], mask=rest, other=0.0).to(tl.float32)
-            _put(k_cache, to + column[None, :], x, k_inverse, rest, IS_FP8)
-        v_base = v + token.to(tl.int64)[:, None] * v_stride + head[:, None] * HEAD_DIM
-        x = tl.load(v_base + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        _put(v_cache, to + column[None, :], x, v_inverse, mask, IS_FP8)
+        _write_keys_and_values(
+            program - q_programs, k, v, positions, table, k_cache, v_cache, slots, k_scale, v_scale, num_tokens,
+            k_stride, v_stride, slot_stride, N_KV_HEADS, HEAD_DIM, HALF, PAIRS, WIDTH, ROWS, IS_INTERLEAVED, IS_FP8,
+        )  # fmt: skip
 
 
 def rope_kv(

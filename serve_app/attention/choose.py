@@ -71,7 +71,7 @@ def choose_backend(needs: AttentionNeeds, name: str = "auto") -> AttentionBacken
     if not candidates:
         known = ", ".join(candidate.name for candidate in ORDER)
         raise LaunchError(f"There is no attention backend {name!r}; there are auto, {known}.")
-    refused = []
+    refused: list[BackendReport] = []
     for candidate in candidates:
         report = candidate.look(needs)
         backend = None

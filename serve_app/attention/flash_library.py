@@ -6,6 +6,7 @@ The package that they lie in is never imported: vllm's own import changes torch 
 from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ def _libraries(found: Distribution, stem: str) -> Iterator[Path]:
 def load_operator(library: Path, namespace: str, name: str) -> tuple[object, torch.FunctionSchema]:
     """The operator of a library, and its schema. OSError or RuntimeError where it does not load, AttributeError where
     there is no such operator."""
-    torch.ops.load_library(str(library))
-    operator = getattr(getattr(torch.ops, namespace), name).default
+    ops: Any = torch.ops
+    ops.load_library(str(library))
+    operator = getattr(getattr(ops, namespace), name).default
     return operator, operator._schema
