@@ -105,6 +105,10 @@ def _kv_pool(loaded: LoadedModel, config: EngineConfig, max_seq_len: int) -> KvP
     bytes_per_block = KvPool.bytes_per_block(*shape, loaded.kv_dtype)
     if (gpu := gpu_memory(config.device)) is not None:
         num_blocks = num_pool_blocks(config, bytes_per_block, max_seq_len, gpu[0], gpu_bytes=gpu[1])
-        return KvPool.on_device(config.device, num_blocks, *shape, loaded.kv_dtype)
-    num_blocks = num_pool_blocks(config, bytes_per_block, max_seq_len)
-    return KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.kv_dtype)
+        pool = KvPool.on_device(config.device, num_blocks, *shape, loaded.kv_dtype)
+    else:
+        num_blocks = num_pool_blocks(config, bytes_per_block, max_seq_len)
+        pool = KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.kv_dtype)
+    if loaded.kv_scales is not None:
+        pool.k_scales, pool.v_scales = loaded.kv_scales
+    return pool
