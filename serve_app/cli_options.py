@@ -11,7 +11,7 @@ from typing import Annotated
 from typer import Option
 
 from serve_app.config import DeploymentConfig, EngineSettings, HttpConfig, IngressMode, LogLevel, ModelConfig, ProxyMode
-from serve_app.options import DType, KvDType
+from serve_app.options import DType, KvDType, PaCacheType
 
 # What the help shows as the type of an option that takes no value.
 _FLAG = ""
@@ -185,13 +185,17 @@ class EngineOptions:
         int | None,
         _cache_option(
             "--pa-gpu-mem",
-            help="Size of the KV pool in MiB. Without this and the next two: a quarter of the free memory, "
-            "or less if all requests at full length need less.",
+            help="Size of the KV pool in MiB. Without this and the next two: on a GPU, --pa-gpu-mem-usage 0.9; else a "
+            "quarter of the free memory, or less if all requests at full length need less.",
         ),
     ] = _ENGINE.pool_mb
     pool_fraction: Annotated[
         float | None,
-        _cache_option("--pa-gpu-mem-usage", help="Size of the KV pool as a fraction of the free memory."),
+        _cache_option(
+            "--pa-gpu-mem-usage",
+            help="Size of the KV pool: on a GPU, what fills its memory up to this fraction; on a CPU, this fraction of "
+            "the free memory.",
+        ),
     ] = _ENGINE.pool_fraction
     pool_tokens: Annotated[
         int | None,
@@ -201,10 +205,14 @@ class EngineOptions:
         KvDType,
         _cache_option(
             "--kv-cache-dtype",
-            help="Number format of keys and values; auto: bf16 or f32 for a model of that kind, else f16; q8 (8 bits "
-            "with a scale for each 32) takes half of the memory.",
+            help="Number format of keys and values; auto: bf16 or f32 for a model of that kind, else f16. Half of the "
+            "memory take q8 (8 bits with a scale for each 32, native CPU kernels) and f8e4m3 (GPUs, plain torch).",
         ),
     ] = _ENGINE.kv_cache_dtype
+    pa_cache_type: Annotated[
+        PaCacheType,
+        _cache_option("--pa-cache-type", help="The same, as mistral.rs names it: f8e4m3 is --kv-cache-dtype f8e4m3."),
+    ] = _ENGINE.pa_cache_type
     block_size: Annotated[
         int,
         _cache_option("--pa-blk-size", help="Tokens in a block of the KV cache, a multiple of 16."),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from serve_app.errors import LaunchError
-from serve_app.options import DType, EngineConfig, KvDType, ModelKind, ModelSource
+from serve_app.options import DType, EngineConfig, KvDType, ModelKind, ModelSource, PaCacheType
 
 LogLevel = Literal["off", "error", "warn", "info", "debug", "trace"]
 IngressMode = Literal["pump", "handle"]
@@ -95,6 +95,7 @@ class EngineSettings(Section):
     queue_timeout_s: Seconds = 300.0
     device: Text = "cpu"
     kv_cache_dtype: KvDType = "auto"
+    pa_cache_type: PaCacheType = "auto"
     cpu_exact: bool = False
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     shares_cores: bool = False
@@ -111,6 +112,11 @@ class EngineSettings(Section):
         given = [name for name, value in pools.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each set the size of the KV pool: give one of them")
+        if self.pa_cache_type != "auto" and self.kv_cache_dtype not in ("auto", self.pa_cache_type):
+            raise ValueError(
+                f"--pa-cache-type {self.pa_cache_type} and --kv-cache-dtype {self.kv_cache_dtype} contradict each "
+                "other: give one of them"
+            )
         if self.max_batched_tokens < self.max_seqs:
             raise ValueError(
                 f"a step of {self.max_batched_tokens} tokens (--max-batched-tokens) cannot hold one token for each of "

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 DType = Literal["auto", "f32", "f16", "bf16"]
-KvDType = Literal["auto", "f32", "f16", "bf16", "q8"]
+KvDType = Literal["auto", "f32", "f16", "bf16", "q8", "f8e4m3"]
+PaCacheType = Literal["auto", "f8e4m3"]
 ModelKind = Literal["auto", "plain", "gguf"]
 
 
@@ -81,11 +82,12 @@ class EngineConfig:
 
     At most one of pool_mb, pool_fraction and pool_tokens sets the KV pool (the --pa-gpu-mem, --pa-gpu-mem-usage and
     --pa-ctxt-len options); with none it is the smaller of a quarter of the memory that the cgroup leaves free and
-    max_seqs * context. prefix_cache_n: how many released prompts keep their blocks, 0 = no prefix cache.
-    max_batched_tokens bounds one step's tokens, prefill_chunk_tokens one request's share of it.
-    max_waiting: requests that may wait; more are refused with QueueFull. kv_cache_dtype 'auto' suits the weights
-    (loaders.load.kv_dtype). cpu_exact: on the CPU no product rounds its input. num_threads 0: the physical cores of
-    cgroup and affinity; shares_cores: others use them too, so that threads sleep at once after each step.
+    max_seqs * context, and on a GPU as with pool_fraction 0.9. prefix_cache_n: how many released prompts keep their
+    blocks, 0 = no prefix cache. max_batched_tokens bounds one step's tokens, prefill_chunk_tokens one request's share
+    of it. max_waiting: requests that may wait; more are refused with QueueFull. kv_cache_dtype 'auto' suits the weights
+    (loaders.load.kv_dtype); pa_cache_type, the name that users of mistral.rs know, says the same with fewer choices.
+    cpu_exact: on the CPU no product rounds its input. num_threads 0: the physical cores of cgroup and affinity;
+    shares_cores: others use them too, so that threads sleep at once after each step.
     """
 
     max_seqs: int = 32
@@ -101,8 +103,14 @@ class EngineConfig:
     queue_timeout_s: float = 300.0
     device: str = "cpu"
     kv_cache_dtype: KvDType = "auto"
+    pa_cache_type: PaCacheType = "auto"
     cpu_exact: bool = False
     num_threads: int = 0
     shares_cores: bool = False
     attention_backend: str = "auto"
     seed: int | None = None
+
+    @property
+    def kv_type(self) -> KvDType:
+        """What kv_cache_dtype and pa_cache_type say together."""
+        return self.kv_cache_dtype if self.pa_cache_type == "auto" else self.pa_cache_type

@@ -33,6 +33,15 @@ def test_sections_convert_to_the_engine_options() -> None:
     assert EngineSettings(pool_mb=5, seed=3).to_config() == EngineConfig(pool_mb=5, seed=3)
 
 
+def test_the_two_names_of_the_cache_type() -> None:
+    assert EngineSettings().to_config().kv_type == "auto"
+    assert EngineSettings(kv_cache_dtype="q8").to_config().kv_type == "q8"
+    assert EngineSettings(pa_cache_type="f8e4m3").to_config().kv_type == "f8e4m3"
+    assert EngineSettings(pa_cache_type="f8e4m3", kv_cache_dtype="f8e4m3").to_config().kv_type == "f8e4m3"
+    with pytest.raises(ValidationError, match="--pa-cache-type f8e4m3 and --kv-cache-dtype q8 contradict"):
+        EngineSettings(pa_cache_type="f8e4m3", kv_cache_dtype="q8")
+
+
 def test_plain_data_without_defaults_builds_the_same_configuration() -> None:
     config = AppConfig(
         model=ModelConfig(model="m", files=("x.gguf",), kind="gguf"),
@@ -66,6 +75,8 @@ def test_a_configuration_cannot_be_changed_and_crosses_processes() -> None:
         {"http": {"idle_stream_timeout_s": float("nan")}},
         {"engine": {"block_size": 24}},
         {"engine": {"pool_mb": 1, "pool_tokens": 1}},
+        {"engine": {"pa_cache_type": "f8e4m3", "kv_cache_dtype": "f16"}},
+        {"engine": {"pa_cache_type": "q8"}},
         {"engine": {"pool_fraction": 1.5}},
         {"engine": {"max_seqs": 0}},
         {"engine": {"max_seqs": 64, "max_batched_tokens": 32}},

@@ -74,6 +74,9 @@ class TinyPool:
         filler = 0xFF if dtype == torch.uint8 else torch.nan
         self.k = [torch.full(shape, filler, dtype=dtype) for _ in range(args.n_layers)]
         self.v = [torch.full(shape, filler, dtype=dtype) for _ in range(args.n_layers)]
+        is_fp8 = dtype == torch.float8_e4m3fn
+        self.k_scales = [torch.full((args.n_kv_heads,), 0.05) for _ in self.k] if is_fp8 else None
+        self.v_scales = [torch.full((args.n_kv_heads,), 0.02) for _ in self.v] if is_fp8 else None
 
 
 @dataclass

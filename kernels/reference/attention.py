@@ -20,13 +20,15 @@ def paged_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Each query attends over its request's tokens up to its own: the last query is the context's last token.
 
     Caches [num_blocks, S, K, D]; query_start (R + 1 numbers) and context_lens (R) on the host. Returns [T, N * D] in
     q's dtype; scores, softmax and sums are formed in float32. Query head h reads KV head h // (N // K). scale: of the
     scores, None = D ** -0.5. softcap: bound of the scores, 0 = none. window: keys that a query sees, itself included,
-    0 = all.
+    0 = all. k_scale, v_scale float32 [K]: what a head's cached numbers are multiplied with, None = 1.
     """
     out = torch.empty_like(q_TND)
     for r, context in enumerate(context_lens):
@@ -35,8 +37,8 @@ def paged_attention(
             continue
         num_blocks = -(-context // k_cache.shape[1])
         blocks = block_tables_RB[r, :num_blocks].long()
-        k_CKD = k_cache[blocks].flatten(0, 1)[:context]
-        v_CKD = v_cache[blocks].flatten(0, 1)[:context]
+        k_CKD = _scaled(k_cache[blocks].flatten(0, 1)[:context], k_scale)
+        v_CKD = _scaled(v_cache[blocks].flatten(0, 1)[:context], v_scale)
         rows = torch.arange(context - (end - begin), context, device=q_TND.device)
         keys = torch.arange(context, device=q_TND.device)
         visible_QC = keys <= rows.unsqueeze(1)
@@ -44,6 +46,11 @@ def paged_attention(
             visible_QC &= keys > rows.unsqueeze(1) - window
         out[begin:end] = _attend(q_TND[begin:end], k_CKD, v_CKD, visible_QC, scale, softcap)
     return out.flatten(1)
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Cached numbers [..., K, D] as float32."""
+    return x.float() if scale is None else x.float() * scale.unsqueeze(-1)
 
 
 def _scores(dots: Tensor, head_dim: int, scale: float | None, softcap: float) -> Tensor:
@@ -57,9 +64,9 @@ def _attend(
     queries, n_heads, head_dim = q_QND.shape
     n_kv_heads = k_CKD.shape[1]
     q_KGQD = q_QND.float().view(queries, n_kv_heads, n_heads // n_kv_heads, head_dim).permute(1, 2, 0, 3)
-    dots = torch.matmul(q_KGQD, k_CKD.float().permute(1, 2, 0).unsqueeze(1))
+    dots = torch.matmul(q_KGQD, k_CKD.permute(1, 2, 0).unsqueeze(1))
     scores = _scores(dots, head_dim, scale, softcap).masked_fill(~visible_QC, float("-inf"))
-    out_KGQD = torch.matmul(scores.softmax(-1), v_CKD.float().transpose(0, 1).unsqueeze(1))
+    out_KGQD = torch.matmul(scores.softmax(-1), v_CKD.transpose(0, 1).unsqueeze(1))
     return out_KGQD.permute(2, 0, 1, 3).reshape(queries, n_heads, head_dim).to(q_QND.dtype)
 
 
@@ -72,6 +79,8 @@ def paged_decode(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """paged_attention where every request has exactly one query: all of them at once, without a loop.
 
@@ -79,13 +88,14 @@ def paged_decode(
     """
     requests, n_heads, head_dim = q_RND.shape
     n_kv_heads = k_cache.shape[2]
-    k_RCKD = k_cache[block_tables_RB.long()].flatten(1, 2).float()
+    k_RCKD = _scaled(k_cache[block_tables_RB.long()].flatten(1, 2), k_scale)
     keys = torch.arange(k_RCKD.shape[1], device=q_RND.device)
     hidden_RC = keys >= context_lens.unsqueeze(1)
     if window:
         hidden_RC |= keys < context_lens.unsqueeze(1) - window
     # Zero, not only unweighted: slots that nobody wrote, or another request did, may hold NaN.
-    v_RCKD = v_cache[block_tables_RB.long()].flatten(1, 2).float().masked_fill_(hidden_RC[:, :, None, None], 0.0)
+    v_RCKD = _scaled(v_cache[block_tables_RB.long()].flatten(1, 2), v_scale)
+    v_RCKD = v_RCKD.masked_fill(hidden_RC[:, :, None, None], 0.0)
     q_RKGD = q_RND.float().view(requests, n_kv_heads, n_heads // n_kv_heads, head_dim)
     scores_RKGC = _scores(torch.matmul(q_RKGD, k_RCKD.permute(0, 2, 3, 1)), head_dim, scale, softcap)
     scores_RKGC = scores_RKGC.masked_fill(hidden_RC[:, None, None], float("-inf"))

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+E4M3_LARGEST = 448.0
+
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x [T, H], weight [H] float32 → x / rms(x) * weight, [T, H] in x's dtype."""
@@ -24,19 +26,23 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
     return functional.layer_norm(x.float(), weight.shape, weight, bias, epsilon).to(x.dtype)
 
 
-def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
+def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, is_interleaved: bool = False) -> None:
     """Rotates q [T, n_heads, head_dim] and k [T, n_kv_heads, head_dim] in place, first half against second half.
 
     table float32 [positions, rotary_dim]: cosines of the first half, sines in the second. positions [T] int64.
-    Elements past rotary_dim stay. Source: Su et al. 2021, in the half-split order of Hugging Face checkpoints.
+    Elements past rotary_dim stay. is_interleaved: each even element against the odd one after it instead. Source: Su et
+    al. 2021, whose order is the interleaved one; checkpoints of Hugging Face have the half-split one.
     """
     half = table.shape[1] // 2
     cosine, sine = torch.split_with_sizes(table.index_select(0, positions).unsqueeze(1), [half, half], dim=-1)
     for x in (q, k):
-        first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+        pairs = x[..., : 2 * half]
+        first, second = (pairs[..., ::2], pairs[..., 1::2]) if is_interleaved else pairs.chunk(2, dim=-1)
+        a, b = first.float(), second.float()
         # Both before either is written: float32 halves are views of x.
-        rotated = (first * cosine - second * sine, second * cosine + first * sine)
-        x[..., :half], x[..., half : 2 * half] = rotated
+        rotated = (a * cosine - b * sine, b * cosine + a * sine)
+        first.copy_(rotated[0])
+        second.copy_(rotated[1])
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
@@ -60,10 +66,27 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return gate(gate_up, "silu")
 
 
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of caches [num_blocks, block_size, n_kv_heads, head_dim]."""
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k.to(k_cache.dtype))
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v.to(v_cache.dtype))
+def kv_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """k, v [T, n_kv_heads, head_dim] into slots [T] int64 of caches [num_blocks, block_size, n_kv_heads, head_dim].
+
+    Caches of float8_e4m3fn hold x / scale, k_scale and v_scale float32 [n_kv_heads], None = 1; what is beyond 448
+    becomes 448.
+    """
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        rows = cache.view(-1, *cache.shape[2:])
+        if cache.dtype == torch.float8_e4m3fn:
+            y = x.float() if scale is None else x.float() * (1.0 / scale).unsqueeze(-1)
+            # Bytes: torch copies rows of this type by index on some devices only.
+            rows, x = rows.view(torch.uint8), y.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(cache.dtype).view(torch.uint8)
+        rows.index_copy_(0, slots, x.to(rows.dtype))
 
 
 def rotary_table(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:

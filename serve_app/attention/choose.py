@@ -1,61 +1,104 @@
 """Which attention runs here, and why the others do not."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from kernels import dispatch
-from serve_app.attention.backend import AttentionBackend
+from serve_app.attention import (
+    cpu_backend,
+    flash3_backend,
+    flashinfer_backend,
+    self_test,
+    torch_backend,
+    triton_backend,
+    vllm_flash_backend,
+)
+from serve_app.attention.backend import AttentionBackend, AttentionNeeds, AttentionShape
+from serve_app.attention.report import BackendReport
 from serve_app.attention.torch_backend import TorchAttention
 from serve_app.errors import LaunchError
 
-NATIVE_KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class BackendReport:
-    """One backend as looked at: is_usable and why; the first usable one of a list is the one that 'auto' takes."""
+class Candidate:
+    """make None: no operation by itself, but part of the native program of a whole step."""
 
     name: str
-    is_usable: bool
-    reason: str
+    look: Callable[[AttentionNeeds], BackendReport]
+    make: Callable[[AttentionNeeds], AttentionBackend] | None
+    has_self_test: bool = True
 
 
-def list_backends(device: torch.device | str, dtype: torch.dtype) -> list[BackendReport]:
-    """All backends in the order of preference, for this device and this dtype of the KV cache (uint8: q8 rows)."""
-    return [_look_at_cpu(torch.device(device), dtype), _look_at_torch(dtype)]
+ORDER = (
+    Candidate("cpu", cpu_backend.look, None),
+    Candidate(vllm_flash_backend.NAME, vllm_flash_backend.look, vllm_flash_backend.make),
+    Candidate(flash3_backend.NAME, flash3_backend.look, flash3_backend.make),
+    Candidate(flashinfer_backend.NAME, flashinfer_backend.look, flashinfer_backend.make),
+    Candidate(triton_backend.NAME, triton_backend.look, triton_backend.make),
+    # The oracle of the self-test itself.
+    Candidate("torch", torch_backend.look, lambda needs: TorchAttention(), has_self_test=False),
+)
 
 
-def choose_backend(device: torch.device | str, dtype: torch.dtype, name: str = "auto") -> AttentionBackend | None:
-    """The named backend, or with 'auto' the first usable one. LaunchError says why a named one cannot run.
+def usual_needs(device: torch.device | str, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> AttentionNeeds:
+    """Those of most models: heads of 128, four query heads to a KV head, blocks of 32."""
+    shape = AttentionShape(0, 8, 2, 128, 128**-0.5)
+    device = torch.device(device)
+    return AttentionNeeds(device, architecture_of(device), dtype, dtype if kv_dtype is None else kv_dtype, 32, (shape,))
 
-    None is the backend 'cpu': no operation by itself, but part of the native program of a whole step.
+
+def architecture_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device, None for any other."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def list_backends(needs: AttentionNeeds) -> list[BackendReport]:
+    """All backends in the order of preference."""
+    return [candidate.look(needs) for candidate in ORDER]
+
+
+def choose_backend(needs: AttentionNeeds, name: str = "auto") -> AttentionBackend | None:
+    """The named backend, or with 'auto' the first usable one that passes its self-test.
+
+    LaunchError says why a named one, or any at all, cannot run. None is the backend 'cpu': no operation by itself, but
+    part of the native program of a whole step.
     """
-    reports = list_backends(device, dtype)
-    known = ", ".join(r.name for r in reports)
-    if name == "auto":
-        report = next((r for r in reports if r.is_usable), reports[-1])
-    else:
-        report = next((r for r in reports if r.name == name), BackendReport(name, False, ""))
-        if not report.reason:
-            raise LaunchError(f"There is no attention backend {name!r}; there are auto, {known}.")
-    if not report.is_usable:
-        raise LaunchError(f"The attention backend {report.name!r} cannot run here: {report.reason}.")
-    return None if report.name == "cpu" else TorchAttention()
+    candidates = [candidate for candidate in ORDER if name in ("auto", candidate.name)]
+    if not candidates:
+        known = ", ".join(candidate.name for candidate in ORDER)
+        raise LaunchError(f"There is no attention backend {name!r}; there are auto, {known}.")
+    refused: list[BackendReport] = []
+    for candidate in candidates:
+        report = candidate.look(needs)
+        backend = None
+        if report.is_usable:
+            backend, report = _start(candidate, needs, report)
+        if report.is_usable:
+            _log(report, refused)
+            return backend
+        refused.append(report)
+    last = refused[-1]
+    raise LaunchError(f"The attention backend {last.name!r} cannot run here: {last.reason}.")
 
 
-def _look_at_cpu(device: torch.device, dtype: torch.dtype) -> BackendReport:
-    found = dispatch.native()
-    if device.type != "cpu":
-        return BackendReport("cpu", False, f"the model is on {device.type}")
-    if found.ops is None:
-        return BackendReport("cpu", False, found.reason)
-    if dtype not in NATIVE_KV_DTYPES:
-        return BackendReport("cpu", False, f"the KV cache is {dtype}")
-    return BackendReport("cpu", True, found.reason)
+def _start(
+    candidate: Candidate, needs: AttentionNeeds, report: BackendReport
+) -> tuple[AttentionBackend | None, BackendReport]:
+    """Makes the backend and runs its self-test; the report then says whether it passed."""
+    if candidate.make is None:
+        return None, report
+    backend = candidate.make(needs)
+    failure = self_test.failure(backend, needs) if candidate.has_self_test else None
+    if failure is None:
+        return backend, report
+    log.warning("attention: %s is not used, though it is here: %s", candidate.name, failure)
+    return None, BackendReport(candidate.name, False, failure)
 
 
-def _look_at_torch(dtype: torch.dtype) -> BackendReport:
-    if dtype == torch.uint8:
-        return BackendReport("torch", False, "a q8 KV cache needs the native CPU kernels")
-    return BackendReport("torch", True, "plain torch runs everywhere")
+def _log(report: BackendReport, refused: list[BackendReport]) -> None:
+    others = "".join(f"; not {other.name}: {other.reason}" for other in refused)
+    log.info("attention: %s (%s)%s", report.name, report.reason, others)

@@ -1,4 +1,4 @@
-"""A step's arrays on the device, for the forward in plain torch."""
+"""A step's arrays on the device, for forwards that are no native program."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,13 +17,18 @@ class Cache(Protocol):
     def k(self) -> list[Tensor]: ...
     @property
     def v(self) -> list[Tensor]: ...
+    @property
+    def k_scales(self) -> list[Tensor] | None: ...
+    @property
+    def v_scales(self) -> list[Tensor] | None: ...
 
 
 @dataclass(slots=True)
 class DeviceBatch:
     """What the forward needs of a ForwardBatch, as tensors on the model's device.
 
-    host: where it came from. k, v: each layer's cache [num_blocks, block_size, n_kv_heads, head_dim].
+    host: where it came from. k, v: each layer's cache [num_blocks, block_size, n_kv_heads, head_dim]. k_scales,
+    v_scales: each layer's scales [n_kv_heads] where the caches are float8_e4m3fn, else None.
     """
 
     token_ids: Tensor
@@ -36,6 +41,14 @@ class DeviceBatch:
     host: ForwardBatch
     k: list[Tensor]
     v: list[Tensor]
+    k_scales: list[Tensor] | None = None
+    v_scales: list[Tensor] | None = None
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """A layer's scales of keys and of values."""
+        if self.k_scales is None or self.v_scales is None:
+            return None, None
+        return self.k_scales[layer], self.v_scales[layer]
 
     @classmethod
     def of(cls, host: ForwardBatch, cache: Cache, device: torch.device) -> "DeviceBatch":
@@ -47,4 +60,5 @@ class DeviceBatch:
         return cls(
             move(host.token_ids), move(host.positions), move(host.slot_mapping), move(host.block_tables),
             move(host.query_start), move(host.context_lens), move(host.logit_index), host, cache.k, cache.v,
+            cache.k_scales, cache.v_scales,
         )  # fmt: skip

@@ -4,14 +4,16 @@ from torch import Tensor
 
 from kernels.reference.attention import paged_attention, paged_decode
 from kernels.reference.norm import kv_write
-from serve_app.attention.backend import AttentionShape
+from serve_app.attention.backend import AttentionNeeds, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
+from serve_app.attention.report import BackendReport
 
 
 class TorchAttention:
     """Steps of decodes alone run in one piece; with a prefill among them, request by request."""
 
     name = "torch"
+    is_graph_safe = False
 
     def plan(self, batch: DeviceBatch) -> "TorchPlan":
         """Takes the lengths from the host when the step needs them there."""
@@ -28,12 +30,20 @@ class TorchPlan:
         self._query_start: list[int] = [] if self._is_decode else host.query_start.tolist()
         self._context_lens: list[int] = [] if self._is_decode else host.context_lens.tolist()
 
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """See PlannedAttention."""
         batch = self._batch
-        k_cache, v_cache = batch.k[shape.layer], batch.v[shape.layer]
-        kv_write(k, v, k_cache, v_cache, batch.slot_mapping)
-        extra = (shape.scale, shape.softcap, shape.window)
+        k_cache, v_cache, scales = batch.k[shape.layer], batch.v[shape.layer], batch.scales(shape.layer)
+        if k is not None and v is not None:
+            kv_write(k, v, k_cache, v_cache, batch.slot_mapping, *scales)
+        extra = (shape.scale, shape.softcap, shape.window, *scales)
         if self._is_decode:
             return paged_decode(q, k_cache, v_cache, batch.block_tables, batch.context_lens, *extra)
         return paged_attention(q, k_cache, v_cache, batch.block_tables, self._query_start, self._context_lens, *extra)
+
+
+def look(needs: AttentionNeeds) -> BackendReport:
+    """Whether it can run: everywhere, but for a cache of the native kernels' own."""
+    if needs.kv_dtype.itemsize == 1 and not needs.is_fp8:
+        return BackendReport("torch", False, "a q8 KV cache needs the native CPU kernels")
+    return BackendReport("torch", True, "plain torch runs everywhere")

@@ -127,10 +127,13 @@ def _kernels() -> Iterable[Finding]:
 def _attention() -> Iterable[Finding]:
     import torch
 
-    from serve_app.attention.choose import list_backends
+    from serve_app.attention.choose import list_backends, usual_needs
 
+    needs = usual_needs("cpu", torch.float32)
+    if torch.cuda.is_available():
+        needs = usual_needs("cuda", torch.bfloat16)
     chosen = ""
-    for backend in list_backends("cpu", torch.float32):
+    for backend in list_backends(needs):
         if not backend.is_usable:
             yield Finding(backend.name, "not usable", backend.reason)
         elif not chosen:

@@ -13,7 +13,7 @@ from serve_app.engine.sampler import Sampler
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.arena import PosixShmArena
 from serve_app.kv_cache.kv_pool import KvPool, kv_dtype_name
-from serve_app.kv_cache.pool_size import num_pool_blocks
+from serve_app.kv_cache.pool_size import gpu_memory, num_pool_blocks
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.options import EngineConfig, ModelSource
@@ -33,7 +33,7 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     with no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
         opening = side.submit(open_tokenizer, files.tokenizer_source, encodes=False)
         loaded = load_model(
-            files, dtype=files.dtype, device=config.device, kv=config.kv_cache_dtype, is_exact=config.cpu_exact
+            files, dtype=files.dtype, device=config.device, kv=config.kv_type, is_exact=config.cpu_exact
         )
         tokenizer = opening.result()
     kv = _kv_pool(loaded, config, files.max_seq_len)
@@ -87,5 +87,13 @@ def _kv_pool(loaded: LoadedModel, config: EngineConfig, max_seq_len: int) -> KvP
         )
     args = loaded.args
     shape = (config.block_size, args.n_layers, args.n_kv_heads, args.head_dim)
-    num_blocks = num_pool_blocks(config, KvPool.bytes_per_block(*shape, loaded.kv_dtype), max_seq_len)
-    return KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.kv_dtype)
+    bytes_per_block = KvPool.bytes_per_block(*shape, loaded.kv_dtype)
+    if (gpu := gpu_memory(config.device)) is not None:
+        num_blocks = num_pool_blocks(config, bytes_per_block, max_seq_len, gpu[0], gpu_bytes=gpu[1])
+        pool = KvPool.on_device(config.device, num_blocks, *shape, loaded.kv_dtype)
+    else:
+        num_blocks = num_pool_blocks(config, bytes_per_block, max_seq_len)
+        pool = KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.kv_dtype)
+    if loaded.kv_scales is not None:
+        pool.k_scales, pool.v_scales = loaded.kv_scales
+    return pool

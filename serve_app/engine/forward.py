@@ -1,16 +1,17 @@
-"""The two ways to run a model's forward over a step: as one native program, and in plain torch."""
+"""The two ways to run a model's forward over a step: as one native program, and operation by operation."""
 
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from serve_app.attention.backend import AttentionBackend
-from serve_app.attention.choose import choose_backend
+from serve_app.attention.backend import AttentionBackend, AttentionNeeds
+from serve_app.attention.choose import architecture_of, choose_backend
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.batch import ForwardBatch
 from serve_app.engine.logits_ops import Logits
-from serve_app.layers.torch_step import TorchStep
+from serve_app.layers.shape_probe import ShapeProbe
+from serve_app.layers.step_choice import step_type
 from serve_app.models.base import CausalLM
 
 if TYPE_CHECKING:
@@ -29,26 +30,38 @@ class Forward(Protocol):
 def choose_forward(
     model: CausalLM, kv: "KvPool", device: torch.device | str, attention: str = "auto", *, is_exact: bool = False
 ) -> Forward:
-    """The native program where the attention backend is the CPU's, else plain torch. See choose_backend."""
-    backend = choose_backend(device, kv.dtype, attention)
+    """The native program where the attention backend is the CPU's, else operations one by one. See choose_backend."""
+    backend = choose_backend(attention_needs(model, kv, torch.device(device)), attention)
     if backend is None:
         return NativeForward(model, kv, is_exact=is_exact)
     return TorchForward(model, kv, torch.device(device), backend)
 
 
+def attention_needs(
+    model: CausalLM, kv: "KvPool", device: torch.device, *, wants_graphs: bool = False
+) -> AttentionNeeds:
+    """What a model over a pool asks of an attention backend."""
+    probe = ShapeProbe()
+    model.forward(probe)
+    return AttentionNeeds(
+        device, architecture_of(device), probe.dtype, kv.dtype, kv.block_size, tuple(probe.shapes), wants_graphs
+    )
+
+
 class TorchForward:
-    """See Forward: one torch operator after the other."""
+    """See Forward: one operator after the other, torch's or, where they can run, Triton's."""
 
     def __init__(self, model: CausalLM, kv: "KvPool", device: torch.device, backend: AttentionBackend) -> None:
         self._model = model
         self._kv = kv
         self._device = device
         self._backend = backend
+        self._step_type = step_type(device, backend.name)
 
     def __call__(self, batch: ForwardBatch) -> Logits:
         """See Forward."""
         with torch.no_grad():
-            step = TorchStep(DeviceBatch.of(batch, self._kv, self._device), self._backend)
+            step = self._step_type(DeviceBatch.of(batch, self._kv, self._device), self._backend)
             hidden = step.wanted(self._model.forward(step))
             logits: Tensor = self._model.logits(hidden, step).float()
         return logits

@@ -1,6 +1,5 @@
 """The K and V tensors of all layers, as views over an arena."""
 
-import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ def row_elements(head_dim: int, dtype: torch.dtype) -> int:
 
 def kv_dtype_name(dtype: torch.dtype) -> str:
     """How users call it."""
-    return "q8" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
+    names = {torch.uint8: "q8", torch.float8_e4m3fn: "f8e4m3"}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +71,19 @@ class KvPool:
 
     Slot s of the pool (slot = block id * block_size + offset) is row s of k[layer].view(-1, n_kv_heads, row_elements).
     The pool owns its arena. The views are contiguous and zero at first.
+
+    k_scales, v_scales: for float8_e4m3fn, by layer, what a head's numbers are multiplied with, float32 [n_kv_heads], 1
+    at first; None for all other dtypes. They must not change once something was written.
     """
 
-    def __init__(self, arena: Arena, geometry: KvGeometry) -> None:
-        """Lays the views over an arena whose header was checked. Use create() and attach()."""
-        count = math.prod(geometry.shape)
-        flat = torch.frombuffer(arena.buffer(), dtype=geometry.dtype, count=count, offset=HEADER_BYTES)
+    def __init__(self, data: Tensor, geometry: KvGeometry, arena: Arena | None = None) -> None:
+        """Lays the views over data [geometry.num_bytes - HEADER_BYTES] bytes. Use create(), attach(), on_device()."""
         self.geometry = geometry
-        self._arena: Arena | None = arena
-        self._data = flat.view(geometry.shape)
+        self._arena = arena
+        self._data = data.view(geometry.dtype).view(geometry.shape)
         self.k: list[Tensor] = [self._data[layer, 0] for layer in range(geometry.n_layers)]
         self.v: list[Tensor] = [self._data[layer, 1] for layer in range(geometry.n_layers)]
+        self.k_scales, self.v_scales = (_scales(geometry, data.device) for _ in "kv")
 
     @classmethod
     def create(
@@ -99,7 +101,23 @@ class KvPool:
         arena = arena_factory(geometry.num_bytes)
         header = geometry.header()
         arena.buffer()[: len(header)] = header
-        return cls(arena, geometry)
+        return cls(_bytes_of(arena, geometry), geometry, arena)
+
+    @classmethod
+    def on_device(
+        cls,
+        device: torch.device | str,
+        num_blocks: int,
+        block_size: int,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> "KvPool":
+        """A zeroed pool in a device's memory, of this process alone."""
+        geometry = KvGeometry(num_blocks, block_size, n_layers, n_kv_heads, head_dim, dtype)
+        data = torch.zeros(geometry.num_bytes - HEADER_BYTES, dtype=torch.uint8, device=device)
+        return cls(data, geometry)
 
     @classmethod
     def attach(cls, arena: Arena, geometry: KvGeometry) -> "KvPool":
@@ -107,7 +125,7 @@ class KvPool:
         header = geometry.header()
         if arena.num_bytes != geometry.num_bytes or bytes(arena.buffer()[: len(header)]) != header:
             raise ValueError(f"the arena does not hold a KV pool of {geometry}")
-        return cls(arena, geometry)
+        return cls(_bytes_of(arena, geometry), geometry, arena)
 
     @property
     def num_blocks(self) -> int:
@@ -126,7 +144,7 @@ class KvPool:
 
     @property
     def num_bytes(self) -> int:
-        """Of the arena."""
+        """Of the arena, its header included."""
         return self.geometry.num_bytes
 
     @staticmethod
@@ -140,9 +158,19 @@ class KvPool:
 
     def close(self) -> None:
         """Drops the views and lets go of the arena; memory that somebody still views goes with the last view."""
-        if self._arena is None:
-            return
         self.k, self.v = [], []
         self._data = torch.empty(0, dtype=self.dtype)
-        self._arena.close()
-        self._arena = None
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
+def _bytes_of(arena: Arena, geometry: KvGeometry) -> Tensor:
+    count = geometry.num_bytes - HEADER_BYTES
+    return torch.frombuffer(arena.buffer(), dtype=torch.uint8, count=count, offset=HEADER_BYTES)
+
+
+def _scales(geometry: KvGeometry, device: torch.device) -> list[Tensor] | None:
+    if geometry.dtype != torch.float8_e4m3fn:
+        return None
+    return [torch.ones(geometry.n_kv_heads, device=device) for _ in range(geometry.n_layers)]

@@ -12,6 +12,7 @@ from serve_app.gguf_file import open_gguf
 from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.loaders.fingerprint import fingerprint
 from serve_app.loaders.gguf import GgufCheckpoint
+from serve_app.loaders.kv_scales import KvScales, read_kv_scales
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.number_formats import compute_dtype, kv_dtype
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 class LoadedModel:
     """A model with its weights.
 
-    fingerprint: 16 bytes, equal where keys and values may be shared. kv_dtype: for the KV pool.
+    fingerprint: 16 bytes, equal where keys and values may be shared. kv_dtype: for the KV pool; kv_scales: those of the
+    files, where it is e4m3 and they have some.
     """
 
     model: CausalLM
@@ -35,6 +37,7 @@ class LoadedModel:
     fingerprint: bytes
     compute_dtype: torch.dtype
     kv_dtype: torch.dtype
+    kv_scales: KvScales | None = None
 
 
 def load_model(
@@ -53,15 +56,16 @@ def load_model(
         model = family.build(args, source)
     finally:
         weight_memory.end()
-    _report_unused(checkpoint, source)
     kept = kv_dtype(kv, dtype, checkpoint, torch.device(device), is_exact=is_exact)
+    scales = read_kv_scales(checkpoint, source, args) if kept == torch.float8_e4m3fn else None
+    _report_unused(checkpoint, source)
     facts = {
         "architecture": files.architecture,
         "args": asdict(cast(Any, args)),
         "dtypes": f"{chosen} {kept}",
         "is_exact": is_exact,
     }
-    return LoadedModel(model, args, fingerprint(facts, checkpoint.stored()), chosen, kept)
+    return LoadedModel(model, args, fingerprint(facts, checkpoint.stored()), chosen, kept, scales)
 
 
 def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:

@@ -7,7 +7,7 @@ from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.options import DType, KvDType
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_KV_DTYPES = {**_DTYPES, "q8": torch.uint8}
+_KV_DTYPES = {**_DTYPES, "q8": torch.uint8, "f8e4m3": torch.float8_e4m3fn}
 
 
 def main_type(checkpoint: Checkpoint) -> str:

@@ -62,3 +62,34 @@ def test_q8_rows_hold_a_scale_for_each_32_values() -> None:
     pool.copy_block(1, 2)
     assert int(pool.v[1][2].sum()) == 7 * 16 * 2 * 86
     pool.close()
+
+
+def test_e4m3_has_a_scale_for_each_head() -> None:
+    pool = KvPool.create(PosixShmArena.create, 3, 16, 2, 4, 24, torch.float8_e4m3fn)
+    assert pool.k[1].shape == (3, 16, 4, 24)
+    assert KvPool.bytes_per_block(16, 2, 4, 24, torch.float8_e4m3fn) == 2 * 2 * 16 * 4 * 24
+    assert kv_dtype_name(pool.dtype) == "f8e4m3"
+    assert pool.k_scales is not None
+    assert pool.v_scales is not None
+    assert [scale.tolist() for scale in (*pool.k_scales, *pool.v_scales)] == [[1.0] * 4] * 4
+    pool.close()
+    other = KvPool.create(PosixShmArena.create, 3, 16, 2, 4, 24, torch.float16)
+    assert other.k_scales is None
+    assert other.v_scales is None
+    other.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_pool_in_a_devices_memory_has_the_same_views(dtype: torch.dtype) -> None:
+    pool = KvPool.on_device("cpu", 5, 16, 3, 2, 4, dtype)
+    shared = KvPool.create(PosixShmArena.create, 5, 16, 3, 2, 4, dtype)
+    assert pool.geometry == shared.geometry
+    for ours, theirs in zip((*pool.k, *pool.v), (*shared.k, *shared.v), strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+        assert not ours.float().any()
+    pool.k[2][1] = torch.ones(16, 2, 4).to(dtype)
+    pool.copy_block(1, 4)
+    assert float(pool.k[2][4].float().sum()) == float(pool.k[2].float().sum()) / 2 == 128.0
+    pool.close()
+    assert pool.k == []
+    shared.close()

@@ -39,6 +39,33 @@ def test_gguf_loads_in_every_dtype(write_gguf: Write, quantise: str) -> None:
         assert len(loaded.fingerprint) == 16
 
 
+def load_e4m3(path: Path) -> LoadedModel:
+    return load_model(resolve(ModelSource(model=str(path))), dtype="f32", device="cpu", kv="f8e4m3")
+
+
+@pytest.mark.parametrize("names", [("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.v_scale")], ids=" ".join)
+def test_scales_of_an_e4m3_cache(write_folder: Write, names: tuple[str, str]) -> None:
+    k_name, v_name = (f"model.layers.0.self_attn.{name}" for name in names)
+    path = write_folder(tensors={k_name: floats(1) * 0.25, v_name: np.array([0.5, 2.0], np.float32)})
+    loaded = load_e4m3(path)
+    assert loaded.kv_dtype == torch.float8_e4m3fn
+    assert loaded.kv_scales is not None
+    assert [scale.tolist() for scales in loaded.kv_scales for scale in scales] == [[0.25, 0.25], [0.5, 2.0]]
+    assert load(path).kv_scales is None
+
+
+def test_an_e4m3_cache_without_scales(write_folder: Write, write_gguf: Write) -> None:
+    assert load_e4m3(write_folder()).kv_scales is None
+    assert load_e4m3(write_gguf("Q8_0")).kv_scales is None
+
+
+@pytest.mark.parametrize("bad", [None, floats(3), floats(1) * 0.0, floats(1) * np.nan], ids=["none", "3", "0", "NaN"])
+def test_scales_that_do_not_do_are_named(write_folder: Write, bad: np.ndarray | None) -> None:
+    k_name, v_name = (f"model.layers.0.self_attn.{name}" for name in ("k_scale", "v_scale"))
+    with pytest.raises(ModelFileError, match="v_scale"):
+        load_e4m3(write_folder(tensors={k_name: floats(1), v_name: bad}))
+
+
 def test_head_may_be_tied(write_gguf: Write, write_folder: Write) -> None:
     load(write_gguf(tensors={"output.weight": None}))
     load(write_folder(config={"tie_word_embeddings": True}, tensors={"lm_head.weight": None}))

@@ -1,0 +1,138 @@
+"""flashinfer: paged prefill kernels, planned on the host, for steps that are not captured in graphs."""
+
+import importlib
+import importlib.util
+import inspect
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve_app.attention.backend import AttentionNeeds, AttentionShape
+from serve_app.attention.device_batch import DeviceBatch
+from serve_app.attention.gpu_limits import Limits
+from serve_app.attention.report import BackendReport
+from serve_app.attention.slot_write import write_slots
+from serve_app.batch import ForwardBatch
+
+NAME = "flashinfer"
+WORKSPACE_BYTES = 128 << 20
+LIMITS = Limits(((8, 0), (13, 0)), head_dims=(64, 128, 256), is_graph_safe=False)
+PLAN_ARGUMENTS = frozenset(
+    ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "num_qo_heads", "num_kv_heads",
+     "head_dim_qk", "page_size", "causal", "sm_scale", "window_left", "logits_soft_cap", "q_data_type", "kv_data_type")
+)  # fmt: skip
+
+
+class FlashinferAttention:
+    """See AttentionBackend."""
+
+    name = NAME
+    is_graph_safe = False
+
+    def __init__(self, wrapper_class: Any, device: torch.device) -> None:
+        """wrapper_class: flashinfer.BatchPrefillWithPagedKVCacheWrapper."""
+        self._class = wrapper_class
+        self._device = device
+        self._wrappers: dict[AttentionShape, Any] = {}
+
+    def plan(self, batch: DeviceBatch) -> "FlashinferPlan":
+        """See AttentionBackend."""
+        return FlashinferPlan(self, batch)
+
+    def wrapper(self, kind: AttentionShape) -> Any:
+        """One for each kind of layer: a plan lies in its memory until the step is done."""
+        if kind not in self._wrappers:
+            workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
+            self._wrappers[kind] = self._class(workspace, "NHD")
+        return self._wrappers[kind]
+
+
+class FlashinferPlan:
+    """See PlannedAttention: layers of the same kind share a plan, made for the first of them."""
+
+    def __init__(self, backend: FlashinferAttention, batch: DeviceBatch) -> None:
+        self._backend = backend
+        self._batch = batch
+        self._planned: dict[AttentionShape, Any] = {}
+        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        """See PlannedAttention."""
+        batch = self._batch
+        if k is not None and v is not None:
+            write_slots(batch, shape.layer, k, v)
+        kind = AttentionShape(
+            0, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.scale, shape.softcap, shape.window
+        )
+        if kind not in self._planned:
+            self._planned[kind] = self._plan(kind, q.dtype)
+        out: Tensor = self._planned[kind].run(q.contiguous(), (batch.k[shape.layer], batch.v[shape.layer]))
+        return out.flatten(1)
+
+    def _plan(self, kind: AttentionShape, dtype: torch.dtype) -> Any:
+        batch = self._batch
+        block_size = batch.k[0].shape[1]
+        if self._tables is None:
+            self._tables = block_lists(batch.host, block_size)
+        starts, blocks, last = self._tables
+        wrapper = self._backend.wrapper(kind)
+        wrapper.plan(
+            qo_indptr=torch.from_numpy(batch.host.query_start),
+            paged_kv_indptr=starts,
+            paged_kv_indices=blocks.to(batch.block_tables.device),
+            paged_kv_last_page_len=last,
+            num_qo_heads=kind.n_heads,
+            num_kv_heads=kind.n_kv_heads,
+            head_dim_qk=kind.head_dim,
+            page_size=block_size,
+            causal=True,
+            sm_scale=kind.scale,
+            window_left=kind.window - 1 if kind.window else -1,
+            logits_soft_cap=kind.softcap or None,
+            q_data_type=dtype,
+            kv_data_type=batch.k[0].dtype,
+        )
+        return wrapper
+
+
+def block_lists(host: ForwardBatch, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The block tables as flashinfer takes them, int32 on the CPU: where each request's blocks begin [R + 1], the
+    blocks one after the other, and how many tokens the last one holds [R]."""
+    counts = -(-host.context_lens // block_size)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    is_used = np.arange(host.block_tables.shape[1]) < counts[:, None]
+    last = host.context_lens - np.maximum(counts - 1, 0) * block_size
+    return tuple(
+        torch.from_numpy(np.ascontiguousarray(a, np.int32)) for a in (starts, host.block_tables[is_used], last)
+    )  # type: ignore[return-value]
+
+
+@cache
+def load() -> tuple[Any, str]:
+    """The wrapper class, or None and the reason why there is none."""
+    if importlib.util.find_spec(NAME) is None:
+        return None, f"{NAME} is not installed"
+    try:
+        found = importlib.import_module(NAME).BatchPrefillWithPagedKVCacheWrapper
+        arguments = set(inspect.signature(found.plan).parameters)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        return None, f"{NAME} does not load: {str(error).splitlines()[0]}"
+    if missing := sorted(PLAN_ARGUMENTS - arguments):
+        return None, f"{NAME} is of another version: its plan takes no {', '.join(missing)}"
+    return found, f"{NAME} is installed"
+
+
+def look(needs: AttentionNeeds) -> BackendReport:
+    """Whether it can run."""
+    if refusal := LIMITS.refusal(needs):
+        return BackendReport(NAME, False, refusal)
+    found, reason = load()
+    return BackendReport(NAME, found is not None, reason)
+
+
+def make(needs: AttentionNeeds) -> FlashinferAttention:
+    """The backend; look() said that there is one."""
+    return FlashinferAttention(load()[0], needs.device)

@@ -1,0 +1,120 @@
+"""The whole engine with Triton's attention and step: texts of a trained model, and logits of random ones."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import full_logits, hf_llama, our_llama
+
+from kernels.gpu import attention_plan
+from serve_app.engine.forward import TorchForward
+from serve_app.engine.llm import LLM
+from serve_app.layers.gpu_step import GpuStep
+from serve_app.options import EngineConfig, SamplingParams
+
+FOLDER = Path(__file__).parents[1] / "data" / "models" / "stories260K"
+CONFIG = EngineConfig(max_seqs=4, block_size=16, attention_backend="triton", prefix_cache_n=0)
+TOKENS = 24
+
+Case = tuple[list[int], list[int]]
+
+
+def golden() -> list[Case]:
+    cases = json.loads((FOLDER / "golden_greedy.json").read_text())["cases"]
+    return [(case["prompt_ids"], case.get("generated_ids") or case["greedy_ids"]) for case in cases]
+
+
+def check(llm: LLM, cases: list[Case]) -> None:
+    prompts = [prompt for prompt, _ in cases]
+    sampling = [SamplingParams(temperature=0.0, max_tokens=len(ids)) for _, ids in cases]
+    for result, (_, ids) in zip(llm.generate(prompts, sampling), cases, strict=True):
+        assert result.token_ids == ids
+
+
+def cut(case: Case, start: int, count: int) -> Case:
+    """The case from some output token on, those before being prompt."""
+    prompt, ids = case
+    return prompt + ids[:start], ids[start : start + count]
+
+
+def open_llm(config: EngineConfig = CONFIG) -> LLM:
+    llm = LLM(str(FOLDER / "stories260K-F32.gguf"), dtype="f32", config=config)
+    forward = llm.engine.parts.runner._forward  # type: ignore[attr-defined]
+    assert isinstance(forward, TorchForward)
+    assert forward._step_type is GpuStep
+    return llm
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many parts as one core needs: the tests of the kernel cut contexts, and programs take their time here."""
+    monkeypatch.setattr(attention_plan, "num_cores", lambda device: 1)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with open_llm() as llm:
+        yield llm
+
+
+def test_a_golden_text_alone_and_four_at_once(llm: LLM) -> None:
+    cases = [cut(case, 0, TOKENS) for case in golden()]
+    check(llm, cases[:1])
+    four = (cases * 4)[:4]
+    check(llm, [(prompt, ids[: TOKENS - 5 * i]) for i, (prompt, ids) in enumerate(four)])
+
+
+def test_a_prompt_in_chunks() -> None:
+    case = max(golden(), key=lambda case: len(case[0]) + len(case[1]))
+    config = replace(CONFIG, prefill_chunk_tokens=16, max_batched_tokens=16)
+    with open_llm(config) as llm:
+        check(llm, [cut(case, 40, 4)])
+
+
+def test_a_preemption() -> None:
+    """Two requests outgrow their first block, and the blocks are one too few for both."""
+    cases = [cut(case, 0, 18) for case in (golden() * 2)[:2]]
+    blocks = [-(-(len(prompt) + len(ids) - 1) // 16) for prompt, ids in cases]
+    config = replace(CONFIG, pool_tokens=16 * (sum(blocks) - 1))
+    with open_llm(config) as llm:
+        check(llm, cases)
+        assert llm.engine.stats().preemptions > 0
+
+
+def test_keys_and_values_in_e4m3() -> None:
+    """The text need not be the same, but Triton's and plain torch's are, token for token."""
+    config = replace(CONFIG, pa_cache_type="f8e4m3")
+    case = golden()[0]
+    sampling = SamplingParams(temperature=0.0, max_tokens=8)
+    with open_llm(config) as llm:
+        assert llm.engine.parts.runner.kv_pool.dtype == torch.float8_e4m3fn  # type: ignore[attr-defined]
+        ours = llm.generate([case[0]], sampling)[0].token_ids
+    with LLM(
+        str(FOLDER / "stories260K-F32.gguf"), dtype="f32", config=replace(config, attention_backend="torch")
+    ) as llm:
+        assert llm.generate([case[0]], sampling)[0].token_ids == ours
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({"num_key_value_heads": 1, "head_dim": 20, "attention_bias": True}, 130),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 60, "tie_word_embeddings": True}, 33),
+    ],
+    ids=["one KV head", "tied, odd sizes"],
+)
+def test_logits_of_random_models_are_those_of_transformers(changes: dict[str, object], length: int) -> None:
+    hf = hf_llama(**changes)
+    ids = torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    ours = full_logits(our_llama(hf), ids, "triton")
+    theirs = hf(torch.tensor([ids])).logits[0]
+    assert (ours - theirs).abs().amax() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_all_golden_texts_at_length(llm: LLM) -> None:
+    check(llm, golden())
