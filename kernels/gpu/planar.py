@@ -1,5 +1,7 @@
 """Matrices in planes: packed from a file's blocks once, unpacked bit for bit. Plain torch, on any device."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -118,11 +120,12 @@ class PlanarMatrix:
     def _store(self, first: int, low: Tensor, high: Tensor | None, sub: Tensor | None, block: Tensor) -> None:
         """low, high: codes uint8 [n, columns]; sub, block: bytes [n, bytes per row]."""
         here = slice(first, first + len(low))
-        self.low[here] = _to_words(low, self.form.low_bits, self.form.vector).view(torch.int32)
+        self.low[here] = _to_words(low, self.form, self.form.low_bit, 4).view(torch.int32)
         self.block[here] = block.contiguous().view(self.block.dtype)
         if self.high is not None:
             assert high is not None
-            self.high[here] = _to_words(high, self.form.high_bits, self.form.vector).view(self.high.dtype)
+            words = _to_words(high, self.form, self.form.high_bit, self.form.high_bytes)
+            self.high[here] = words.view(self.high.dtype)
         if self.sub is not None:
             assert sub is not None
             self.sub[here] = sub.contiguous().view(self.sub.dtype)
@@ -130,31 +133,34 @@ class PlanarMatrix:
     def _codes(self, first: int, count: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """What _store takes."""
         here = slice(first, first + count)
-        low = _from_words(self.low[here].view(torch.uint8), self.form.low_bits, self.form.vector)
+        form = self.form
+        low = _from_words(self.low[here].view(torch.uint8), form, form.low_bit, 4, form.low_bits)
         high = sub = None
         if self.high is not None:
-            high = _from_words(self.high[here].view(torch.uint8), self.form.high_bits, self.form.vector)
+            words = self.high[here].view(torch.uint8)
+            high = _from_words(words, form, form.high_bit, form.high_bytes, form.high_bits)
         if self.sub is not None:
             sub = self.sub[here].view(torch.uint8)
         return low, high, sub, self.block[here].view(torch.uint8)
 
 
-def _to_words(codes: Tensor, bits: int, vector: int) -> Tensor:
-    """[n, columns] → bytes [n, columns * bits / 8]: weight k of a vector is field k // 4 of its word k % 4."""
-    n, columns = codes.shape
-    per_byte = 8 // bits
-    pieces = codes.view(n, columns // vector, -1, per_byte, VECTOR_WORDS)
-    word_bytes = torch.zeros_like(pieces[:, :, :, 0])
-    for field in range(per_byte):
-        word_bytes |= pieces[:, :, :, field] << (bits * field)
-    return word_bytes.transpose(2, 3).reshape(n, -1)
+def _to_words(codes: Tensor, form: PlanarForm, first_bit: Callable[[int], int], num_bytes: int) -> Tensor:
+    """[n, columns] → bytes [n, words * num_bytes]: weight k of a vector is field k // 4 of its word k % 4."""
+    n = len(codes)
+    pieces = codes.view(n, -1, form.fields, VECTOR_WORDS)
+    words = torch.zeros(n, pieces.shape[1], VECTOR_WORDS, num_bytes, dtype=torch.uint8, device=codes.device)
+    for i in range(form.fields):
+        byte, bit = divmod(first_bit(i), 8)
+        words[..., byte] |= pieces[:, :, i] << bit
+    return words.view(n, -1)
 
 
-def _from_words(word_bytes: Tensor, bits: int, vector: int) -> Tensor:
+def _from_words(words: Tensor, form: PlanarForm, first_bit: Callable[[int], int], num_bytes: int, bits: int) -> Tensor:
     """The inverse of _to_words."""
-    n = len(word_bytes)
-    per_byte = 8 // bits
-    bytes_of_word = vector * bits // 8 // VECTOR_WORDS
-    pieces = word_bytes.view(n, -1, VECTOR_WORDS, bytes_of_word).transpose(2, 3).unsqueeze(3)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=word_bytes.device).view(1, 1, 1, per_byte, 1)
-    return ((pieces >> shifts) & ((1 << bits) - 1)).reshape(n, -1)
+    n = len(words)
+    pieces = words.view(n, -1, VECTOR_WORDS, num_bytes)
+    codes = torch.empty(n, pieces.shape[1], form.fields, VECTOR_WORDS, dtype=torch.uint8, device=words.device)
+    for i in range(form.fields):
+        byte, bit = divmod(first_bit(i), 8)
+        codes[:, :, i] = (pieces[..., byte] >> bit) & ((1 << bits) - 1)
+    return codes.view(n, -1)

@@ -35,8 +35,8 @@ class Field:
 class PlanarForm:
     """One type. low, high: where the file's block has the code's bits; None for HQQ, which has no block in a file.
 
-    run: weights that share the innermost scale; block: weights that share the float16 ones; offset: what a code of 0
-    stands for, negated; is_signed: the low bits are an int8.
+    run: weights that share the innermost scale; block: weights that share the float16 ones; offset: what is taken from
+    a code. (Q8_0's int8 are kept with their sign bit turned: codes are never negative.)
     """
 
     name: str
@@ -47,7 +47,6 @@ class PlanarForm:
     sub: int
     second: int
     offset: int
-    is_signed: bool
     low: Field | None
     high: Field | None
 
@@ -65,6 +64,19 @@ class PlanarForm:
     def high_bytes(self) -> int:
         """Bytes of the high plane for a word of the low one."""
         return self.fields * self.high_bits // 8
+
+    def low_bit(self, field: int) -> int:
+        """Where a field's low bits begin in its word."""
+        return self.low_bits * field
+
+    def high_bit(self, field: int) -> int:
+        """Where a field's high bits begin in its word of the high plane.
+
+        Not one after the other, but as far apart as the low bits are: then one shift of the whole word brings the high
+        bits of several fields to their place above the low ones.
+        """
+        fields_a_set = self.fields * self.high_bits // self.low_bits
+        return self.low_bits * (field % fields_a_set) + self.high_bits * (field // fields_a_set)
 
     @property
     def sub_bytes(self) -> int:
@@ -90,18 +102,18 @@ class PlanarForm:
 
 def _simple(name: str, second: int, offset: int, high_bits: int = 0) -> PlanarForm:
     high = Field("qh", 1, 1) if high_bits else None
-    return PlanarForm(name, 4, high_bits, 32, 32, NO_SUB, second, offset, False, Field("qs", 4, 16), high)
+    return PlanarForm(name, 4, high_bits, 32, 32, NO_SUB, second, offset, Field("qs", 4, 16), high)
 
 
 def _super(
     name: str, run: int, sub: int, second: int, offset: int, low: Field, high: Field | None = None
 ) -> PlanarForm:
     high_bits = 0 if high is None else high.bits
-    return PlanarForm(name, low.bits, high_bits, run, SUPER_BLOCK, sub, second, offset, False, low, high)
+    return PlanarForm(name, low.bits, high_bits, run, SUPER_BLOCK, sub, second, offset, low, high)
 
 
 def _hqq(bits: int) -> PlanarForm:
-    return PlanarForm(f"HQQ{bits}", bits, 0, 64, 64, NO_SUB, ZERO, 0, False, None, None)
+    return PlanarForm(f"HQQ{bits}", bits, 0, 64, 64, NO_SUB, ZERO, 0, None, None)
 
 
 _FORMS = (
@@ -109,7 +121,7 @@ _FORMS = (
     _simple("Q4_1", MINIMUM, 0),
     _simple("Q5_0", NO_SECOND, 16, high_bits=1),
     _simple("Q5_1", MINIMUM, 0, high_bits=1),
-    PlanarForm("Q8_0", 8, 0, 32, 32, NO_SUB, NO_SECOND, 0, True, Field("qs", 8, 32), None),
+    PlanarForm("Q8_0", 8, 0, 32, 32, NO_SUB, NO_SECOND, 128, Field("qs", 8, 32), None),
     _super("Q2_K", 16, NIBBLES, SUB_MINIMUM, 0, Field("qs", 2, 32)),
     _super("Q3_K", 16, SIGNED_BYTE, NO_SECOND, 4, Field("qs", 2, 32), Field("hmask", 1, 32)),
     _super("Q4_K", 32, BYTE_PAIR, SUB_MINIMUM, 0, Field("qs", 4, 32)),
