@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.launch import DTYPES, require_device
+from kernels.gpu.launch import DTYPES, IS_INTERPRETED, plane_or, require_device
 from kernels.gpu.planar import PlanarMatrix
 from kernels.gpu.planar_tile import decoded
 
-TILE_ROWS = 4
-TILE_VECTORS = 16
+TILE_ROWS, TILE_VECTORS = (64, 32) if IS_INTERPRETED else (4, 16)
 
 
 @triton.jit
@@ -66,13 +65,8 @@ def _launch(matrix: PlanarMatrix, ids: Tensor | None, first: int, out: Tensor) -
     grid = (triton.cdiv(len(out), rows), triton.cdiv(num_vectors, vectors))
     low = matrix.low
     _dequantize[grid](
-        low, _or(matrix.high, low), _or(matrix.sub, low), matrix.block, _or(ids, low), out,
+        low, plane_or(matrix.high, low), plane_or(matrix.sub, low), matrix.block, plane_or(ids, low), out,
         first, len(out), matrix.rows, num_vectors, out.stride(0),
         IS_GATHER=ids is not None, ROWS=rows, VECS=vectors, FORM=form, DTYPE=DTYPES[out.dtype],
         num_warps=2, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A plane, or for one that there is not any address, which is never read."""
-    return other if tensor is None else tensor

@@ -1,13 +1,16 @@
-"""Products of a planar matrix with one to eight rows of activations: every weight is read once, nothing is exchanged.
+"""Products of a planar matrix with one to eight rows of activations: every weight is read once.
 
-A program has ROWS rows of the matrix and goes through their vectors VECS at a time. The sums of all rows of x are formed
-at once, each over a thread's own columns, and only at the end across threads.
+A program has ROWS rows of the matrix and goes through their vectors VECS at a time. The sums of all rows of x are
+formed at once, each over a thread's own columns, and only at the end across threads.
 """
+
+# ruff: noqa: RUF005 - kernels know no starred tuples
 
 import triton
 import triton.language as tl
 
 from kernels.gpu.planar_tile import code, load_block_numbers, load_words, per_word, run_numbers
+from kernels.gpu.rounding import narrow
 
 
 @triton.jit
@@ -29,6 +32,8 @@ def gemv(
     end = tl.minimum(begin + vectors_a_part, num_vectors)
     word = tl.arange(0, 4 * VECS)
     column = word // 4 * FORM.vector + word % 4
+    no_word = tl.zeros((4 * VECS,), tl.int32)
+    no_row = tl.zeros((ROWS,), tl.int32)
 
     FIELDS: tl.constexpr = FORM.fields
     FIELDS_A_RUN: tl.constexpr = min(FORM.fields, FORM.run // 4)
@@ -45,7 +50,7 @@ def gemv(
             minimum = per_word(minimum, ROWS, VECS)
             dots = ()
             totals = ()
-            for t in tl.static_range(MOST_X):
+            for _t in tl.static_range(MOST_X):
                 dots = dots + (tl.zeros((ROWS, 4 * VECS), tl.float32),)
                 totals = totals + (tl.zeros((4 * VECS,), tl.float32),)
             for i in tl.static_range(FIELDS_A_RUN):
@@ -54,7 +59,7 @@ def gemv(
                 new_dots = ()
                 new_totals = ()
                 for t in tl.static_range(MOST_X):
-                    x_t = tl.load(here + t * x_stride, mask=keep_x & (t < num_x), other=0).to(tl.float32)
+                    x_t = tl.load(here + t * x_stride, mask=keep_x & (t + no_word < num_x), other=0).to(tl.float32)
                     new_dots = new_dots + (dots[t] + codes * x_t[None, :],)
                     new_totals = new_totals + (totals[t] + x_t,)
                 dots = new_dots
@@ -69,4 +74,4 @@ def gemv(
     at = out + part.to(tl.int64) * split_stride + rows
     for t in tl.static_range(MOST_X):
         y = tl.sum(sums[t], axis=1)
-        tl.store(at + t * out_stride, y.to(out.dtype.element_ty), mask=keep_rows & (t < num_x))
+        tl.store(at + t * out_stride, narrow(y, out.dtype.element_ty), mask=keep_rows & (t + no_row < num_x))

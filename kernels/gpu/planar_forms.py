@@ -1,8 +1,8 @@
 """How each quantised type is kept on a GPU: which bits of a weight lie in which plane, and what scales them.
 
 A weight's code is split in its low bits (2, 4 or 8) and its high bits (none, 1 or 2). weight = scale * (code - offset)
-- minimum, or (code - zero) * scale for HQQ. The scale is a float16 of the block, mostly times an integer of a sub-block.
-docs/kernels.md draws the planes. Imports neither torch nor triton.
+- minimum, or (code - zero) * scale for HQQ. The scale is a float16 of the block, for most types times an integer of a
+sub-block. docs/kernels.md draws the planes. Imports neither torch nor triton.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _WORD_BYTES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of a file's block: its name, bits a weight, and bytes after which the next bits of each byte are meant."""
+    """A field of a file's block: its name, bits a weight, and for how many bytes weights have the same bits of them."""
 
     name: str
     bits: int

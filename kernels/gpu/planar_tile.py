@@ -1,12 +1,16 @@
 """How kernels read planes: codes, scales and whole tiles of decoded weights, as device functions of every type.
 
 FORM is a PlanarForm, known when a kernel is compiled. A tile is ROWS rows by VECS vectors, both powers of two; a vector
-is four words of the row's low plane. Tensors over words are [ROWS, 4 * VECS]: a thread gets four neighbouring words, 128
-bits, and everything that it needs for them, so that nothing is exchanged between threads.
+is four words of the row's low plane. Tensors over words are [ROWS, 4 * VECS]: a thread gets four neighbouring words,
+128 bits, and everything that it needs for them, so that nothing is exchanged between threads.
 """
+
+# ruff: noqa: RUF005 - kernels know no starred tuples
 
 import triton
 import triton.language as tl
+
+from kernels.gpu.rounding import narrow
 
 
 @triton.jit
@@ -30,13 +34,14 @@ def load_words(low, high, rows, first, keep_rows, num_words, FORM: tl.constexpr,
 def code(words, high_words, FIELD: tl.constexpr, FORM: tl.constexpr):
     """Codes in one field of the words, less the offset, as float32.
 
-    The bits of a code stay where they are and become the lower bits of a float between 2^23 and 2^24, so that no
-    integer is shifted and none converted: per weight one logical operation and one fused multiply-add, which is exact.
+    The bits of a code stay where they are in the word and become lower bits of a float's mantissa, under an exponent
+    that makes them whole numbers: 2^n + code. So none is shifted and none converted: a weight takes one logical
+    operation and one subtraction, which is exact.
     """
     half: tl.constexpr = FORM.fields // 2
     low_mask: tl.constexpr = (1 << FORM.low_bits) - 1
     at: tl.constexpr = FORM.low_bits * (FIELD % half)
-    if FIELD >= half:
+    if half <= FIELD:
         bits = (words >> 16) & (low_mask << at)
     else:
         bits = words & (low_mask << at)
@@ -45,9 +50,8 @@ def code(words, high_words, FIELD: tl.constexpr, FORM: tl.constexpr):
         fields_a_set: tl.constexpr = FORM.fields * FORM.high_bits // FORM.low_bits
         is_at: tl.constexpr = FORM.low_bits * (FIELD % fields_a_set) + FORM.high_bits * (FIELD // fields_a_set)
         bits = bits | ((high_words << (at + FORM.low_bits - is_at)) & high_mask)
-    number = (bits | 0x4B000000).to(tl.float32, bitcast=True)
-    factor: tl.constexpr = 1.0 / (1 << at)
-    return number * factor - (8388608.0 * factor + FORM.offset)
+    number = (bits | (0x4B000000 - (at << 23))).to(tl.float32, bitcast=True)
+    return number - ((8388608 >> at) + FORM.offset) * 1.0
 
 
 @triton.jit
@@ -154,9 +158,7 @@ def decoded(
     FIELDS: tl.constexpr = FORM.fields
     for field in tl.static_range(FIELDS):
         if field * 4 % FORM.run == 0:
-            s, m = run_numbers(
-                sub, d, second, rows, first, keep_rows, num_vectors, field * 4 // FORM.run, FORM, VECS
-            )
+            s, m = run_numbers(sub, d, second, rows, first, keep_rows, num_vectors, field * 4 // FORM.run, FORM, VECS)
             scale = per_word(s, ROWS, VECS)
             minimum = per_word(m, ROWS, VECS)
         codes = code(words, high_words, field, FORM)
@@ -166,5 +168,5 @@ def decoded(
             weight = (codes - zero) * scale
         else:
             weight = scale * codes - minimum
-        fields = fields + (weight.to(DTYPE),)
+        fields = fields + (narrow(weight, DTYPE),)
     return in_order(fields, ROWS, VECS, FORM)

@@ -47,7 +47,7 @@ class HqqTensor:
 
     @staticmethod
     def of(bits: int, codes: Tensor, scale: Tensor, zero: Tensor) -> "HqqTensor":
-        """From codes uint8 [rows, columns], one a byte, each less than 2^bits; scale and zero are rounded to float16."""
+        """From codes uint8 [rows, columns], one a byte, less than 2^bits; scale and zero are rounded to float16."""
         packed = codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
         return HqqTensor(bits, packed.contiguous(), scale.half().contiguous(), zero.half().contiguous())
 
