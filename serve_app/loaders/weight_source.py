@@ -33,10 +33,11 @@ class CheckpointSource:
     """The WeightSource (serve_app.models.base) over a checkpoint.
 
     With native kernels on the CPU every matrix is packed into their layout, bit by bit, and its pages of the file are
-    given back. Where Triton's kernels compute, matrices of the types that have planes are packed into them on the device,
-    and those that are asked for together and have one type become one. Elsewhere a matrix whose stored type is the compute dtype is a view of the mapped file; one in another
-    plain type that is as wide or wider is converted, its pages given back; every other stays packed, float16 for a
-    float32 model included. Remembers which tensors were asked for. is_exact: see NativeWeight.
+    given back. Where Triton's kernels compute, so is every matrix of a type that has planes, into these and on the
+    device; those that are asked for together and have one type become one. Elsewhere a matrix whose stored type is the
+    compute dtype is a view of the mapped file; one in another plain type that is as wide or wider is converted, its
+    pages given back; every other stays packed, float16 for a float32 model included. Remembers which tensors were
+    asked for. is_exact: see NativeWeight.
     """
 
     def __init__(
