@@ -7,7 +7,6 @@ from kernels.formats import BY_NAME
 from kernels.gpu.planar_forms import BYTE_PAIR, NO_SECOND, Field, PlanarForm
 from kernels.reference.quant_simple import bit_planes, field
 
-_SIGN = 128
 _SCALE_FIELDS = {"Q4_1": ("d", "m"), "Q5_1": ("d", "m")}
 
 
@@ -51,14 +50,11 @@ def _scale_fields(form: PlanarForm) -> tuple[str, ...]:
 
 
 def _codes(blocks: Tensor, form: PlanarForm, place: Field) -> Tensor:
-    codes = bit_planes(field(blocks, form.name, place.name), place.bits, place.group).flatten(1)
-    return codes ^ _SIGN if place.bits == 8 else codes
+    return bit_planes(field(blocks, form.name, place.name), place.bits, place.group).flatten(1)
 
 
 def _merged(codes: Tensor, place: Field) -> Tensor:
-    """The inverse of _codes for the blocks' field."""
-    if place.bits == 8:
-        return codes ^ _SIGN
+    """The inverse of quant_simple.bit_planes."""
     per_byte = 8 // place.bits
     pieces = codes.view(len(codes), -1, per_byte, place.group)
     merged = torch.zeros_like(pieces[:, :, 0])

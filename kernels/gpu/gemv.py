@@ -9,7 +9,7 @@ formed at once, each over a thread's own columns, and only at the end across thr
 import triton
 import triton.language as tl
 
-from kernels.gpu.planar_tile import code, load_block_numbers, load_words, per_word, run_numbers
+from kernels.gpu.planar_tile import code, factor, load_block_numbers, load_words, per_word, run_numbers
 from kernels.gpu.rounding import narrow
 
 
@@ -54,20 +54,21 @@ def gemv(
                 dots = dots + (tl.zeros((ROWS, 4 * VECS), tl.float32),)
                 totals = totals + (tl.zeros((4 * VECS,), tl.float32),)
             for i in tl.static_range(FIELDS_A_RUN):
-                codes = code(words, high_words, run * FIELDS_A_RUN + i, FORM)
+                codes = code(words, high_words, run * FIELDS_A_RUN + i, FORM, 0)
                 here = x + first * FORM.vector + column + 4 * (run * FIELDS_A_RUN + i)
                 new_dots = ()
                 new_totals = ()
                 for t in tl.static_range(MOST_X):
                     x_t = tl.load(here + t * x_stride, mask=keep_x & (t + no_word < num_x), other=0).to(tl.float32)
-                    new_dots = new_dots + (dots[t] + codes * x_t[None, :],)
+                    scaled = x_t * factor(run * FIELDS_A_RUN + i, FORM)
+                    new_dots = new_dots + (dots[t] + codes * scaled[None, :],)
                     new_totals = new_totals + (totals[t] + x_t,)
                 dots = new_dots
                 totals = new_totals
             new_sums = ()
             for t in tl.static_range(MOST_X):
                 total = sums[t] + scale * dots[t]
-                if FORM.second != 0:
+                if FORM.second != 0 or FORM.offset != 0:
                     total -= minimum * totals[t][None, :]
                 new_sums = new_sums + (total,)
             sums = new_sums

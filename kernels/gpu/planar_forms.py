@@ -36,7 +36,7 @@ class PlanarForm:
     """One type. low, high: where the file's block has the code's bits; None for HQQ, which has no block in a file.
 
     run: weights that share the innermost scale; block: weights that share the float16 ones; offset: what is taken from
-    a code. (Q8_0's int8 are kept with their sign bit turned: codes are never negative.)
+    a code; is_signed: codes are int8.
     """
 
     name: str
@@ -49,6 +49,7 @@ class PlanarForm:
     offset: int
     low: Field | None
     high: Field | None
+    is_signed: bool = False
 
     @property
     def vector(self) -> int:
@@ -121,7 +122,7 @@ _FORMS = (
     _simple("Q4_1", MINIMUM, 0),
     _simple("Q5_0", NO_SECOND, 16, high_bits=1),
     _simple("Q5_1", MINIMUM, 0, high_bits=1),
-    PlanarForm("Q8_0", 8, 0, 32, 32, NO_SUB, NO_SECOND, 128, Field("qs", 8, 32), None),
+    PlanarForm("Q8_0", 8, 0, 32, 32, NO_SUB, NO_SECOND, 0, Field("qs", 8, 32), None, is_signed=True),
     _super("Q2_K", 16, NIBBLES, SUB_MINIMUM, 0, Field("qs", 2, 32)),
     _super("Q3_K", 16, SIGNED_BYTE, NO_SECOND, 4, Field("qs", 2, 32), Field("hmask", 1, 32)),
     _super("Q4_K", 32, BYTE_PAIR, SUB_MINIMUM, 0, Field("qs", 4, 32)),

@@ -31,27 +31,41 @@ def load_words(low, high, rows, first, keep_rows, num_words, FORM: tl.constexpr,
 
 
 @triton.jit
-def code(words, high_words, FIELD: tl.constexpr, FORM: tl.constexpr):
-    """Codes in one field of the words, less the offset, as float32.
+def code(words, high_words, FIELD: tl.constexpr, FORM: tl.constexpr, OFFSET: tl.constexpr):
+    """Codes in one field of the words, less OFFSET, as float32 and times 1 / factor(FIELD).
 
-    The bits of a code stay where they are in the word and become lower bits of a float's mantissa, under an exponent
-    that makes them whole numbers: 2^n + code. So none is shifted and none converted: a weight takes one logical
-    operation and one subtraction, which is exact.
+    Bits stay where they are in the word: a mask and a conversion give the code times a power of two, exactly, and the
+    factor goes to what is multiplied with many codes. (Bytes are converted from where they are by the hardware.)
     """
-    half: tl.constexpr = FORM.fields // 2
-    low_mask: tl.constexpr = (1 << FORM.low_bits) - 1
-    at: tl.constexpr = FORM.low_bits * (FIELD % half)
-    if half <= FIELD:
-        bits = (words >> 16) & (low_mask << at)
+    if FORM.is_signed:
+        found = (words << (24 - 8 * FIELD)) >> 24
+    elif FORM.low_bits == 8:
+        found = (words >> (8 * FIELD)) & 255
     else:
-        bits = words & (low_mask << at)
-    if FORM.high_bits > 0:
-        high_mask: tl.constexpr = ((1 << FORM.high_bits) - 1) << (at + FORM.low_bits)
-        fields_a_set: tl.constexpr = FORM.fields * FORM.high_bits // FORM.low_bits
-        is_at: tl.constexpr = FORM.low_bits * (FIELD % fields_a_set) + FORM.high_bits * (FIELD // fields_a_set)
-        bits = bits | ((high_words << (at + FORM.low_bits - is_at)) & high_mask)
-    number = (bits | (0x4B000000 - (at << 23))).to(tl.float32, bitcast=True)
-    return number - ((8388608 >> at) + FORM.offset) * 1.0
+        half: tl.constexpr = FORM.fields // 2
+        at: tl.constexpr = FORM.low_bits * (FIELD % half)
+        low_mask: tl.constexpr = ((1 << FORM.low_bits) - 1) << at
+        if half <= FIELD:
+            found = (words >> 16) & low_mask
+        else:
+            found = words & low_mask
+        if FORM.high_bits > 0:
+            high_mask: tl.constexpr = ((1 << FORM.high_bits) - 1) << (at + FORM.low_bits)
+            a_set: tl.constexpr = FORM.fields * FORM.high_bits // FORM.low_bits
+            is_at: tl.constexpr = FORM.low_bits * (FIELD % a_set) + FORM.high_bits * (FIELD // a_set)
+            found = found | ((high_words << (at + FORM.low_bits - is_at)) & high_mask)
+        found = found - (OFFSET << at)
+    return found.to(tl.float32)
+
+
+@triton.jit
+def factor(FIELD: tl.constexpr, FORM: tl.constexpr):
+    """What code's result is to be multiplied with: a power of two."""
+    if FORM.low_bits == 8:
+        found: tl.constexpr = 1.0
+    else:
+        found: tl.constexpr = 1.0 / (1 << (FORM.low_bits * (FIELD % (FORM.fields // 2))))
+    return found
 
 
 @triton.jit
@@ -74,7 +88,7 @@ def run_numbers(
 ):
     """Scale and minimum of run number RUN of each vector, [ROWS, VECS] float32: weight = scale * code - minimum.
 
-    HQQ's minimum is its zero times the scale.
+    With an offset the minimum is that of a code of 0; HQQ's is its zero times the scale.
     """
     scale = d
     minimum = second
@@ -92,7 +106,9 @@ def run_numbers(
         else:  # BYTE_PAIR
             scale = d * (numbers & 255).to(tl.float32)
             minimum = second * ((numbers >> 8) & 255).to(tl.float32)
-    if FORM.second == 1:
+    if FORM.second == 0:
+        minimum = scale * FORM.offset
+    elif FORM.second == 1:
         minimum = -second
     elif FORM.second == 3:
         minimum = second * scale
@@ -147,7 +163,8 @@ def decoded(
 ):  # fmt: skip
     """A tile of weights [ROWS, VECS * vector] from vector `first` on, computed in float32 and rounded to DTYPE.
 
-    Bit for bit the reference's numbers; HQQ's only where IS_EXACT, which takes it an operation more.
+    IS_EXACT: in the order of the reference, bit for bit and infinite scales included; else types with an offset and
+    HQQ take an operation less, a multiplication and addition in one.
     """
     words, high_words = load_words(low, high, rows, first, keep_rows, num_vectors * 4, FORM, VECS)
     d, second = load_block_numbers(block, rows, first, keep_rows, num_vectors, FORM, VECS)
@@ -161,12 +178,13 @@ def decoded(
             s, m = run_numbers(sub, d, second, rows, first, keep_rows, num_vectors, field * 4 // FORM.run, FORM, VECS)
             scale = per_word(s, ROWS, VECS)
             minimum = per_word(m, ROWS, VECS)
-        codes = code(words, high_words, field, FORM)
-        if FORM.second == 0:
-            weight = scale * codes
+        if FORM.second == 0 and IS_EXACT:
+            weight = code(words, high_words, field, FORM, FORM.offset) * (scale * factor(field, FORM))
         elif FORM.second == 3 and IS_EXACT:
-            weight = (codes - zero) * scale
+            weight = (code(words, high_words, field, FORM, 0) * factor(field, FORM) - zero) * scale
         else:
-            weight = scale * codes - minimum
+            weight = code(words, high_words, field, FORM, 0) * (scale * factor(field, FORM))
+            if FORM.second != 0 or FORM.offset != 0:
+                weight -= minimum
         fields = fields + (narrow(weight, DTYPE),)
     return in_order(fields, ROWS, VECS, FORM)
