@@ -1,7 +1,8 @@
 """With which tiles a product is launched: from the table measured for this GPU, else a rule that needs none.
 
-The table is launch_shapes.json, beside this file: device → type → "rows x columns" → bucket of tokens → the numbers of
-a LaunchShape. It is read once; `python -m kernels.gpu.tune` measures and writes it. Nothing is tuned while serving.
+The table is launch_shapes.json, beside this file: device → type, rows and columns ("Q4_K 4096x14336") → bucket of
+tokens → the numbers of a LaunchShape. It is read once; `python -m kernels.gpu.tune` measures and writes it. Nothing is
+tuned while serving.
 """
 
 import json
@@ -31,6 +32,8 @@ GEMV_TOKENS_WITHOUT_TABLE: Final = 2
 count of instructions, they are faster. A table may say otherwise, up to MOST_GEMV_TOKENS."""
 
 Kernel = Literal["gemv", "tile"]
+
+Table = dict[str, dict[str, dict[str, list[Any]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +71,24 @@ def device_key(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
 
 
-@cache
-def table() -> dict[str, Any]:
-    """The whole table; empty where the file is missing or no longer fits this code: then the rule decides."""
+def matrix_key(form: PlanarForm, rows: int, columns: int) -> str:
+    """How the table names a matrix."""
+    return f"{form.name} {rows}x{columns}"
+
+
+def read_table(path: Path) -> Table:
+    """What a file says; an empty table where it is missing or no JSON: then the rule decides."""
     try:
-        found = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+@cache
+def table() -> Table:
+    """The repository's."""
+    return read_table(TABLE_FILE)
 
 
 @cache
@@ -83,7 +96,7 @@ def launch_shape(
     form: PlanarForm, rows: int, columns: int, bucket: int, dtype: torch.dtype, device: torch.device
 ) -> LaunchShape:
     """How [bucket, columns] is multiplied by [rows, columns]^T; looked up once for each."""
-    measured = table().get(device_key(device), {}).get(form.name, {}).get(f"{rows}x{columns}", {}).get(str(bucket))
+    measured = table().get(device_key(device), {}).get(matrix_key(form, rows, columns), {}).get(str(bucket))
     if measured is not None and dtype != torch.float32:
         return LaunchShape.read(measured)
     return rule(form, rows, columns, bucket, dtype, _num_processors(device))

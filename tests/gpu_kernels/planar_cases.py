@@ -1,4 +1,4 @@
-"""Matrices for the tests of planar kernels: blocks of every type, HQQ included, and what the reference makes of them."""
+"""Matrices for the tests of planar kernels: blocks of every type, HQQ too, and what the reference makes of them."""
 
 import torch
 from block_data import any_blocks, usual_blocks
