@@ -4,7 +4,9 @@ A program has ROWS rows of the matrix and goes through their vectors VECS at a t
 formed at once, each over a thread's own columns, and only at the end across threads.
 """
 
-# ruff: noqa: RUF005 - kernels know no starred tuples
+# Kernels know no starred tuples, and grow them in loops.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl

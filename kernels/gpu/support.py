@@ -1,10 +1,9 @@
 """Whether Triton's kernels can run on a device, and why not. Importable without Triton."""
 
-import importlib
-import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -23,15 +22,17 @@ class TritonSupport:
     reason: str
 
 
+@cache
 def triton_support(device: torch.device | str) -> TritonSupport:
     """Looks at the installed Triton and at the device."""
     device = torch.device(device)
-    version, is_interpreted = _installed()
-    if version is None:
+    found = _installed()
+    if found is None:
         return TritonSupport(False, False, "triton is not installed")
-    if version < OLDEST_TRITON:
-        oldest, found = (".".join(map(str, v)) for v in (OLDEST_TRITON, version))
-        return TritonSupport(False, False, f"triton {found} is installed, {oldest} is the oldest that does")
+    if found < OLDEST_TRITON:
+        names = [".".join(map(str, numbers)) for numbers in (found, OLDEST_TRITON)]
+        return TritonSupport(False, False, f"triton {names[0]} is installed, {names[1]} is the oldest that does")
+    is_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     if device.type == "cpu":
         reason = "interpreted, as TRITON_INTERPRET asks: slow" if is_interpreted else "the model is on cpu"
         return TritonSupport(is_interpreted, is_interpreted, reason)
@@ -39,24 +40,19 @@ def triton_support(device: torch.device | str) -> TritonSupport:
         return TritonSupport(False, False, f"the model is on {device.type}, which is no CUDA device here")
     if is_interpreted:
         return TritonSupport(False, True, "TRITON_INTERPRET is set: kernels take CPU tensors only")
-    found_arch = torch.cuda.get_device_capability(device)
-    if found_arch < OLDEST_ARCHITECTURE:
-        return TritonSupport(False, False, f"compute capability {found_arch[0]}.{found_arch[1]} is below 8.0")
-    return TritonSupport(True, False, f"triton {version[0]}.{version[1]}, compiled at first use")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_ARCHITECTURE:
+        return TritonSupport(False, False, f"compute capability {major}.{minor} is below 8.0")
+    return TritonSupport(True, False, f"triton {found[0]}.{found[1]}, compiled at first use")
 
 
-@cache
-def _installed() -> tuple[tuple[int, int] | None, bool]:
-    """Triton's version, and whether it interprets. It fixes the latter as kernels are defined."""
-    if importlib.util.find_spec("triton") is None:
-        return None, False
+def _installed() -> tuple[int, int] | None:
+    """Triton's version."""
     try:
-        version = str(importlib.import_module("triton").__version__)
-    except (ImportError, AttributeError):
-        return None, False
-    major, minor = (int(part) for part in version.split(".")[:2])
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-    return (major, minor), is_interpreted
+        major, minor = (int(part) for part in version("triton").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return None
+    return major, minor
 
 
 def num_cores(device: torch.device) -> int:

@@ -27,7 +27,7 @@ def tile_matmul(
     tile = tl.program_id(1)
     if IS_GROUPED:
         # The last group that begins at or before this tile: groups without rows have no tile.
-        group = 0
+        group = tl.zeros((), tl.int32)
         for bit in tl.static_range(GROUP_BITS):
             further = group + (1 << (GROUP_BITS - 1 - bit))
             start = tl.load(tile_starts + tl.minimum(further, num_groups))

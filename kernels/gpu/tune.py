@@ -141,7 +141,7 @@ class _Timer:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3)
-        return statistics.median(times)
+        return float(statistics.median(times))
 
 
 def _fastest(matrix: PlanarMatrix, bucket: int, timer: _Timer) -> tuple[LaunchShape, float, float]:

@@ -1,7 +1,7 @@
 """Tests of Triton's kernels: compiled where there is a CUDA device, else in the interpreter, in a process of their own.
 
-Triton decides as kernels are defined whether they are interpreted, so the variable has to be set before anything imports
-them. Without it and without a device only test_in_the_interpreter.py is collected, which starts that process.
+Triton decides as kernels are defined whether they are interpreted, so the variable has to be set before anything
+imports them. Without it and without a device only test_in_the_interpreter.py is collected, which starts that process.
 """
 
 import importlib.util
