@@ -1,7 +1,7 @@
 """Products of a matrix of plain numbers with one to four rows of activations: every weight is read once.
 
-A library's product is made for many rows. Here as in gemv.py a warp reads some rows of the matrix from begin to end, and
-sums are formed over a thread's own columns.
+A library's product is made for many rows. Here as in gemv.py a warp reads some rows of the matrix from begin to end,
+and sums are formed over a thread's own columns.
 """
 
 from typing import Final

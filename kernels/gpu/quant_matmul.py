@@ -24,16 +24,20 @@ SCRATCH_BYTES: Final = 32 << 20
 _ADD_SIZE: Final = 1024
 
 
-def matmul(matrix: PlanarMatrix, x: Tensor, shape: LaunchShape | None = None) -> Tensor:
+def matmul(matrix: PlanarMatrix, x: Tensor, shape: LaunchShape | None = None, out: Tensor | None = None) -> Tensor:
     """x [T, columns] times the matrix transposed: [T, rows] in x's dtype (float32, float16 or bfloat16).
 
     Sums are float32. With up to 64 rows the result of a row depends on the others' number alone, never on their
-    values or its place among them. shape: in place of the one that the table or the rule gives, for T <= 64.
+    values or its place among them. shape: in place of the one that the table or the rule gives, for T <= 64. out: to
+    write to instead of new memory; its rows may be part of wider ones.
     """
     num_tokens, columns = x.shape
     assert columns == matrix.columns, "activations of the wrong width"
     assert x.dtype in DTYPES, "activations of the wrong dtype"
-    out = torch.empty(num_tokens, matrix.rows, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(num_tokens, matrix.rows, dtype=x.dtype, device=x.device)
+    assert out.shape == (num_tokens, matrix.rows), "an output of the wrong shape"
+    assert out.dtype == x.dtype, "an output of the wrong dtype"
     if out.numel() == 0:
         return out
     if columns == 0:

@@ -1,6 +1,7 @@
 """Builds the tensors and weights that a family asks for out of a checkpoint's stored ones."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from serve_app.loaders.checkpoint import Checkpoint, StoredTensor, num_elements
 from serve_app.loaders.pages import as_tensor, drop_pages, expect_pages
 from serve_app.quant.native_weight import NativeWeight
 from serve_app.quant.packed import PackedWeight, fuse
-from serve_app.quant.planar_weight import PlanarWeight
+from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarWeight
 from serve_app.quant.weight import DenseWeight, FusedWeight, Weight
 
 SMALL_MODEL_BYTES = 64 << 20
@@ -69,8 +70,9 @@ class CheckpointSource:
     def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
         """See WeightSource."""
         stored = [self._take(n, (out, in_features)) for n, out in zip(names, out_features, strict=True)]
-        if len({tensor.form.name for tensor in stored}) == 1 and (planar := self._planar(stored)) is not None:
-            return planar
+        if self._has_triton and all(planar_form(tensor.form.name) for tensor in stored):
+            runs = [self._planar(list(run)) for _, run in groupby(stored, lambda tensor: tensor.form.name)]
+            return runs[0] if len(runs) == 1 else FusedPlanarWeight(runs)
         weight = fuse([self._matrix(tensor) for tensor in stored])
         if len(stored) > 1 and not isinstance(weight, FusedWeight):
             for tensor in stored:  # the parts were copied into one matrix
@@ -98,13 +100,14 @@ class CheckpointSource:
         return as_tensor(stored.data).view(num_rows, -1)
 
     def _matrix(self, stored: StoredTensor) -> Weight:
-        return self._native(stored) or self._planar([stored]) or self._torch(stored)
+        if self._has_triton and planar_form(stored.form.name) is not None:
+            return self._planar([stored])
+        return self._native(stored) or self._torch(stored)
 
-    def _planar(self, stored: list[StoredTensor]) -> PlanarWeight | None:
-        """Matrices of one type as one; None without kernels for it. The device holds one piece of a file besides."""
-        form = planar_form(stored[0].form.name) if self._has_triton else None
-        if form is None:
-            return None
+    def _planar(self, stored: list[StoredTensor]) -> PlanarWeight:
+        """Matrices of one type, which has planes, as one. The device holds one piece of a file besides."""
+        form = planar_form(stored[0].form.name)
+        assert form is not None
         matrix = PlanarMatrix(form, sum(t.shape[0] for t in stored), stored[0].shape[1], self._device)
         first = 0
         for tensor in stored:

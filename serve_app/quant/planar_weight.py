@@ -1,9 +1,12 @@
 """Matrices in planes, multiplied by the Triton kernels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kernels.gpu.planar import PlanarMatrix
+from serve_app.quant.weight import FusedWeight
 
 
 class PlanarWeight:
@@ -38,6 +41,10 @@ class PlanarWeight:
         """See Weight."""
         return self._products.matmul(self.matrix, x.to(self._dtype))
 
+    def matmul_into(self, x: Tensor, out: Tensor) -> None:
+        """The same into out [T, out], of `dtype`, whose rows may be part of wider ones."""
+        self._products.matmul(self.matrix, x.to(self._dtype), out=out)
+
     def rows(self, ids: Tensor) -> Tensor:
         """See Weight. An id outside the matrix gives row 0."""
         return self._numbers.gather_rows(self.matrix, ids, self._dtype)
@@ -45,6 +52,23 @@ class PlanarWeight:
     def dequantize(self) -> Tensor:
         """See Weight."""
         return self._numbers.dequantize(self.matrix, self._dtype)
+
+
+class FusedPlanarWeight(FusedWeight):
+    """Planar matrices of several types over the same input, one below the other: each writes its columns in place."""
+
+    def __init__(self, planar: Sequence[PlanarWeight]) -> None:
+        super().__init__(planar)
+        self._planar = tuple(planar)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """See Weight."""
+        out = torch.empty(len(x), self.shape[0], dtype=self.dtype, device=x.device)
+        start = 0
+        for part in self._planar:
+            part.matmul_into(x, out[:, start : start + part.shape[0]])
+            start += part.shape[0]
+        return out
 
 
 class PlanarExperts:

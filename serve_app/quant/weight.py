@@ -51,8 +51,8 @@ class DenseWeight:
     """A matrix of plain numbers. The tensor may be a view of a mapped file: it is never written.
 
     On the CPU the native kernel multiplies, where there is one: unlike a library's product, its sums do not depend on
-    how many tokens a step has, so a request's logits do not depend on the other requests. Where Triton's kernels compute
-    one of them does for few tokens, which a library's product is not made for.
+    how many tokens a step has, so a request's logits do not depend on the other requests. Where Triton's kernels
+    compute, one of them does for few tokens, which a library's product is not made for.
     """
 
     def __init__(self, tensor: Tensor) -> None:

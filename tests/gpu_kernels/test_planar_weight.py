@@ -17,7 +17,7 @@ from serve_app.gguf_file import open_gguf
 from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.quant.packed import PackedWeight
-from serve_app.quant.planar_weight import PlanarExperts, PlanarWeight
+from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarExperts, PlanarWeight
 from serve_app.quant.weight import DenseWeight, FusedWeight
 
 COLUMNS = 256
@@ -95,11 +95,21 @@ def test_matrices_of_one_type_become_one(source: CheckpointSource) -> None:
 
 
 def test_matrices_of_several_types_stay_apart(source: CheckpointSource) -> None:
-    weight = source.weight(attention("q", "v"), [32, 32], COLUMNS)
+    weight = source.weight(attention("q", "k", "v"), [32, 32, 32], COLUMNS)
+    assert isinstance(weight, FusedPlanarWeight)
+    assert [part.shape[0] for part in weight.parts] == [64, 32]
+    ids = torch.tensor([95, 0, 64, 63], device=weight.dequantize().device)
+    assert torch.equal(weight.rows(ids), weight.dequantize()[ids])
+    for tokens in (1, 9, 65):
+        x = torch.randn(tokens, COLUMNS).to(ids.device)
+        assert torch.equal(weight.matmul(x), torch.cat([part.matmul(x) for part in weight.parts], dim=-1))
+
+
+def test_planar_and_other_matrices_together(source: CheckpointSource) -> None:
+    weight = source.weight(attention("q", "o"), [32, 32], COLUMNS)
     assert isinstance(weight, FusedWeight)
-    assert [type(part) for part in weight.parts] == [PlanarWeight, PlanarWeight]
-    x = torch.randn(3, COLUMNS).to(weight.dequantize().device)
-    assert torch.equal(weight.matmul(x), torch.cat([part.matmul(x) for part in weight.parts], dim=-1))
+    assert [type(part) for part in weight.parts] == [PlanarWeight, PackedWeight]
+    assert weight.matmul(torch.ones(2, COLUMNS).to(weight.dequantize().device)).shape == (2, 64)
 
 
 def test_types_without_planes_are_decoded_by_the_tile(source: CheckpointSource) -> None:
