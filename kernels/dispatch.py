@@ -2,6 +2,7 @@
 
 The choice is made when a layer is built, by `choose`; nothing is decided per call. SIROCCO_NATIVE=0 in the environment
 turns the native module off, SIROCCO_CPU_ISA names the instruction set that it must use: generic, avx2 or avx512.
+SIROCCO_TRITON=0 turns Triton's kernels off, and SIROCCO_TRITON=1 lets them compute on a CPU, in Triton's interpreter.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kernels
+from kernels.gpu.support import triton_support
 from kernels.reference import sampling
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ def native() -> NativeModule:
     """
     if os.environ.get("SIROCCO_NATIVE") == "0":
         return NativeModule(None, "turned off by SIROCCO_NATIVE=0")
+    if os.environ.get("SIROCCO_TRITON") == "1":
+        return NativeModule(None, "SIROCCO_TRITON=1: Triton's kernels compute")
     try:
         module = importlib.import_module("kernels.cpu._native")
     except ImportError as error:
@@ -108,6 +112,24 @@ def native_matrix(type_id: int, rows: int, columns: int) -> "PackedMatrix | None
     from kernels.cpu.packed import PackedMatrix
 
     return PackedMatrix(type_id, rows, columns)
+
+
+def triton_computes(device: torch.device | str) -> tuple[bool, str]:
+    """Whether Triton's kernels multiply on this device, and why, or why not.
+
+    ValueError, one sentence, where SIROCCO_TRITON=1 asks for a CPU's tensors and nothing interprets the kernels.
+    """
+    wanted = os.environ.get("SIROCCO_TRITON")
+    if wanted == "0":
+        return False, "turned off by SIROCCO_TRITON=0"
+    support = triton_support(device)
+    if torch.device(device).type != "cpu":
+        return support.is_usable, support.reason
+    if wanted != "1":
+        return False, "the model is on cpu"
+    if not support.is_usable:
+        raise ValueError(f"SIROCCO_TRITON=1: on a CPU that needs TRITON_INTERPRET=1 from the start ({support.reason})")
+    return True, support.reason
 
 
 def set_num_threads(count: int, *, parks_at_once: bool = False) -> None:

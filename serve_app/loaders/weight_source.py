@@ -1,17 +1,21 @@
 """Builds the tensors and weights that a family asks for out of a checkpoint's stored ones."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import native_matrix
+from kernels.dispatch import native_matrix, triton_computes
+from kernels.gpu.planar import PlanarMatrix
+from kernels.gpu.planar_forms import planar_form
 from kernels.reference.quant import dequantize
 from serve_app.errors import ModelFileError
 from serve_app.loaders.checkpoint import Checkpoint, StoredTensor, num_elements
 from serve_app.loaders.pages import as_tensor, drop_pages, expect_pages
 from serve_app.quant.native_weight import NativeWeight
 from serve_app.quant.packed import PackedWeight, fuse
+from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarWeight
 from serve_app.quant.weight import DenseWeight, FusedWeight, Weight
 
 SMALL_MODEL_BYTES = 64 << 20
@@ -30,9 +34,11 @@ class CheckpointSource:
     """The WeightSource (serve_app.models.base) over a checkpoint.
 
     With native kernels on the CPU every matrix is packed into their layout, bit by bit, and its pages of the file are
-    given back. Elsewhere a matrix whose stored type is the compute dtype is a view of the mapped file; one in another
-    plain type that is as wide or wider is converted, its pages given back; every other stays packed, float16 for a
-    float32 model included. Remembers which tensors were asked for. is_exact: see NativeWeight.
+    given back. Where Triton's kernels compute, so is every matrix of a type that has planes, into these and on the
+    device; those that are asked for together and have one type become one. Elsewhere a matrix whose stored type is the
+    compute dtype is a view of the mapped file; one in another plain type that is as wide or wider is converted, its
+    pages given back; every other stays packed, float16 for a float32 model included. Remembers which tensors were
+    asked for. is_exact: see NativeWeight.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class CheckpointSource:
         self._taken: set[str] = set()
         num_weights = sum(num_elements(t.shape) for t in checkpoint.stored())
         self._keep_decoded = num_weights * 4 <= SMALL_MODEL_BYTES
+        self._has_triton, _ = triton_computes(device)
 
     def has(self, name: str) -> bool:
         """See WeightSource."""
@@ -63,6 +70,9 @@ class CheckpointSource:
     def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
         """See WeightSource."""
         stored = [self._take(n, (out, in_features)) for n, out in zip(names, out_features, strict=True)]
+        if self._has_triton and all(planar_form(tensor.form.name) for tensor in stored):
+            runs = [self._planar(list(run)) for _, run in groupby(stored, lambda tensor: tensor.form.name)]
+            return runs[0] if len(runs) == 1 else FusedPlanarWeight(runs)
         weight = fuse([self._matrix(tensor) for tensor in stored])
         if len(stored) > 1 and not isinstance(weight, FusedWeight):
             for tensor in stored:  # the parts were copied into one matrix
@@ -90,7 +100,22 @@ class CheckpointSource:
         return as_tensor(stored.data).view(num_rows, -1)
 
     def _matrix(self, stored: StoredTensor) -> Weight:
+        if self._has_triton and planar_form(stored.form.name) is not None:
+            return self._planar([stored])
         return self._native(stored) or self._torch(stored)
+
+    def _planar(self, stored: list[StoredTensor]) -> PlanarWeight:
+        """Matrices of one type, which has planes, as one. The device holds one piece of a file besides."""
+        form = planar_form(stored[0].form.name)
+        assert form is not None
+        matrix = PlanarMatrix(form, sum(t.shape[0] for t in stored), stored[0].shape[1], self._device)
+        first = 0
+        for tensor in stored:
+            rows = self._rows(tensor, tensor.shape[0])
+            matrix.pack(first, rows if tensor.row_order is None else rows[tensor.row_order])
+            drop_pages(tensor.data)
+            first += tensor.shape[0]
+        return PlanarWeight(matrix, self._dtype)
 
     def _native(self, stored: StoredTensor) -> NativeWeight | None:
         """None where native kernels cannot multiply by it."""

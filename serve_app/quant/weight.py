@@ -1,13 +1,13 @@
 """The matrices of linear layers and embeddings, whatever form they are kept in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.dispatch import native_matmul
+from kernels.dispatch import native_matmul, triton_computes
 from kernels.formats import BY_NAME
 
 _TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -51,7 +51,8 @@ class DenseWeight:
     """A matrix of plain numbers. The tensor may be a view of a mapped file: it is never written.
 
     On the CPU the native kernel multiplies, where there is one: unlike a library's product, its sums do not depend on
-    how many tokens a step has, so a request's logits do not depend on the other requests.
+    how many tokens a step has, so a request's logits do not depend on the other requests. Where Triton's kernels
+    compute, one of them does for few tokens, which a library's product is not made for.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -60,6 +61,11 @@ class DenseWeight:
         is_native = tensor.device.type == "cpu" and tensor.dtype in _TYPE_NAMES
         self._native = native_matmul(BY_NAME[_TYPE_NAMES[tensor.dtype]].type_id) if is_native else None
         self._bytes = tensor.view(torch.uint8)
+        self._few: Callable[[Tensor, Tensor], Tensor] | None = None
+        if self._native is None and tensor.dtype in _TYPE_NAMES and triton_computes(tensor.device)[0]:
+            from kernels.gpu import dense_gemv  # needs Triton
+
+            self._few, self._most = dense_gemv.matmul, dense_gemv.MOST_TOKENS
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,6 +86,8 @@ class DenseWeight:
         """See Weight."""
         if self._native is not None:
             return self._native(x.contiguous(), self._bytes)
+        if self._few is not None and len(x) <= self._most:
+            return self._few(x, self._tensor)
         return functional.linear(x, self._tensor)
 
     def rows(self, ids: Tensor) -> Tensor:

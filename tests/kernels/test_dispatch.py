@@ -11,6 +11,7 @@ from tiny_llama import Piece, TinyPool, full_logits, hf_llama, make_batch, our_l
 import kernels
 from kernels import dispatch
 from kernels.cpu import _native
+from kernels.gpu.support import TritonSupport
 from kernels.reference import sampling
 from serve_app.attention.choose import choose_backend, list_backends, usual_needs
 from serve_app.attention.torch_backend import TorchAttention
@@ -110,3 +111,22 @@ def test_one_that_cannot_run_is_named_with_those_that_can() -> None:
     usable = ", ".join(_native.instruction_sets())
     expected = f"ValueError: SIROCCO_CPU_ISA=mmx: the kernels can run as {usable} on this CPU"
     assert native_in_a_process("mmx") == expected
+
+
+def test_triton_computes_on_a_cpu_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SIROCCO_TRITON", raising=False)
+    assert dispatch.triton_computes("cpu") == (False, "the model is on cpu")
+    monkeypatch.setenv("SIROCCO_TRITON", "1")
+    monkeypatch.setattr(dispatch, "triton_support", lambda device: TritonSupport(False, False, "the model is on cpu"))
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 from the start"):
+        dispatch.triton_computes("cpu")
+    monkeypatch.setattr(dispatch, "triton_support", lambda device: TritonSupport(True, True, "interpreted"))
+    assert dispatch.triton_computes("cpu") == (True, "interpreted")
+    monkeypatch.setenv("SIROCCO_TRITON", "0")
+    assert dispatch.triton_computes("cuda") == (False, "turned off by SIROCCO_TRITON=0")
+
+
+def test_triton_takes_the_place_of_the_native_module(monkeypatch: pytest.MonkeyPatch, no_native: None) -> None:
+    monkeypatch.delenv("SIROCCO_NATIVE")
+    monkeypatch.setenv("SIROCCO_TRITON", "1")
+    assert dispatch.native() == dispatch.NativeModule(None, "SIROCCO_TRITON=1: Triton's kernels compute")

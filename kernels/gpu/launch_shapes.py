@@ -1,0 +1,139 @@
+"""With which tiles a product is launched: from the table measured for this GPU, else a rule that needs none.
+
+The table is launch_shapes.json, beside this file: device → type, rows and columns ("Q4_K 4096x14336") → bucket of
+tokens → the numbers of a LaunchShape. It is read once; `python -m kernels.gpu.tune` measures and writes it. Nothing is
+tuned while serving.
+"""
+
+import json
+from dataclasses import astuple, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from kernels.gpu.launch import IS_INTERPRETED
+from kernels.gpu.planar_forms import PlanarForm
+
+TABLE_FILE: Final = Path(__file__).with_name("launch_shapes.json")
+
+MOST_GEMV_TOKENS: Final = 8
+"""Rows of activations that the gemv kernel can have at most."""
+
+MOST_TILE_TOKENS: Final = 64
+"""Up to here weights are decoded in registers; above, a scratch of plain numbers and a library's product are faster."""
+
+BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of rows of activations that a shape is chosen for: the next one that is not smaller."""
+
+GEMV_TOKENS_WITHOUT_TABLE: Final = 2
+"""A gemv takes an instruction more a weight for each row of x, the tensor cores take none: from three rows on, by the
+count of instructions, they are faster. A table may say otherwise, up to MOST_GEMV_TOKENS."""
+
+Kernel = Literal["gemv", "tile"]
+
+Table = dict[str, dict[str, dict[str, list[Any]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchShape:
+    """A launch: the kernel; rows of x, rows of the matrix and vectors of a program; parts that columns are cut in."""
+
+    kernel: Kernel
+    tokens: int
+    rows: int
+    vectors: int
+    split: int
+    warps: int
+    stages: int
+
+    @staticmethod
+    def read(numbers: list[Any]) -> "LaunchShape":
+        """From the table's list."""
+        return LaunchShape(*numbers)
+
+    def written(self) -> list[Any]:
+        """As the table has it."""
+        return list(astuple(self))
+
+
+def bucket_of(num_tokens: int) -> int:
+    """The bucket of 1 to 64 rows of activations."""
+    return next(bucket for bucket in BUCKETS if bucket >= num_tokens)
+
+
+def device_key(device: torch.device) -> str:
+    """The name of a GPU and its compute capability, as the table has them; "interpreter" on a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+
+
+def matrix_key(form: PlanarForm, rows: int, columns: int) -> str:
+    """How the table names a matrix."""
+    return f"{form.name} {rows}x{columns}"
+
+
+def read_table(path: Path) -> Table:
+    """What a file says; an empty table where it is missing or no JSON: then the rule decides."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@cache
+def table() -> Table:
+    """The repository's."""
+    return read_table(TABLE_FILE)
+
+
+@cache
+def launch_shape(
+    form: PlanarForm, rows: int, columns: int, bucket: int, dtype: torch.dtype, device: torch.device
+) -> LaunchShape:
+    """How [bucket, columns] is multiplied by [rows, columns]^T; looked up once for each."""
+    measured = table().get(device_key(device), {}).get(matrix_key(form, rows, columns), {}).get(str(bucket))
+    if measured is not None and dtype != torch.float32:
+        return LaunchShape.read(measured)
+    return rule(form, rows, columns, bucket, dtype, _num_processors(device))
+
+
+def rule(
+    form: PlanarForm, rows: int, columns: int, bucket: int, dtype: torch.dtype, num_processors: int
+) -> LaunchShape:
+    """A shape from the sizes alone. What it goes by is in docs/kernels.md."""
+    num_vectors = max(1, columns // form.vector)
+    if IS_INTERPRETED:  # a program costs by its operations, not by its elements: as few as there can be
+        size = min(64, _power_of_two(rows)), min(32, _power_of_two(num_vectors))
+        if bucket <= GEMV_TOKENS_WITHOUT_TABLE:
+            return LaunchShape("gemv", bucket, *size, 1, 1, 1)
+        return LaunchShape("tile", max(16, bucket), size[0], size[1], 2 if num_vectors > 32 else 1, 4, 1)
+    if bucket <= GEMV_TOKENS_WITHOUT_TABLE:
+        # A warp a program. Few rows, where there would be too few programs to ask for enough memory at once.
+        rows_a_program = 4
+        while rows_a_program > 1 and rows < 12 * num_processors * rows_a_program:
+            rows_a_program //= 2
+        return LaunchShape("gemv", bucket, rows_a_program, min(32, _power_of_two(num_vectors)), 1, 1, 1)
+    tokens = max(16, bucket)
+    step_bytes = 512 if tokens <= 16 else 256
+    vectors = min(max(1, step_bytes // dtype.itemsize // form.vector), _power_of_two(num_vectors))
+    programs = -(-rows // 64)
+    steps = -(-num_vectors // vectors)
+    split = 1
+    while split < 8 and programs * split < 2 * num_processors and steps >= 8 * split:
+        split *= 2
+    return LaunchShape("tile", tokens, 64, vectors, split, 4, 3)
+
+
+@cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _power_of_two(number: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << max(0, number - 1).bit_length()
