@@ -27,13 +27,10 @@ def steps(dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> tu
     """Two steps over pools of their own with the same contents."""
     found = []
     for kind, backend in ((GpuStep, TritonAttention()), (TorchStep, TorchAttention())):
-        pool = TinyPool(ARGS, 12, 16, kv_dtype)
+        pool = TinyPool(ARGS, 12, 16, kv_dtype, device)
         generator = torch.Generator().manual_seed(0)
         for cache in (*pool.k, *pool.v):
             cache.copy_(torch.randn(cache.shape, generator=generator))
-        for name in ("k", "v", "k_scales", "v_scales"):
-            tensors = getattr(pool, name)
-            setattr(pool, name, None if tensors is None else [t.to(device) for t in tensors])
         pieces = [
             Piece(range(90), 30, 47, [3, 9, 1]),
             Piece(range(90), 0, 1, [2]),
