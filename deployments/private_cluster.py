@@ -1,13 +1,14 @@
 """A Ray cluster of this machine alone, started and ended with the server."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -27,6 +28,7 @@ START_ATTEMPTS = 2
 # Of the time for the whole shutdown, what each part may take.
 _STREAMS_SHARE, _SERVE_SHARE, _RAY_SHARE = 0.25, 0.4, 0.25
 _LOOK_S = 0.1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 class PrivateCluster:
@@ -55,6 +57,7 @@ class PrivateCluster:
         # What the user has set holds: Ray's switches are many, and some are for looking into Ray.
         for name, value in private_environment(self._config, self._edge, self._directory).items():
             os.environ.setdefault(name, value)
+        _adopt_orphans()
         import ray
         from ray import serve
 
@@ -75,10 +78,7 @@ class PrivateCluster:
                 break
             except Exception as error:  # Ray raises all kinds of them; a busy machine makes it miss its own deadlines
                 ray.shutdown()
-                self._note_children()
-                for other in others:
-                    self._children.pop(other.pid, None)
-                self._end_children(time.monotonic() + 1)
+                self._end_children(time.monotonic() + 1, others)
                 if attempt == START_ATTEMPTS:
                     raise LaunchError(f"Ray cannot be started on this machine: {error}") from error
                 log.warning("Ray did not start (%s): trying once more", error)
@@ -123,7 +123,6 @@ class PrivateCluster:
 
     def kill(self) -> None:
         """Ends all our children at once."""
-        self._note_children()
         self._end_children(time.monotonic())
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -140,8 +139,12 @@ class PrivateCluster:
         """
         return sum(not _is_alive(server) for server in self._servers) >= 2
 
-    def _end_children(self, end_s: float) -> None:
+    def _end_children(self, end_s: float, spared: Sequence[psutil.Process] = ()) -> None:
         """By pid; psutil checks that a pid still is the process it was."""
+        # Those too that a process of Ray has left behind when it was ended itself.
+        self._note_children()
+        for process in spared:
+            self._children.pop(process.pid, None)
         _, alive = psutil.wait_procs(self._children.values(), timeout=max(0.0, min(1.0, end_s - time.monotonic())))
         for child in alive:
             log.debug("ending process %d", child.pid)
@@ -150,6 +153,15 @@ class PrivateCluster:
         psutil.wait_procs(alive, timeout=1.0)
         self._children.clear()
         self._servers.clear()
+
+
+def _adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own parent dies, on Linux: they stay in sight until the end.
+
+    A signal to the whole group may end Ray's raylet before its workers, and before we look at who is there.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _within(timeout_s: float, what: str, call: Callable[..., Any], *args: Any, is_hopeless: Callable[[], bool]) -> bool:

@@ -161,10 +161,10 @@ class TargetServer:
 
 
 def _engine_builder() -> EngineBuilder:
-    # Imported here: the module is read by the driver and the ingress too, which must stay without torch.
-    from serve_app.engine.build import build_engine
+    # Imported here: the module is read by the driver and the ingress too, which need nothing of it.
+    from serve_app.engine.start import start_engine
 
-    return build_engine
+    return start_engine
 
 
 @serve.deployment(name=TARGET)

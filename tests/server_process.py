@@ -109,7 +109,7 @@ class Server:
         names = [process.name() for process in alive]
         for process in alive:
             process.kill()
-        assert not names
+        assert not names, f"left behind: {names}"
         self._reader.join(5)
         return code
 

@@ -2,14 +2,14 @@
 
 A grid is a fixed set of points: IQ2 of eight numbers out of three levels, IQ3 of four out of eight, IQ1 of eight out of
 three. They are part of the file format, found by their author's search and not by a formula. Here each number is its
-level's index, packed in two bits (IQ3: three), lowest bit first, in base 64.
+level's index, packed in two bits (IQ3: three), lowest bit first, in base 64. No torch: the native module takes them
+over when it is loaded, which may come first.
 """
 
 import base64
-from functools import cache
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 _TWO_BIT_LEVELS = (8, 25, 43)
 
@@ -151,17 +151,17 @@ _GRIDS: dict[str, tuple[int, tuple[int, ...], str]] = {
 }
 
 
-@cache
-def grid(name: str, device: torch.device) -> Tensor:
-    """All points of a grid, [points, 4 or 8] float32. Shared: not to be written. KeyError for an unknown name."""
+def points(name: str) -> NDArray[np.int8]:
+    """All points of a grid, [points, 4 or 8]. KeyError for an unknown name."""
     width, levels, packed = _GRIDS[name]
     bits_per_number = (len(levels) - 1).bit_length()
-    data = torch.frombuffer(bytearray(base64.b64decode(packed)), dtype=torch.uint8)
-    bits = ((data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1, bits_per_number)
-    index = (bits.int() << torch.arange(bits_per_number, dtype=torch.int32)).sum(-1)
-    return torch.tensor(levels, dtype=torch.float32)[index].reshape(-1, width).to(device)
+    data = np.frombuffer(base64.b64decode(packed), np.uint8)
+    bits = np.unpackbits(data, bitorder="little").reshape(-1, bits_per_number)
+    index = (bits << np.arange(bits_per_number)).sum(-1)
+    numbers: NDArray[np.int8] = np.array(levels, np.int8)[index]
+    return numbers.reshape(-1, width)
 
 
 def grid_bytes(name: str) -> bytes:
     """All points of a grid, a signed byte each number: the form that the native module takes over when it is loaded."""
-    return bytes(grid(name, torch.device("cpu")).to(torch.int8).view(torch.uint8).flatten().tolist())
+    return points(name).tobytes()

@@ -4,10 +4,12 @@
 few operations on unsigned ones, so every shift is followed by a mask.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from kernels.reference.iq_grids import grid
+from kernels.reference.iq_grids import points
 from kernels.reference.quant_simple import (
     NON_LINEAR_VALUES,
     as_words,
@@ -21,9 +23,15 @@ from kernels.reference.quant_simple import (
 _DELTA = 0.125  # how far IQ1 weights are moved from the grid
 
 
+@cache
+def _grid(name: str, device: torch.device) -> Tensor:
+    """All points [points, 4 or 8] float32; shared: not to be written."""
+    return torch.from_numpy(points(name)).float().to(device)
+
+
 def _points(name: str, index: Tensor) -> Tensor:
     """Grid points [n, k, 4 or 8] of the indices [n, k]."""
-    return grid(name, index.device)[index.int()]
+    return _grid(name, index.device)[index.int()]
 
 
 def _factors(bits: Tensor) -> Tensor:

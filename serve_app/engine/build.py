@@ -1,16 +1,14 @@
 """From a model's name to an engine that is ready to step."""
 
-import gc
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 from kernels import dispatch
 from serve_app.cpu_info import num_physical_cores
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.no_collection import no_collection
 from serve_app.engine.sampler import Sampler
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.arena import PosixShmArena
@@ -32,8 +30,8 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     files = resolve(source) if isinstance(source, ModelSource) else source
     _say_what_computes(config.device)
     dispatch.set_num_threads(config.num_threads or num_physical_cores(), parks_at_once=config.shares_cores)
-    with _no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
-        opening = side.submit(open_tokenizer, files.tokenizer_source)
+    with no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
+        opening = side.submit(open_tokenizer, files.tokenizer_source, encodes=False)
         loaded = load_model(
             files, dtype=files.dtype, device=config.device, kv=config.kv_type, is_exact=config.cpu_exact
         )
@@ -64,19 +62,6 @@ def _say_what_computes(device: str) -> None:
         log.info("CPU kernels: %s", native.reason)
     elif device == "cpu":
         log.warning("CPU kernels: none, plain torch computes, which is slow: %s", native.reason)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without looking for cycles meanwhile: among the million objects of a vocabulary there are none, and each look
-    walks all modules too."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class DryBreakers:

@@ -79,6 +79,7 @@ class LLM:
             )
         self.engine = build_engine(model, config or EngineConfig(), lambda deltas: None)
         self.tokenizer = self.engine.parts.tokenizer
+        self.tokenizer.build_encoder()
         self._num_requests = 0
 
     def generate(

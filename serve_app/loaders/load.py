@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from kernels.cpu import weight_memory
 from serve_app.errors import ModelFileError
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.checkpoint import Checkpoint
@@ -51,7 +52,10 @@ def load_model(
     checkpoint = open_checkpoint(files)
     chosen = compute_dtype(dtype, checkpoint, torch.device(device))
     source = CheckpointSource(checkpoint, chosen, torch.device(device), is_exact=is_exact)
-    model = family.build(args, source)
+    try:
+        model = family.build(args, source)
+    finally:
+        weight_memory.end()
     kept = kv_dtype(kv, dtype, checkpoint, torch.device(device), is_exact=is_exact)
     scales = read_kv_scales(checkpoint, source, args) if kept == torch.float8_e4m3fn else None
     _report_unused(checkpoint, source)

@@ -36,7 +36,7 @@ _TURN_ENDS: Final = frozenset(
 
 
 def vocabulary_from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
-    """Builds the encoder; ModelFileError names the key that is missing, of the wrong kind, or unknown."""
+    """ModelFileError names the key that is missing, of the wrong kind, or unknown."""
     fields = _Fields(metadata)
     model = fields.string("model")
     texts = fields.strings("tokens")
@@ -51,18 +51,21 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
         build = _byte_level_bpe
     else:
         raise ModelFileError(f"{_WHERE} names the tokenizer model {model!r}; llama and gpt2 are supported")
-    try:
-        backend = build(fields, texts, types)
-    except ModelFileError:
-        raise
-    except Exception as error:  # the library raises plain Exception for vocabularies that contradict themselves
-        raise ModelFileError(f"{_WHERE} describes an impossible tokenizer ({error})") from None
+
+    def make_backend() -> Backend:
+        try:
+            return build(fields, texts, types)
+        except ModelFileError:
+            raise
+        except Exception as error:  # the library raises plain Exception for vocabularies that contradict themselves
+            raise ModelFileError(f"{_WHERE} describes an impossible tokenizer ({error})") from None
+
     special = special_ids(types)
     user_defined = ids_of(types, PieceType.USER_DEFINED)
     bos_id = fields.token_id("bos_token_id", len(texts), 1 if is_spm else None)
     eos_ids = _eos_ids(fields, texts, special, 2 if is_spm else None)
     return Vocabulary(
-        backend=backend,
+        make_backend=make_backend,
         texts=list(texts),
         pieces=token_pieces(texts, sentencepiece_bytes if is_spm else byte_level_bytes, special, user_defined),
         special_ids=special,

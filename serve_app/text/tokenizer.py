@@ -2,8 +2,11 @@
 
 import threading
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer as Backend
 
 from serve_app.errors import InvalidRequest, ModelFileError
 from serve_app.gguf_file import open_gguf
@@ -25,7 +28,6 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._backend = vocabulary.backend
         self._lock = threading.Lock()
         self._text_of_char = {byte: char for char, byte in byte_of_char().items()}
         self.vocab_size = len(vocabulary.texts)
@@ -35,6 +37,14 @@ class Tokenizer:
         self.add_bos = bool(vocabulary.prefix)
         self.add_eos = bool(vocabulary.suffix)
         self.strips_space = vocabulary.strips_space
+
+    @cached_property
+    def _backend(self) -> Backend:
+        return self._vocabulary.make_backend()
+
+    def build_encoder(self) -> None:
+        """Builds what encodes, unless it is there. Raises ModelFileError for a vocabulary that contradicts itself."""
+        _ = self._backend
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """The ids of a text.
@@ -106,20 +116,28 @@ class Tokenizer:
         return [t.id for t in tokens if t.id not in self.special_ids]
 
 
-def open_tokenizer(source: Path | Mapping[str, Any]) -> Tokenizer:
+def open_tokenizer(source: Path | Mapping[str, Any], *, encodes: bool = True) -> Tokenizer:
     """The tokenizer of a folder (tokenizer.json, else tokenizer.model), of such a file, or of GGUF metadata.
 
-    tokenizer_config.json is read from the same folder. Raises ModelFileError with one sentence.
+    tokenizer_config.json is read from the same folder. encodes: whether the encoder is built at once, or when it is
+    first used; most processes of an engine only decode. Raises ModelFileError with one sentence.
     """
+    tokenizer = Tokenizer(_vocabulary(source))
+    if encodes:
+        tokenizer.build_encoder()
+    return tokenizer
+
+
+def _vocabulary(source: Path | Mapping[str, Any]) -> Vocabulary:
     if isinstance(source, Mapping):
-        return Tokenizer(vocabulary_from_gguf(source))
+        return vocabulary_from_gguf(source)
     if source.is_dir():
-        return Tokenizer(vocabulary_from_folder(source))
+        return vocabulary_from_folder(source)
     if source.suffix == ".json":
-        return Tokenizer(vocabulary_from_json(source))
+        return vocabulary_from_json(source)
     if source.suffix == ".gguf":
         with open_gguf(source) as file:
-            return Tokenizer(vocabulary_from_gguf(file.metadata))
+            return vocabulary_from_gguf(file.metadata)
     if source.exists():
-        return Tokenizer(vocabulary_from_sentencepiece(source))
+        return vocabulary_from_sentencepiece(source)
     raise ModelFileError(f"{source}: no such tokenizer file or folder")

@@ -132,7 +132,7 @@ def _with_config(
     if isinstance(adds_eos, bool) and eos_id is not None:
         suffix = (suffix or (eos_id,)) if adds_eos else ()
     return Vocabulary(
-        backend=backend,
+        make_backend=lambda: backend,
         texts=texts,
         pieces=token_pieces(texts, byte_rule, special, verbatim),
         special_ids=special,

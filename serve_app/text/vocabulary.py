@@ -21,12 +21,13 @@ ByteRule = Callable[[Sequence[str]], list[bytes]]
 class Vocabulary:
     """A tokenizer's encoder and the facts around it.
 
-    texts: id → text in the vocabulary, None for ids without one. pieces: id → the bytes it contributes inside a text,
-    b"" for control tokens. prefix, suffix: ids that the model wants around a text. strips_space: encoding puts a
-    space before a text, so decoding takes one away.
+    make_backend: builds the encoder, which takes far longer than all the rest; raises ModelFileError for a vocabulary
+    that contradicts itself. texts: id → text in the vocabulary, None for ids without one. pieces: id → the bytes it
+    contributes inside a text, b"" for control tokens. prefix, suffix: ids that the model wants around a text.
+    strips_space: encoding puts a space before a text, so decoding takes one away.
     """
 
-    backend: Backend
+    make_backend: Callable[[], Backend]
     texts: list[str | None]
     pieces: list[bytes]
     special_ids: frozenset[int]

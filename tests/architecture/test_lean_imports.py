@@ -34,6 +34,15 @@ def test_api_and_text_never_import_torch_or_ray() -> None:
     """)
 
 
+def test_memory_for_weights_is_made_ready_before_torch_comes() -> None:
+    run("""
+        import sys
+        import kernels.cpu._native
+        import serve_app.engine.start
+        assert "torch" not in sys.modules
+    """)
+
+
 def test_the_engine_runs_without_the_servers_packages() -> None:
     run("""
         import sys

@@ -190,7 +190,7 @@ def test_added_tokens_strip_what_the_file_says() -> None:
 @pytest.mark.parametrize("adds", [None, True, False])
 def test_a_byte_level_tokenizer_json(tmp_path: Path, vocab: Callable[[str], Tokenizer], adds: bool | None) -> None:
     with open_gguf(DATA / "vocab" / VOCABS["gpt-2"]) as file:
-        backend = vocabulary_from_gguf(file.metadata).backend
+        backend = vocabulary_from_gguf(file.metadata).make_backend()
     backend.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 50256)]
     )
@@ -241,7 +241,7 @@ def test_added_tokens_that_are_no_control_tokens_are_shown(tmp_path: Path) -> No
 )
 def test_pre_tokenizers(kind: str, text: str, words: list[str]) -> None:
     with open_gguf(DATA / "vocab" / VOCABS["gpt-2"]) as file:
-        backend = vocabulary_from_gguf({**file.metadata, "tokenizer.ggml.pre": kind}).backend
+        backend = vocabulary_from_gguf({**file.metadata, "tokenizer.ggml.pre": kind}).make_backend()
     cut = [word.replace("Ġ", " ").replace("Ċ", "\n") for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
     assert cut == words
 

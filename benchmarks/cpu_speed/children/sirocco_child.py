@@ -1,18 +1,18 @@
 """Sirocco's engine, alone in a process: no Ray, no HTTP. See child_loop."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from child_loop import Cell, Clock, Figures, Measure, serve, token_ids
 
-from kernels import dispatch
 from kernels.cpu._native import ReadProbe
 from serve_app import __version__
-from serve_app.engine.build import build_engine
-from serve_app.engine.engine import Engine
-from serve_app.kv_cache.kv_pool import kv_dtype_name
+from serve_app.engine.start import start_engine
 from serve_app.messages import GenerateRequest
 from serve_app.options import EngineConfig, ModelSource, SamplingParams
+
+if TYPE_CHECKING:
+    from serve_app.engine.engine import Engine
 
 _MIN_READ_BYTES, _MAX_READ_BYTES = 64 << 20, 1 << 30
 
@@ -20,7 +20,7 @@ _MIN_READ_BYTES, _MAX_READ_BYTES = 64 << 20, 1 << 30
 class Sirocco:
     """One engine, stepped by the measurement itself. Prompts behind which is decoded stay in the prefix cache."""
 
-    def __init__(self, engine: Engine, vocab_size: int, threads: int, read_bytes: int) -> None:
+    def __init__(self, engine: "Engine", vocab_size: int, threads: int, read_bytes: int) -> None:
         self._engine = engine
         self._threads = threads
         self._read_bytes = read_bytes
@@ -94,9 +94,12 @@ def load(options: dict[str, Any]) -> tuple[Measure, dict[str, Any]]:
         num_threads=options["threads"],
         kv_cache_dtype=options["kv"],
     )
-    engine = build_engine(
+    engine = start_engine(
         ModelSource(model=options["model"], max_seq_len=options["context"]), config, lambda deltas: None
     )
+    from kernels import dispatch
+    from serve_app.kv_cache.kv_pool import kv_dtype_name
+
     facts = {"version": __version__, "kernels": dispatch.native().reason, "kv": kv_dtype_name(engine.parts.kv.dtype)}
     # A pass shall take about as long as a step.
     read_bytes = min(max(Path(options["model"]).stat().st_size, _MIN_READ_BYTES), _MAX_READ_BYTES)

@@ -13,6 +13,7 @@
 #include "packed_memory.h"
 #include "scratch.h"
 #include "team.h"
+#include "weight_memory.h"
 
 namespace nb = nanobind;
 
@@ -144,4 +145,7 @@ void bind_packed(nb::module_& m) {
         .def("gather", rows)
         .def("matmul", matmul);
     m.def("grouped_matmul", grouped_matmul);
+    m.def("packed_bytes", packed_bytes);
+    m.def("prepare_weight_memory", prepare_weight_memory);
+    m.def("end_weight_preparation", end_weight_preparation);
 }

@@ -7,15 +7,28 @@
 #include "scratch.h"
 #include "weight_memory.h"
 
-PackedMemory::PackedMemory(int type_id, int64_t rows, int64_t columns) {
+namespace {
+
+// Without data. Throws std::invalid_argument.
+PackedMatrix shape_of(int type_id, int64_t rows, int64_t columns) {
     const TypeLayout* layout = type_layout(type_id);
     if (!layout) throw std::invalid_argument("this type cannot be kept as a packed matrix");
     const bool is_whole = layout->block_length <= 2 || columns % layout->block_length == 0;
     if (rows < 0 || columns <= 0 || rows > (int64_t(1) << 40) || columns > (int64_t(1) << 40) || !is_whole)
         throw std::invalid_argument("a packed matrix cannot have this size");
-    matrix_ = {layout, rows, columns, packed_blocks(*layout, columns), packed_tile_bytes(*layout, columns), nullptr};
+    return {layout, rows, columns, packed_blocks(*layout, columns), packed_tile_bytes(*layout, columns), nullptr};
+}
+
+}  // namespace
+
+PackedMemory::PackedMemory(int type_id, int64_t rows, int64_t columns) : matrix_(shape_of(type_id, rows, columns)) {
     data_ = weight_memory(num_bytes());
     matrix_.data = data_.get();
+}
+
+int64_t packed_bytes(int type_id, int64_t rows, int64_t columns) {
+    const PackedMatrix shape = shape_of(type_id, rows, columns);
+    return shape.tiles() * shape.tile_bytes;
 }
 
 int64_t PackedMemory::row_bytes() const {

@@ -22,5 +22,8 @@ class PackedMemory {
     std::shared_ptr<uint8_t> data_;
 };
 
+// Bytes of such a matrix. Throws std::invalid_argument.
+int64_t packed_bytes(int type_id, int64_t rows, int64_t columns);
+
 // Row `id` of a packed matrix as float32 [columns]; the type must have a decoder.
 void packed_row(const PackedMatrix& matrix, int64_t id, float* out);
