@@ -94,6 +94,7 @@ def test_every_option_reaches_the_configuration() -> None:
     values = {
         "--dtype": "f16",
         "--kv-cache-dtype": "q8",
+        "--pa-cache-type": "f8e4m3",
         "--token-source": "none",
         "--ingress": "handle",
         "--proxy": "python",

@@ -27,20 +27,23 @@ SMALL: dict[str, Any] = {
 
 
 class DictSource:
-    """A WeightSource over a state dict, in one compute dtype."""
+    """A WeightSource over a state dict, in one compute dtype, on one device."""
 
-    def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         self.tensors = tensors
         self.dtype = dtype
+        self.device = device
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         assert self.tensors[name].shape == shape, name
-        return self.tensors[name].float()
+        return self.tensors[name].float().to(self.device)
 
     def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
         for name, out in zip(names, out_features, strict=True):
             assert self.tensors[name].shape == (out, in_features), name
-        return DenseWeight(torch.cat([self.tensors[n] for n in names]).to(self.dtype))
+        return DenseWeight(torch.cat([self.tensors[n] for n in names]).to(self.device, self.dtype))
 
     def has(self, name: str) -> bool:
         return name in self.tensors
@@ -57,26 +60,36 @@ def hf_llama(seed: int = 0, **changes: Any) -> transformers.LlamaForCausalLM:
     return model
 
 
-def our_llama(hf: transformers.LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def our_llama(
+    hf: transformers.LlamaForCausalLM, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> LlamaForCausalLM:
     """The same weights in our model."""
     tensors = {k: v.detach() for k, v in hf.state_dict().items()}
-    return LlamaForCausalLM(LlamaArgs.from_hf(hf.config.to_dict()), DictSource(tensors, dtype))
+    return LlamaForCausalLM(LlamaArgs.from_hf(hf.config.to_dict()), DictSource(tensors, dtype, device))
 
 
 class TinyPool:
     """K and V tensors, as kv_cache.kv_pool.KvPool has them, filled with NaN: what was not written must not be read."""
 
-    def __init__(self, args: Any, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        args: Any,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         shape = (num_blocks, block_size, args.n_kv_heads, row_elements(args.head_dim, dtype))
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
+        self.device = torch.device(device)
         filler = 0xFF if dtype == torch.uint8 else torch.nan
-        self.k = [torch.full(shape, filler, dtype=dtype) for _ in range(args.n_layers)]
-        self.v = [torch.full(shape, filler, dtype=dtype) for _ in range(args.n_layers)]
+        self.k = [torch.full(shape, filler, dtype=dtype, device=device) for _ in range(args.n_layers)]
+        self.v = [torch.full(shape, filler, dtype=dtype, device=device) for _ in range(args.n_layers)]
         is_fp8 = dtype == torch.float8_e4m3fn
-        self.k_scales = [torch.full((args.n_kv_heads,), 0.05) for _ in self.k] if is_fp8 else None
-        self.v_scales = [torch.full((args.n_kv_heads,), 0.02) for _ in self.v] if is_fp8 else None
+        self.k_scales = [torch.full((args.n_kv_heads,), 0.05, device=device) for _ in self.k] if is_fp8 else None
+        self.v_scales = [torch.full((args.n_kv_heads,), 0.02, device=device) for _ in self.v] if is_fp8 else None
 
 
 @dataclass
@@ -118,7 +131,7 @@ def step_logits(
     model: LlamaForCausalLM, pool: Any, pieces: Sequence[Piece], backend: str = "auto", *, is_exact: bool = True
 ) -> list[Tensor]:
     """Runs one step; the logits of every token, piece by piece."""
-    forward = choose_forward(model, pool, "cpu", backend, is_exact=is_exact)
+    forward = choose_forward(model, pool, getattr(pool, "device", "cpu"), backend, is_exact=is_exact)
     logits = torch.as_tensor(forward(make_batch(pool, pieces))).clone()
     return list(logits.split([p.stop - p.start for p in pieces]))
 
@@ -130,8 +143,9 @@ def full_logits(
     block_size: int = 16,
     *,
     is_exact: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Logits [len(ids), vocab] of one request computed in one step, its blocks in ascending order."""
     num_blocks = -(-len(ids) // block_size)
-    pool = TinyPool(model.args, num_blocks, block_size)
+    pool = TinyPool(model.args, num_blocks, block_size, device=device)
     return step_logits(model, pool, [Piece(ids, 0, len(ids), range(num_blocks))], backend, is_exact=is_exact)[0]

@@ -54,3 +54,26 @@ def test_an_instruction_set_that_this_cpu_lacks_ends_the_start(environment: pyte
     with pytest.raises(LaunchError, match=r"^SIROCCO_CPU_ISA=amx: the kernels can run as .*generic on this CPU$"):
         LLM(str(MODEL))
     assert any("SIROCCO_CPU_ISA=amx" in str(f.note) for f in doctor.examine()["attention"])
+
+
+def test_on_a_gpu_the_pool_fills_its_memory_up_to_nine_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in the place of a device of 100 MB, 40 of which are in use."""
+    monkeypatch.setattr("serve_app.engine.build.gpu_memory", lambda device: (60 * 10**6, 100 * 10**6))
+    with LLM(str(MODEL), dtype="f32", config=EngineConfig(block_size=16)) as llm:
+        kv = llm.engine.parts.kv
+        assert kv.num_blocks == 50 * 10**6 // kv.geometry.bytes_per_block
+        plain = llm.generate(["Once upon a time"], SamplingParams(temperature=0.0, max_tokens=6))[0].token_ids
+    monkeypatch.undo()
+    with LLM(str(MODEL), dtype="f32", config=EngineConfig(block_size=16)) as llm:
+        assert llm.generate(["Once upon a time"], SamplingParams(temperature=0.0, max_tokens=6))[0].token_ids == plain
+
+
+def test_the_log_says_which_attention_runs_and_why_not_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    config = EngineConfig(block_size=16, attention_backend="torch")
+    with caplog.at_level(logging.INFO), LLM(str(MODEL), config=config):
+        assert "attention: torch (plain torch runs everywhere)" in caplog.text
+    caplog.clear()
+    config = EngineConfig(block_size=16, pa_cache_type="f8e4m3")
+    with caplog.at_level(logging.INFO), LLM(str(MODEL), config=config):
+        assert "attention: torch (plain torch runs everywhere); not cpu: the KV cache is float8_e4m3fn" in caplog.text
+        assert "; not triton: the model is on cpu" in caplog.text

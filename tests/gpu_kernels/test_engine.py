@@ -1,6 +1,7 @@
 """The whole engine with Triton's attention and step: texts of a trained model, and logits of random ones."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from serve_app.layers.gpu_step import GpuStep
 from serve_app.options import EngineConfig, SamplingParams
 
 FOLDER = Path(__file__).parents[1] / "data" / "models" / "stories260K"
-CONFIG = EngineConfig(max_seqs=4, block_size=16, attention_backend="triton", prefix_cache_n=0)
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+CONFIG = EngineConfig(max_seqs=4, block_size=16, attention_backend="triton", prefix_cache_n=0, device=DEVICE)
 TOKENS = 24
 
 Case = tuple[list[int], list[int]]
@@ -109,7 +111,7 @@ def test_keys_and_values_in_e4m3() -> None:
 def test_logits_of_random_models_are_those_of_transformers(changes: dict[str, object], length: int) -> None:
     hf = hf_llama(**changes)
     ids = torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    ours = full_logits(our_llama(hf), ids, "triton")
+    ours = full_logits(our_llama(hf, device=DEVICE), ids, "triton", device=DEVICE).cpu()
     theirs = hf(torch.tensor([ids])).logits[0]
     assert (ours - theirs).abs().amax() <= 1e-4 * theirs.abs().max()
 

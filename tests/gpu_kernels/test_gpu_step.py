@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from tiny_llama import Piece, TinyPool, make_batch
 from torch import Tensor
+from torch_operators import Operators
 
 from serve_app.attention.backend import AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
@@ -27,13 +27,10 @@ def steps(dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> tu
     """Two steps over pools of their own with the same contents."""
     found = []
     for kind, backend in ((GpuStep, TritonAttention()), (TorchStep, TorchAttention())):
-        pool = TinyPool(ARGS, 12, 16, kv_dtype)
+        pool = TinyPool(ARGS, 12, 16, kv_dtype, device)
         generator = torch.Generator().manual_seed(0)
         for cache in (*pool.k, *pool.v):
             cache.copy_(torch.randn(cache.shape, generator=generator))
-        for name in ("k", "v", "k_scales", "v_scales"):
-            tensors = getattr(pool, name)
-            setattr(pool, name, None if tensors is None else [t.to(device) for t in tensors])
         pieces = [
             Piece(range(90), 30, 47, [3, 9, 1]),
             Piece(range(90), 0, 1, [2]),
@@ -96,7 +93,21 @@ def test_plain_torch_is_asked_for_by_its_attention(device: torch.device) -> None
     assert step_type(device, "torch") is TorchStep
 
 
-def test_what_the_batch_counts_on_the_host_is_not_asked_of_the_device(device: torch.device) -> None:
-    """Shapes of the grid come from the host's arrays: numpy's, not the device's."""
+def test_no_operator_of_a_step_waits_for_the_device(device: torch.device) -> None:
+    """Decodes and prefills, from the plan on: nothing is read back, and no shape depends on what a tensor holds."""
     gpu, _ = steps(torch.float32, torch.float32, device)
-    assert isinstance(gpu._batch.host.context_lens, np.ndarray)
+    batch, backend = gpu._batch, TritonAttention()
+    rotary = Rotary(torch.rand(HEAD_DIM // 2).to(device), 512)
+    rotary.on_device(batch.host.max_context_len)
+    qkv = rows(19, WIDTH, torch.float32, device)
+    with Operators() as operators:
+        step = GpuStep(batch, backend)
+        step.attention(qkv, AttentionShape(0, HEADS, KV_HEADS, HEAD_DIM, 0.25), rotary)
+        step.gate(step.norm(qkv, NormWeights(qkv.new_ones(WIDTH), 1e-5)), "silu")
+    names = set(operators.names)
+    assert names
+    waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique2", "masked_select", "equal", "item")
+    assert not {name for name in names if name.split(".")[1] in waiting}, names
+    with Operators() as operators:
+        int(batch.context_lens[0])
+    assert any("_local_scalar_dense" in name for name in operators.names)
