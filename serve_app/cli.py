@@ -172,6 +172,7 @@ def _config(kind: Kind | None, groups: dict[type, Any], log: LogLevel) -> AppCon
     sections["model"] |= _model(kind, groups[ModelOptions])
     engine = sections["engine"]
     engine["paged_attention"] = not engine.pop("no_paged_attn")
+    engine["cuda_graphs"] = not engine.pop("no_cuda_graphs")
     if "http" in sections:
         sections["http"]["api_keys"] = sections["http"]["api_keys"] or ()
     try:

@@ -163,6 +163,14 @@ class EngineOptions:
             metavar="NAME",
         ),
     ] = _ENGINE.attention_backend
+    no_cuda_graphs: Annotated[
+        bool,
+        _engine_option(
+            "--no-cuda-graphs",
+            metavar=_FLAG,
+            help="On a GPU, run decode steps kernel by kernel: slower, starts sooner, takes less memory.",
+        ),
+    ] = not _ENGINE.cuda_graphs
     seed: Annotated[
         int | None,
         _engine_option(

@@ -100,6 +100,7 @@ class EngineSettings(Section):
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     shares_cores: bool = False
     attention_backend: Text = "auto"
+    cuda_graphs: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
 
     @model_validator(mode="after")

@@ -87,7 +87,8 @@ class EngineConfig:
     of it. max_waiting: requests that may wait; more are refused with QueueFull. kv_cache_dtype 'auto' suits the weights
     (loaders.load.kv_dtype); pa_cache_type, the name that users of mistral.rs know, says the same with fewer choices.
     cpu_exact: on the CPU no product rounds its input. num_threads 0: the physical cores of cgroup and affinity;
-    shares_cores: others use them too, so that threads sleep at once after each step.
+    shares_cores: others use them too, so that threads sleep at once after each step. cuda_graphs: on a CUDA device,
+    record decode steps as graphs.
     """
 
     max_seqs: int = 32
@@ -108,6 +109,7 @@ class EngineConfig:
     num_threads: int = 0
     shares_cores: bool = False
     attention_backend: str = "auto"
+    cuda_graphs: bool = True
     seed: int | None = None
 
     @property

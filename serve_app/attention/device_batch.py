@@ -1,12 +1,12 @@
 """A step's arrays on the device, for forwards that are no native program."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from serve_app.attention.array_pack import to_device
 from serve_app.batch import ForwardBatch
 
 
@@ -53,12 +53,10 @@ class DeviceBatch:
     @classmethod
     def of(cls, host: ForwardBatch, cache: Cache, device: torch.device) -> "DeviceBatch":
         """Copies the arrays to the device; cache: what the step reads and writes."""
-
-        def move(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
+        arrays = (
+            host.token_ids, host.positions, host.slot_mapping, host.block_tables, host.query_start,
+            host.context_lens, host.logit_index,
+        )  # fmt: skip
         return cls(
-            move(host.token_ids), move(host.positions), move(host.slot_mapping), move(host.block_tables),
-            move(host.query_start), move(host.context_lens), move(host.logit_index), host, cache.k, cache.v,
-            cache.k_scales, cache.v_scales,
+            *to_device(arrays, device), host=host, k=cache.k, v=cache.v, k_scales=cache.k_scales, v_scales=cache.v_scales
         )  # fmt: skip

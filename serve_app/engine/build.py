@@ -7,6 +7,7 @@ from kernels import dispatch
 from serve_app.cpu_info import num_physical_cores
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.engine import Engine, OnDeltas
+from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.no_collection import no_collection
 from serve_app.engine.sampler import Sampler
@@ -42,7 +43,10 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     sampler = Sampler(
         loaded.args.vocab_size, config.max_seqs, config.device, sorted(eos_ids), DryBreakers(tokenizer).ids
     )
-    runner = ModelRunner(loaded.model, sampler, kv, config.device, config.attention_backend, is_exact=config.cpu_exact)
+    graphs = GraphLimits(config.max_seqs, files.max_seq_len) if config.cuda_graphs else None
+    runner = ModelRunner(
+        loaded.model, sampler, kv, config.device, config.attention_backend, is_exact=config.cpu_exact, graphs=graphs
+    )
     log.info(
         "%s: %d KV blocks of %d tokens (%.0f MB, %s), context %d",
         files.model_name, kv.num_blocks, kv.block_size, kv.num_bytes / 1e6, kv_dtype_name(kv.dtype), files.max_seq_len,

@@ -9,6 +9,7 @@ from serve_app.attention.backend import AttentionBackend, AttentionNeeds
 from serve_app.attention.choose import architecture_of, choose_backend
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.batch import ForwardBatch
+from serve_app.engine.graph_forward import CudaRecorder, GraphForward, GraphLimits
 from serve_app.engine.logits_ops import Logits
 from serve_app.layers.shape_probe import ShapeProbe
 from serve_app.layers.step_choice import step_type
@@ -28,13 +29,27 @@ class Forward(Protocol):
 
 
 def choose_forward(
-    model: CausalLM, kv: "KvPool", device: torch.device | str, attention: str = "auto", *, is_exact: bool = False
+    model: CausalLM,
+    kv: "KvPool",
+    device: torch.device | str,
+    attention: str = "auto",
+    *,
+    is_exact: bool = False,
+    graphs: GraphLimits | None = None,
 ) -> Forward:
-    """The native program where the attention backend is the CPU's, else operations one by one. See choose_backend."""
-    backend = choose_backend(attention_needs(model, kv, torch.device(device)), attention)
+    """The native program where the attention backend is the CPU's, else operations one by one. See choose_backend.
+
+    graphs: decode steps are recorded as CUDA graphs where the model is on such a device and the backend allows it.
+    """
+    device = torch.device(device)
+    wants_graphs = graphs is not None and device.type == "cuda"
+    backend = choose_backend(attention_needs(model, kv, device, wants_graphs=wants_graphs), attention)
     if backend is None:
         return NativeForward(model, kv, is_exact=is_exact)
-    return TorchForward(model, kv, torch.device(device), backend)
+    forward = TorchForward(model, kv, device, backend)
+    if graphs is None or not wants_graphs or not backend.is_graph_safe:
+        return forward
+    return GraphForward(forward.run, forward, kv, device, graphs, CudaRecorder(device))
 
 
 def attention_needs(
@@ -58,10 +73,14 @@ class TorchForward:
         self._backend = backend
         self._step_type = step_type(device, backend.name)
 
-    def __call__(self, batch: ForwardBatch) -> Logits:
+    def __call__(self, batch: ForwardBatch) -> Tensor:
         """See Forward."""
+        return self.run(DeviceBatch.of(batch, self._kv, self._device))
+
+    def run(self, batch: DeviceBatch) -> Tensor:
+        """The same for a step that is on the device already."""
         with torch.no_grad():
-            step = self._step_type(DeviceBatch.of(batch, self._kv, self._device), self._backend)
+            step = self._step_type(batch, self._backend)
             hidden = step.wanted(self._model.forward(step))
             logits: Tensor = self._model.logits(hidden, step).float()
         return logits

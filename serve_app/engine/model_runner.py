@@ -10,6 +10,7 @@ from torch import Tensor
 
 from serve_app.batch import ForwardBatch
 from serve_app.engine.forward import choose_forward
+from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.sampler import Sampler, StepLogprobs
 from serve_app.models.base import CausalLM
 
@@ -43,13 +44,14 @@ class ModelRunner:
         attention: str = "auto",
         *,
         is_exact: bool = False,
+        graphs: GraphLimits | None = None,
     ) -> None:
         """attention: name of an attention backend, 'auto' = the first of the order that can run here (LaunchError
-        where the named one cannot). is_exact: native products take their input as it is."""
+        where the named one cannot). is_exact: native products take their input as it is. graphs: see choose_forward."""
         self.model = model
         self.sampler = sampler
         self.kv_pool = kv_pool
-        self._forward = choose_forward(model, kv_pool, device, attention, is_exact=is_exact)
+        self._forward = choose_forward(model, kv_pool, device, attention, is_exact=is_exact, graphs=graphs)
 
     def execute(self, batch: ForwardBatch) -> StepResult:
         """Runs the step: one forward, logits where wanted, one draw per sampled row.

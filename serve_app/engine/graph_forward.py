@@ -1,0 +1,211 @@
+"""Decode steps as CUDA graphs: a step of a few hundred kernels is one launch, and the host is not in the way.
+
+A graph has fixed shapes, so there is one for each bucket of requests and of context lengths; a step is filled up to
+its bucket with requests that have no context and no slot. Steps with prefills run one operation after the other.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve_app.attention.array_pack import ArrayPack
+from serve_app.attention.device_batch import Cache, DeviceBatch
+from serve_app.batch import ForwardBatch
+
+log = logging.getLogger(__name__)
+
+SHORTEST_CONTEXT = 2048
+"""Tokens of the first bucket of contexts; each further one is four times as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLimits:
+    """The largest step that the engine can have: requests, and tokens of a context."""
+
+    max_seqs: int
+    max_context: int
+
+
+class PagedCache(Cache, Protocol):
+    """A cache that knows its block size."""
+
+    @property
+    def block_size(self) -> int: ...
+
+
+class Recorder(Protocol):
+    """Makes something that can be replayed of a function whose inputs stay where they are."""
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """(replay, output): each replay computes run() again, on what its inputs hold then, into the output."""
+        ...
+
+
+class CudaRecorder:
+    """See Recorder: CUDA graphs that share one pool of memory, since only one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See Recorder."""
+        # Once outside of a graph: kernels are compiled and libraries take their memory at the first call.
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            run()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            output = run()
+        return graph.replay, output
+
+
+class _Graph:
+    """One bucket: its inputs in one buffer on the device, and what replays it."""
+
+    def __init__(
+        self, host: ForwardBatch, cache: Cache, device: torch.device, run: Callable[[DeviceBatch], Tensor], by: Recorder
+    ) -> None:
+        """host: a step of idle requests alone, of the bucket's size."""
+        arrays = (
+            host.token_ids, host.positions, host.slot_mapping, host.block_tables, host.query_start,
+            host.context_lens, host.logit_index,
+        )  # fmt: skip
+        self._device = device
+        self._pack = ArrayPack(arrays)
+        self._idle = torch.empty(self._pack.num_bytes, dtype=torch.uint8)
+        for view, array in zip(self._pack.arrays(self._idle), arrays, strict=True):
+            view[...] = array
+        self._inputs = self._idle.to(device, copy=True)
+        batch = DeviceBatch(
+            *self._pack.tensors(self._inputs), host=host, k=cache.k, v=cache.v, k_scales=cache.k_scales,
+            v_scales=cache.v_scales,
+        )  # fmt: skip
+        self._replay, self._logits = by.record(lambda: run(batch))
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """The logits of a decode step that fits the bucket."""
+        count, width = batch.block_tables.shape
+        buffer = self._pack.host_buffer(self._device)
+        buffer.copy_(self._idle)
+        token_ids, positions, slots, tables, _, context_lens, _ = self._pack.arrays(buffer)
+        token_ids[:count] = batch.token_ids
+        positions[:count] = batch.positions
+        slots[:count] = batch.slot_mapping
+        tables[:count, :width] = batch.block_tables
+        context_lens[:count] = batch.context_lens
+        self._inputs.copy_(buffer, non_blocking=True)
+        self._replay()
+        return self._logits[:count]
+
+
+class GraphForward:
+    """See Forward: graphs for steps of decodes alone, run_eagerly for all others."""
+
+    def __init__(
+        self,
+        run: Callable[[DeviceBatch], Tensor],
+        run_eagerly: Callable[[ForwardBatch], Tensor],
+        cache: PagedCache,
+        device: torch.device,
+        limits: GraphLimits,
+        recorder: Recorder,
+    ) -> None:
+        """run: the forward over a step on the device, to be recorded. Records the shortest contexts' graphs now."""
+        self._run = run
+        self._run_eagerly = run_eagerly
+        self._cache = cache
+        self._device = device
+        self._recorder = recorder
+        self._counts = request_buckets(limits.max_seqs)
+        self._widths = table_widths(limits.max_context, cache.block_size)
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._refusal: str | None = None
+        self._begin()
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """See Forward."""
+        graph = None if self._refusal else self._graph_for(batch)
+        return self._run_eagerly(batch) if graph is None else graph(batch)
+
+    def _begin(self) -> None:
+        start, free = time.monotonic(), self._free_bytes()
+        # The longest first: it makes the rotary table as long as it will ever be, and graphs keep its address.
+        for width in dict.fromkeys((self._widths[-1], self._widths[0])):
+            for count in self._counts[::-1] if width == self._widths[0] else self._counts[:1]:
+                self._graph(count, width)
+                if self._refusal is not None:
+                    return
+        log.info(
+            "CUDA graphs: %d for decodes of up to %d requests, recorded in %.1f s, %.0f MB",
+            len(self._graphs), self._counts[-1], time.monotonic() - start, (free - self._free_bytes()) / 1e6,
+        )  # fmt: skip
+
+    def _free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 0
+
+    def _graph_for(self, batch: ForwardBatch) -> _Graph | None:
+        """The smallest graph that a step fits; None for a step that is no decode alone."""
+        count, width = batch.block_tables.shape
+        if not count == batch.num_tokens == len(batch.logit_index) or batch.max_query_len != 1:
+            return None
+        if count > self._counts[-1] or width > self._widths[-1]:
+            return None
+        return self._graph(
+            next(bucket for bucket in self._counts if bucket >= count),
+            next(bucket for bucket in self._widths if bucket >= width),
+        )
+
+    def _graph(self, count: int, width: int) -> _Graph | None:
+        key = (count, width)
+        if key not in self._graphs:
+            host = _idle_step(count, width, self._cache.block_size)
+            try:
+                self._graphs[key] = _Graph(host, self._cache, self._device, self._run, self._recorder)
+            except Exception as error:  # an operation that cannot be captured: the engine runs without graphs
+                self._refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                log.warning("CUDA graphs are not used, steps are slower: %s", self._refusal)
+                return None
+        return self._graphs[key]
+
+
+def request_buckets(most: int) -> list[int]:
+    """Numbers of requests: 1, 2, 4, then in steps of 8 up to 64, of 32 beyond; the last is `most` itself."""
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, most, 32)]
+    return [*(count for count in steps if count < most), most]
+
+
+def table_widths(max_context: int, block_size: int) -> list[int]:
+    """Blocks of a context in each bucket; the last one holds max_context."""
+    longest = -(-max_context // block_size)
+    widths, width = [], -(-SHORTEST_CONTEXT // block_size)
+    while width < longest:
+        widths.append(width)
+        width *= 4
+    return [*widths, longest]
+
+
+def _idle_step(count: int, width: int, block_size: int) -> ForwardBatch:
+    """A decode of requests that have no context: what they compute is nowhere kept, and no slot is written."""
+    return ForwardBatch(
+        token_ids=np.zeros(count, np.int64),
+        positions=np.zeros(count, np.int64),
+        slot_mapping=np.full(count, -1, np.int64),
+        block_tables=np.zeros((count, width), np.int32),
+        query_start=np.arange(count + 1, dtype=np.int32),
+        context_lens=np.zeros(count, np.int32),
+        logit_index=np.arange(count),
+        sample_rows=np.zeros(0, np.int64),
+        sample_positions=np.zeros(0, np.int64),
+        max_query_len=1,
+        max_context_len=width * block_size,
+    )
