@@ -80,7 +80,7 @@ def _tile(matrix: Tensor, num_tokens: int) -> tuple[int, int]:
     """Rows and columns of a program's step; the columns, and with them the order of sums, whatever the tokens are."""
     rows, columns = matrix.shape
     if IS_INTERPRETED:
-        return min(64, 1 << (rows - 1).bit_length()), min(256, 1 << max(0, columns - 1).bit_length())
+        return min(256, 1 << (rows - 1).bit_length()), min(256, 1 << max(0, columns - 1).bit_length())
     processors = torch.cuda.get_device_properties(matrix.device).multi_processor_count
     a_program = 4 if num_tokens <= 2 else 2
     while a_program > 1 and rows < 12 * processors * a_program:

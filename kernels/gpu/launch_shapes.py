@@ -108,7 +108,7 @@ def rule(
     """A shape from the sizes alone. What it goes by is in docs/kernels.md."""
     num_vectors = max(1, columns // form.vector)
     if IS_INTERPRETED:  # a program costs by its operations, not by its elements: as few as there can be
-        size = min(64, _power_of_two(rows)), min(32, _power_of_two(num_vectors))
+        size = min(256, _power_of_two(rows)), min(32, _power_of_two(num_vectors))
         if bucket <= GEMV_TOKENS_WITHOUT_TABLE:
             return LaunchShape("gemv", bucket, *size, 1, 1, 1)
         return LaunchShape("tile", max(16, bucket), size[0], size[1], 2 if num_vectors > 32 else 1, 4, 1)
