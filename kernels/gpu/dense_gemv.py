@@ -78,7 +78,7 @@ def matmul(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _tile(matrix: Tensor, num_tokens: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program's step. Tokens decide about the rows alone, never about the order of sums."""
+    """Rows, columns and warps of a program's step. Tokens decide about the rows, never about the order of sums."""
     rows, columns = matrix.shape
     if IS_INTERPRETED:
         return min(256, 1 << (rows - 1).bit_length()), min(256, 1 << max(0, columns - 1).bit_length()), 1

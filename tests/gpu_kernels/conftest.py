@@ -1,7 +1,8 @@
 """Tests of Triton's kernels: compiled where there is a CUDA device, else in the interpreter, in a process of their own.
 
 Triton decides as kernels are defined whether they are interpreted, so the variable has to be set before anything
-imports them. Without it and without a device only test_in_the_interpreter.py is collected, which starts that process.
+imports them. Without it and without a device only test_in_the_interpreter.py is collected, which starts that process,
+and test_compiles.py, which compiles kernels without running them.
 """
 
 import importlib.util
@@ -13,13 +14,15 @@ import pytest
 import torch
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-STARTER = "test_in_the_interpreter.py"
+NOT_INTERPRETED = ("test_in_the_interpreter.py", "test_compiles.py")
 
 collect_ignore_glob: list[str] = []
 if IS_INTERPRETED:
-    collect_ignore_glob = [STARTER]
+    collect_ignore_glob = [*NOT_INTERPRETED]
 elif not torch.cuda.is_available():
-    collect_ignore_glob = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != STARTER]
+    collect_ignore_glob = [
+        path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in NOT_INTERPRETED
+    ]
 
 # Test modules share these, which are no packages to import by name.
 for _path in Path(__file__).parent.glob("*_cases.py"):
@@ -33,7 +36,7 @@ for _path in Path(__file__).parent.glob("*_cases.py"):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not IS_INTERPRETED and item.path.parent == Path(__file__).parent and item.path.name != STARTER:
+        if not IS_INTERPRETED and item.path.parent == Path(__file__).parent and item.path.name not in NOT_INTERPRETED:
             item.add_marker("gpu")
 
 
