@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import IS_INTERPRETED, require_device
+from kernels.gpu.launch_shapes import gemv_tile
 from kernels.gpu.rounding import narrow
 
 # Kernels know no starred tuples, and grow them in loops.
@@ -68,21 +69,20 @@ def matmul(x: Tensor, matrix: Tensor) -> Tensor:
         return out
     require_device(x)
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows, width = _tile(matrix, num_tokens)
+    rows, width, warps = _tile(matrix, num_tokens)
     _dense_gemv[(-(-len(matrix) // rows),)](
         x, matrix, out, num_tokens, len(matrix), columns, x.stride(0), matrix.stride(0), out.stride(0),
-        MOST_X=1 << (num_tokens - 1).bit_length(), ROWS=rows, COLUMNS=width, num_warps=1, enable_fp_fusion=True,
+        MOST_X=1 << (num_tokens - 1).bit_length(), ROWS=rows, COLUMNS=width, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
-def _tile(matrix: Tensor, num_tokens: int) -> tuple[int, int]:
-    """Rows and columns of a program's step; the columns, and with them the order of sums, whatever the tokens are."""
+def _tile(matrix: Tensor, num_tokens: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program's step. Tokens decide about the rows, never about the order of sums."""
     rows, columns = matrix.shape
     if IS_INTERPRETED:
-        return min(64, 1 << (rows - 1).bit_length()), min(256, 1 << max(0, columns - 1).bit_length())
+        return min(256, 1 << (rows - 1).bit_length()), min(256, 1 << max(0, columns - 1).bit_length()), 1
     processors = torch.cuda.get_device_properties(matrix.device).multi_processor_count
-    a_program = 4 if num_tokens <= 2 else 2
-    while a_program > 1 and rows < 12 * processors * a_program:
-        a_program //= 2
-    return a_program, _ROW_BYTES // matrix.element_size()
+    step = _ROW_BYTES // matrix.element_size()
+    a_program, warps = gemv_tile(rows, processors, most_warps=max(1, columns // step))
+    return a_program if num_tokens <= 2 else min(2, a_program), warps * step, warps

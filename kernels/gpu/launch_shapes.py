@@ -108,16 +108,14 @@ def rule(
     """A shape from the sizes alone. What it goes by is in docs/kernels.md."""
     num_vectors = max(1, columns // form.vector)
     if IS_INTERPRETED:  # a program costs by its operations, not by its elements: as few as there can be
-        size = min(64, _power_of_two(rows)), min(32, _power_of_two(num_vectors))
+        size = min(256, _power_of_two(rows)), min(32, _power_of_two(num_vectors))
         if bucket <= GEMV_TOKENS_WITHOUT_TABLE:
             return LaunchShape("gemv", bucket, *size, 1, 1, 1)
         return LaunchShape("tile", max(16, bucket), size[0], size[1], 2 if num_vectors > 32 else 1, 4, 1)
     if bucket <= GEMV_TOKENS_WITHOUT_TABLE:
-        # A warp a program. Few rows, where there would be too few programs to ask for enough memory at once.
-        rows_a_program = 4
-        while rows_a_program > 1 and rows < 12 * num_processors * rows_a_program:
-            rows_a_program //= 2
-        return LaunchShape("gemv", bucket, rows_a_program, min(32, _power_of_two(num_vectors)), 1, 1, 1)
+        rows_a_program, warps = gemv_tile(rows, num_processors, most_warps=max(1, num_vectors // 32))
+        vectors = min(32 * warps, _power_of_two(num_vectors))
+        return LaunchShape("gemv", bucket, rows_a_program, vectors, 1, warps, 1)
     tokens = max(16, bucket)
     step_bytes = 512 if tokens <= 16 else 256
     vectors = min(max(1, step_bytes // dtype.itemsize // form.vector), _power_of_two(num_vectors))
@@ -127,6 +125,21 @@ def rule(
     while split < 8 and programs * split < 2 * num_processors and steps >= 8 * split:
         split *= 2
     return LaunchShape("tile", tokens, 64, vectors, split, 4, 3)
+
+
+def gemv_tile(rows: int, num_processors: int, most_warps: int) -> tuple[int, int]:
+    """Rows of a program, and warps that go through them side by side, each 512 bytes of a row at a time.
+
+    Four rows: an activation that is loaded serves all of them. Where a warp for each four would be fewer than a GPU
+    needs to have enough memory asked for at any time, more warps share them; only then programs take fewer rows.
+    """
+    enough = 12 * num_processors
+    a_program, warps = 4, 1
+    while warps < min(4, most_warps) and rows * warps < enough * a_program:
+        warps *= 2
+    while a_program > 1 and rows * warps < enough * a_program:
+        a_program //= 2
+    return a_program, warps
 
 
 @cache

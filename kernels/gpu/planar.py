@@ -10,8 +10,8 @@ from kernels.gpu import block_codes
 from kernels.gpu.planar_forms import PLANAR, VECTOR_WORDS, PlanarForm
 from kernels.reference.hqq import HqqTensor
 
-PACK_BYTES = 32 << 20
-"""How much of a tensor is packed or unpacked at a time: what that needs beside the matrix is a few times as much."""
+PACK_BYTES = 8 << 20
+"""How much of a tensor is packed or unpacked at a time; beside the matrix that takes some ten times as much."""
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -79,7 +79,7 @@ class PlanarMatrix:
     def pack(self, first: int, blocks: Tensor) -> None:
         """Puts rows in file order, uint8 [n, bytes per row] on any device, at rows first, first + 1, …
 
-        Piece by piece: beside the matrix a few times PACK_BYTES are taken. IndexError for rows that it does not have.
+        Piece by piece: see PACK_BYTES. IndexError for rows that it does not have.
         """
         self._require_rows(first, len(blocks))
         step = max(1, PACK_BYTES // max(1, blocks.shape[1]))

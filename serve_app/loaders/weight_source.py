@@ -1,5 +1,6 @@
 """Builds the tensors and weights that a family asks for out of a checkpoint's stored ones."""
 
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -17,6 +18,8 @@ from serve_app.quant.native_weight import NativeWeight
 from serve_app.quant.packed import PackedWeight, fuse
 from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarWeight
 from serve_app.quant.weight import DenseWeight, FusedWeight, Weight
+
+logger = logging.getLogger(__name__)
 
 SMALL_MODEL_BYTES = 64 << 20
 """Models that take at most this much in float32 keep a decoded copy where torch multiplies packed blocks."""
@@ -51,7 +54,9 @@ class CheckpointSource:
         self._taken: set[str] = set()
         num_weights = sum(num_elements(t.shape) for t in checkpoint.stored())
         self._keep_decoded = num_weights * 4 <= SMALL_MODEL_BYTES
-        self._has_triton, _ = triton_computes(device)
+        self._has_triton, reason = triton_computes(device)
+        if device.type != "cpu" and not self._has_triton:
+            logger.warning("no Triton kernels, quantised matrices are decoded tile by tile, which is slow: %s", reason)
 
     def has(self, name: str) -> bool:
         """See WeightSource."""

@@ -141,3 +141,10 @@ def test_the_device_holds_one_piece_besides(device: torch.device, monkeypatch: p
     matrix = PlanarMatrix(PLANAR["Q4_K"], 25, COLUMNS, device)
     matrix.pack(0, usual_blocks("Q4_K", 25, COLUMNS))
     assert sizes == [10, 10, 5]
+
+
+def test_a_device_without_kernels_is_said(source: CheckpointSource, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIROCCO_TRITON", "0")
+        CheckpointSource(source._checkpoint, torch.float32, torch.device("meta"))
+    assert "turned off by SIROCCO_TRITON=0" in caplog.text

@@ -68,7 +68,8 @@ def test_the_rule_without_a_table(name: str, monkeypatch: pytest.MonkeyPatch) ->
             for number in (shape.rows, shape.vectors, shape.split, shape.tokens):
                 assert number & (number - 1) == 0
             assert shape.vectors < 2 * columns // PLANAR[name].vector
-    assert rule(PLANAR[name], 4096, 4096, 1, torch.bfloat16, 132).rows == 2
-    assert rule(PLANAR[name], 128256, 4096, 1, torch.bfloat16, 132).rows == 4
+    assert rule(PLANAR[name], 128256, 4096, 1, torch.bfloat16, 132) == LaunchShape("gemv", 1, 4, 32, 1, 1, 1)
+    assert rule(PLANAR[name], 4096, 4096, 1, torch.bfloat16, 132) == LaunchShape("gemv", 1, 4, 64, 1, 2, 1)
+    assert rule(PLANAR[name], 1024, 8192, 1, torch.bfloat16, 132) == LaunchShape("gemv", 1, 2, 128, 1, 4, 1)
     assert rule(PLANAR[name], 4096, 4096, 16, torch.bfloat16, 132).split == 4
     assert rule(PLANAR[name], 128256, 4096, 16, torch.bfloat16, 132).split == 1
