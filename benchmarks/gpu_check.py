@@ -1,7 +1,7 @@
 """One command that says how good the GPU path is on this card, in less than ten minutes.
 
     python benchmarks/gpu_check.py [--minutes 9] [--json FILE] [--markdown FILE] [--parts parity,products]
-    python benchmarks/gpu_check.py --interpret        # without a GPU: the parity of the kernels, in Triton's interpreter
+    python benchmarks/gpu_check.py --interpret        # without a GPU: the kernels' parity in Triton's interpreter
 
 Needs torch, triton, numpy, tokenizers and this repository; pytest and transformers where they are there. Weights are
 random and made on the card. Parts run in the order of their weight: the card's own limits, the kernels' parity and the
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
 PARTS = ("limits", "parity", "tests", "products", "attention", "engine", "profile")
 # Of the whole time, when a part must have ended.
-_ENDS = {"limits": 0.1, "parity": 0.2, "tests": 0.4, "products": 0.55, "attention": 0.65, "engine": 0.95, "profile": 1.0}
+_ENDS = {
+    "limits": 0.1,
+    "parity": 0.2,
+    "tests": 0.4,
+    "products": 0.55,
+    "attention": 0.65,
+    "engine": 0.95,
+    "profile": 1.0,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,8 +118,24 @@ class _Runner:
             self._report.skipped.append("tests (pytest is not installed)")
             return
         left_s = self._seconds * _ENDS["tests"] - (time.monotonic() - self._start)
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not nightly", "tests/gpu_kernels", "tests/engine"]
-        options = ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-x", "--continue-on-collection-errors"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu and not nightly",
+            "tests/gpu_kernels",
+            "tests/engine",
+        ]
+        options = [
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "addopts=--import-mode=importlib",
+            "-x",
+            "--continue-on-collection-errors",
+        ]
         done = subprocess.run(
             [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, left_s), check=False
         )
@@ -128,7 +152,9 @@ class _Runner:
         sizes, rows = (TINY, (1,)) if self._is_tiny else (LLAMA_8B, products.ROWS)
         for row in products.measure(sizes, self._device, self._timed("products"), rows):
             self._report.products.append(row)
-            print(f"{row.name}, {row.rows} rows: {row.seconds * 1e6:.0f} us, {row.bytes_per_s / 1e9:.0f} GB/s", flush=True)
+            print(
+                f"{row.name}, {row.rows} rows: {row.seconds * 1e6:.0f} us, {row.bytes_per_s / 1e9:.0f} GB/s", flush=True
+            )
 
     def _attention(self) -> None:
         from benchmarks.gpu import attention

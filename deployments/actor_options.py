@@ -5,6 +5,8 @@ from typing import Any
 
 from serve_app.config import RAY_LOG_LEVELS, AppConfig
 from serve_app.cpu_info import num_physical_cores
+from serve_app.errors import LaunchError
+from serve_app.gpu_info import num_gpus, wants_gpu
 from serve_app.options import EngineConfig
 
 INGRESS = "Ingress"
@@ -58,6 +60,8 @@ def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
         **_common(config, num_requests + _SPARE_REQUESTS, is_private=is_private),
         "ray_actor_options": _actor(deployment.target_cpus, num_threads, is_private=is_private),
     }
+    if wants_gpu(config.engine.device, is_private=is_private):
+        options["ray_actor_options"]["num_gpus"] = 1
     most = deployment.max_target_replicas
     if most is None or most == deployment.target_replicas:
         options["num_replicas"] = deployment.target_replicas
@@ -90,6 +94,19 @@ def target_engine(config: AppConfig, *, is_private: bool) -> EngineConfig:
     neighbours = _most_targets(config) if is_private else 1
     shares_cores = config.engine.shares_cores or num_threads * neighbours > num_physical_cores()
     return replace(config.engine.to_config(), num_threads=num_threads, shares_cores=shares_cores)
+
+
+def check_gpus(config: AppConfig) -> None:
+    """Raises LaunchError where a private cluster's targets ask for more GPUs than this machine has."""
+    if not wants_gpu(config.engine.device, is_private=True):
+        return
+    wanted, found = _most_targets(config), num_gpus()
+    if wanted > found:
+        option = "--num-targets" if config.deployment.max_target_replicas is None else "--max-targets"
+        device = config.engine.device
+        raise LaunchError(
+            f"--device {device}: {option} {wanted} takes a GPU for each target, this machine has {found}."
+        )
 
 
 def _most_targets(config: AppConfig) -> int:

@@ -19,6 +19,7 @@ from deployments.log_pipe import LogPipe
 from deployments.replica_process import Surroundings
 from serve_app.config import LOG_LEVELS, AppConfig
 from serve_app.errors import LaunchError
+from serve_app.gpu_info import num_gpus
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class PrivateCluster:
                     address="local",
                     _node_ip_address="127.0.0.1",
                     include_dashboard=False,
+                    num_gpus=num_gpus(),
                     object_store_memory=OBJECT_STORE_BYTES,
                     logging_level=level,
                     log_to_driver=self._config.log in ("debug", "trace"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from deployments.actor_options import ingress_options, preprocessor_options, target_options
+from deployments.actor_options import check_gpus, ingress_options, preprocessor_options, target_options
 from deployments.edge import check_port, choose_edge
 from deployments.joined_cluster import JoinedCluster
 from deployments.private_cluster import PrivateCluster
@@ -69,6 +69,7 @@ def run(config: AppConfig) -> int:
         # The files are those of the cluster's nodes: not looked for here.
         name = config.http.served_model_name or config.model.model or "the embedded model"
         return _Server(config, JoinedCluster(config), name).run()
+    check_gpus(config)
     check_port(config.http.host, config.http.port)
     source = config.model.to_source()
     name = config.http.served_model_name or resolve(source).model_name

@@ -155,6 +155,14 @@ class EngineOptions:
             "comparisons. Keeps keys and values in float32 too, unless told otherwise.",
         ),
     ] = _ENGINE.cpu_exact
+    device: Annotated[
+        str,
+        _engine_option(
+            "--device",
+            help="Where models compute: cpu, cuda, cuda:N; auto: a CUDA device where this machine has one, else the "
+            "CPU. On a joined cluster auto is the CPU.",
+        ),
+    ] = _ENGINE.device
     attention_backend: Annotated[
         str,
         _engine_option(

@@ -93,7 +93,7 @@ class EngineSettings(Section):
     pool_tokens: Positive | None = None
     max_waiting: Annotated[int, Field(ge=0)] = 1024
     queue_timeout_s: Seconds = 300.0
-    device: Text = "cpu"
+    device: Text = "auto"
     kv_cache_dtype: KvDType = "auto"
     pa_cache_type: PaCacheType = "auto"
     cpu_exact: bool = False

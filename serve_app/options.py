@@ -80,6 +80,7 @@ class ModelSource:
 class EngineConfig:
     """Sizes and limits of one engine.
 
+    device: cpu, cuda, cuda:N, or auto: the first CUDA device where there is one.
     At most one of pool_mb, pool_fraction and pool_tokens sets the KV pool (the --pa-gpu-mem, --pa-gpu-mem-usage and
     --pa-ctxt-len options); with none it is the smaller of a quarter of the memory that the cgroup leaves free and
     max_seqs * context, and on a GPU as with pool_fraction 0.9. prefix_cache_n: how many released prompts keep their
@@ -102,7 +103,7 @@ class EngineConfig:
     pool_tokens: int | None = None
     max_waiting: int = 1024
     queue_timeout_s: float = 300.0
-    device: str = "cpu"
+    device: str = "auto"
     kv_cache_dtype: KvDType = "auto"
     pa_cache_type: PaCacheType = "auto"
     cpu_exact: bool = False

@@ -90,7 +90,7 @@ def test_chat_and_doctor_have_options_of_their_own() -> None:
 
 def test_every_option_reaches_the_configuration() -> None:
     """Each option of serve, given a value other than its default, changes the configuration."""
-    flags = {"--offline", "--no-paged-attn", "--strict-model-name", "--cpu-exact"}
+    flags = {"--offline", "--no-paged-attn", "--strict-model-name", "--cpu-exact", "--no-cuda-graphs"}
     values = {
         "--dtype": "f16",
         "--kv-cache-dtype": "q8",

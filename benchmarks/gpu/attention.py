@@ -56,7 +56,9 @@ def measure(
             token_bytes = 2 * sizes.kv_heads * sizes.head_dim * dtype.itemsize
             kv_bytes = batch * context * token_bytes
             if device.type == "cuda" and kv_bytes > MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
-                print(f"attention, {batch} x {context}: {kv_bytes / 1e9:.0f} GB of keys and values do not fit", flush=True)
+                print(
+                    f"attention, {batch} x {context}: {kv_bytes / 1e9:.0f} GB of keys and values do not fit", flush=True
+                )
                 continue
             step = _step(sizes, context, batch, device, dtype)
             q = torch.randn(batch, sizes.heads, sizes.head_dim, device=device).to(dtype)
@@ -71,7 +73,7 @@ def measure(
                 if backend is None or (name == "torch" and kv_bytes > 4 << 30):
                     continue  # plain torch gathers a copy of the context
                 planned = backend.plan(step)
-                seconds = timer(lambda planned=planned: planned.run(shape, q))
+                seconds = timer(lambda planned=planned, q=q: planned.run(shape, q))
                 yield AttentionRow(name, context, batch, seconds, kv_bytes)
             del step
 

@@ -12,6 +12,7 @@ from benchmarks.gpu.sizes import Sizes
 from benchmarks.random_models.vocabulary import make_vocabulary
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.engine import Engine
+from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampler import Sampler
 from serve_app.kv_cache.kv_pool import KvPool
@@ -59,7 +60,16 @@ class SpeedRow:
 class EngineUnderTest:
     """An engine over a random model, stepped by the measurement itself."""
 
-    def __init__(self, sizes: Sizes, layout: str, device: torch.device, loads: tuple[Load, ...], new_tokens: int) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        layout: str,
+        device: torch.device,
+        loads: tuple[Load, ...],
+        new_tokens: int,
+        *,
+        has_graphs: bool = True,
+    ) -> None:
         most = max(load.batch * (-(-(load.prompt + new_tokens) // BLOCK) + 1) for load in loads)
         longest = max(load.prompt for load in loads) + new_tokens + 1
         self.sizes, self.layout, self.new_tokens = sizes, layout, new_tokens
@@ -73,7 +83,8 @@ class EngineUnderTest:
         sampler = Sampler(sizes.vocabulary, max_seqs, device)
         # On the CPU, where this is only tried out, the native kernels know no planes.
         attention = "auto" if device.type == "cuda" else "triton"
-        runner = ModelRunner(self.model, sampler, kv, device, attention)
+        graphs = GraphLimits(max_seqs, longest) if has_graphs else None
+        runner = ModelRunner(self.model, sampler, kv, device, attention, graphs=graphs)
         parts = assemble(
             runner, ledger(config, most, b"measured"), kv, tokenizer, config, longest, frozenset(), SamplingParams()
         )
@@ -123,21 +134,23 @@ def measure(
 ) -> Iterator[SpeedRow]:
     """Layout by layout, until the time is up."""
     for layout in layouts:
-        if not has_time():
-            return
-        tested = EngineUnderTest(sizes, layout, device, loads, new_tokens)
-        try:
-            for load in loads:
-                if not has_time():
-                    return
-                yield _decode(tested, load)
-        finally:
-            tested.close()
-            del tested
-            _empty(device)
+        # Without graphs the first load says enough: there the host is what is waited for.
+        for has_graphs, some in ((True, loads), (False, loads[:1])):
+            if not has_time():
+                return
+            tested = EngineUnderTest(sizes, layout, device, some, new_tokens, has_graphs=has_graphs)
+            try:
+                for load in some:
+                    if not has_time():
+                        return
+                    yield _decode(tested, load, "Sirocco" if has_graphs else "Sirocco, no graphs")
+            finally:
+                tested.close()
+                del tested
+                _empty(device)
 
 
-def _decode(tested: EngineUnderTest, load: Load) -> SpeedRow:
+def _decode(tested: EngineUnderTest, load: Load, name: str) -> SpeedRow:
     # Kernels are compiled and memory is taken in a round of its own; requests that got ahead wait for the others.
     for seed in (0, 1):
         tested.start(load, seed)
@@ -147,7 +160,7 @@ def _decode(tested: EngineUnderTest, load: Load) -> SpeedRow:
         seconds = time.perf_counter() - start
     sizes = tested.sizes
     step_bytes = tested.weight_bytes + load.batch * (load.prompt + tested.new_tokens // 2) * sizes.kv_bytes_per_token
-    return SpeedRow("Sirocco", tested.layout, load, tokens, seconds, step_bytes)
+    return SpeedRow(name, tested.layout, load, tokens, seconds, step_bytes)
 
 
 def transformers_row(sizes: Sizes, device: torch.device, load: Load, new_tokens: int = NEW_TOKENS) -> SpeedRow | None:

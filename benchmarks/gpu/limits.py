@@ -18,9 +18,15 @@ class Limits:
 def measure(device: torch.device, copy_bytes: int = 2 << 30, side: int = 8192) -> Limits:
     """A copy of copy_bytes, and the library's product of two square bfloat16 matrices."""
     timer = Timer(device)
+    return Limits(_bandwidth(timer, device, copy_bytes), _bf16_rate(timer, device, side))
+
+
+def _bandwidth(timer: Timer, device: torch.device, copy_bytes: int) -> float:
     source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * copy_bytes / timer(lambda: target.copy_(source))
-    del source, target
+    return 2 * copy_bytes / timer(lambda: target.copy_(source))
+
+
+def _bf16_rate(timer: Timer, device: torch.device, side: int) -> float:
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in "ab")
-    return Limits(bandwidth, 2 * side**3 / timer(lambda: a @ b))
+    return float(2 * side**3) / timer(lambda: a @ b)

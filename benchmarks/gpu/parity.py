@@ -57,7 +57,7 @@ def _product_failure(name: str, device: torch.device) -> str | None:
 
 
 def _random_blocks(name: str, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Random bytes, but float16 numbers between 0.5 and 1, of either sign: sign and mantissa stay, the exponent is set."""
+    """Random bytes, but float16 numbers of a size between 0.5 and 1: sign and mantissa stay, the exponent is set."""
     form = BY_NAME[name]
     blocks = torch.randint(0, 256, (rows, form.row_bytes(columns)), dtype=torch.uint8, generator=generator)
     whole = blocks.view(rows, -1, form.block_bytes)

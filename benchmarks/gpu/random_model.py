@@ -92,4 +92,3 @@ def random_llama(sizes: Sizes, layout: str, device: torch.device, context: int) 
     )
     weights = RandomWeights(sizes, layout, device)
     return LlamaForCausalLM(args, weights), weights.bytes_per_step
-

@@ -39,9 +39,8 @@ class Report:
         """Tables."""
         parts = [", ".join(f"{key} {value}" for key, value in self.machine.items())]
         if self.limits is not None:
-            parts.append(
-                f"Copying: {self.limits.bandwidth / 1e9:.0f} GB/s; bf16 products: {self.limits.bf16_rate / 1e12:.0f} TFLOP/s."
-            )
+            copying, products = self.limits.bandwidth / 1e9, self.limits.bf16_rate / 1e12
+            parts.append(f"Copying: {copying:.0f} GB/s; bf16 products: {products:.0f} TFLOP/s.")
         if self.checks:
             failed = "; ".join(self.failures) or "all right"
             parts.append(f"Parity of {len(self.checks)} kernels: {failed}.")
@@ -83,7 +82,9 @@ class Report:
         lines = []
         for context, batch in dict.fromkeys((row.context, row.batch) for row in self.attention):
             found = [cells.get((context, batch, name)) for name in names]
-            shown = ["" if row is None else f"{row.seconds * 1e6:.0f} µs, {self._share(row.bytes_per_s)}" for row in found]
+            shown = [
+                "" if row is None else f"{row.seconds * 1e6:.0f} µs, {self._share(row.bytes_per_s)}" for row in found
+            ]
             lines.append([f"{batch} x {context}", *shown])
         return "Decode attention of a layer, requests by context:\n\n" + table(["", *names], lines)
 

@@ -12,7 +12,7 @@ FLUSH_BYTES = 256 << 20
 
 
 class Timer:
-    """Median seconds of a call between two events of the device; on the CPU, which is for trying the code out, of one."""
+    """Median seconds of a call between two events of the device; of a single one on the CPU, to try the code out."""
 
     def __init__(self, device: torch.device, repeats: int = 20) -> None:
         self._is_cuda = device.type == "cuda"

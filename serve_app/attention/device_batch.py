@@ -1,9 +1,11 @@
 """A step's arrays on the device, for forwards that are no native program."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serve_app.attention.array_pack import to_device
@@ -53,10 +55,21 @@ class DeviceBatch:
     @classmethod
     def of(cls, host: ForwardBatch, cache: Cache, device: torch.device) -> "DeviceBatch":
         """Copies the arrays to the device; cache: what the step reads and writes."""
-        arrays = (
-            host.token_ids, host.positions, host.slot_mapping, host.block_tables, host.query_start,
-            host.context_lens, host.logit_index,
-        )  # fmt: skip
+        return cls.over(to_device(step_arrays(host), device), host, cache)
+
+    @classmethod
+    def over(cls, tensors: Sequence[Tensor], host: ForwardBatch, cache: Cache) -> "DeviceBatch":
+        """Over the arrays of step_arrays(host), which are on the device already."""
+        token_ids, positions, slots, tables, query_start, context_lens, logit_index = tensors
         return cls(
-            *to_device(arrays, device), host=host, k=cache.k, v=cache.v, k_scales=cache.k_scales, v_scales=cache.v_scales
+            token_ids, positions, slots, tables, query_start, context_lens, logit_index, host, cache.k, cache.v,
+            cache.k_scales, cache.v_scales,
         )  # fmt: skip
+
+
+def step_arrays(host: ForwardBatch) -> tuple[NDArray[Any], ...]:
+    """What of a step goes to the device, in the order of DeviceBatch's first fields."""
+    return (
+        host.token_ids, host.positions, host.slot_mapping, host.block_tables, host.query_start, host.context_lens,
+        host.logit_index,
+    )  # fmt: skip

@@ -2,10 +2,12 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from kernels import dispatch
 from serve_app.cpu_info import num_physical_cores
 from serve_app.engine.assembly import assemble, ledger
+from serve_app.engine.device_choice import choose_device
 from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.model_runner import ModelRunner
@@ -29,6 +31,7 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     Raises ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
+    config = replace(config, device=choose_device(config.device))
     _say_what_computes(config.device)
     dispatch.set_num_threads(config.num_threads or num_physical_cores(), parks_at_once=config.shares_cores)
     with no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
@@ -56,10 +59,11 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
 
 
 def _say_what_computes(device: str) -> None:
-    """One line in the log, a warning where plain torch does a CPU's work. LaunchError for a CPU that lacks what
-    SIROCCO_CPU_ISA demands."""
+    """One line in the log, a warning where plain torch does a CPU's work. LaunchError for what
+    SIROCCO_CPU_ISA or SIROCCO_TRITON demands and this machine lacks."""
     try:
         native = dispatch.native()
+        dispatch.triton_computes(device)
     except ValueError as error:
         raise LaunchError(str(error)) from None
     if native.ops is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from serve_app.attention.array_pack import ArrayPack
-from serve_app.attention.device_batch import Cache, DeviceBatch
+from serve_app.attention.device_batch import Cache, DeviceBatch, step_arrays
 from serve_app.batch import ForwardBatch
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -76,20 +76,14 @@ class _Graph:
         self, host: ForwardBatch, cache: Cache, device: torch.device, run: Callable[[DeviceBatch], Tensor], by: Recorder
     ) -> None:
         """host: a step of idle requests alone, of the bucket's size."""
-        arrays = (
-            host.token_ids, host.positions, host.slot_mapping, host.block_tables, host.query_start,
-            host.context_lens, host.logit_index,
-        )  # fmt: skip
+        arrays = step_arrays(host)
         self._device = device
         self._pack = ArrayPack(arrays)
         self._idle = torch.empty(self._pack.num_bytes, dtype=torch.uint8)
         for view, array in zip(self._pack.arrays(self._idle), arrays, strict=True):
             view[...] = array
         self._inputs = self._idle.to(device, copy=True)
-        batch = DeviceBatch(
-            *self._pack.tensors(self._inputs), host=host, k=cache.k, v=cache.v, k_scales=cache.k_scales,
-            v_scales=cache.v_scales,
-        )  # fmt: skip
+        batch = DeviceBatch.over(self._pack.tensors(self._inputs), host, cache)
         self._replay, self._logits = by.record(lambda: run(batch))
 
     def __call__(self, batch: ForwardBatch) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from serve_app.engine.no_collection import no_collection
+from serve_app.gpu_info import num_gpus
 from serve_app.loaders.early_memory import prepare_memory
 from serve_app.options import EngineConfig, ModelSource
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 def start_engine(source: ModelSource, config: EngineConfig, on_deltas: "OnDeltas") -> "Engine":
     """As engine.build.build_engine."""
-    if config.device == "cpu":
+    if config.device == "cpu" or (config.device == "auto" and not num_gpus()):
         prepare_memory(source)
     with no_collection():
         from serve_app.engine.build import build_engine

@@ -8,6 +8,7 @@ from ray import serve
 
 from deployments import actor_options
 from deployments.actor_options import (
+    check_gpus,
     deployment_names,
     ingress_options,
     node_environment,
@@ -16,7 +17,9 @@ from deployments.actor_options import (
     target_options,
 )
 from deployments.edge import Edge, choose_edge, private_directory, private_environment
+from serve_app import gpu_info
 from serve_app.config import AppConfig, DeploymentConfig, EngineSettings
+from serve_app.errors import LaunchError
 
 ALL = (ingress_options, preprocessor_options, target_options)
 
@@ -62,6 +65,28 @@ def test_replicas_of_one_machine_divide_its_cores(monkeypatch, engine, deploymen
     config = AppConfig(engine=EngineSettings(**engine), deployment=DeploymentConfig(**deployment))
     made = target_engine(config, is_private=is_private)
     assert (made.num_threads, made.shares_cores) == (threads, shares)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "is_private", "asked"),
+    [
+        ("auto", 0, True, None), ("auto", 2, True, 1), ("auto", 2, False, None), ("cpu", 2, True, None),
+        ("cuda", 1, True, 1), ("cuda", 0, False, 1),
+    ],
+)  # fmt: skip
+def test_a_target_takes_a_gpu(monkeypatch, device, gpus, is_private, asked):
+    monkeypatch.setattr(gpu_info, "num_gpus", lambda: gpus)
+    config = AppConfig(engine=EngineSettings(device=device))
+    assert target_options(config, is_private=is_private)["ray_actor_options"].get("num_gpus") == asked
+
+
+def test_more_targets_than_gpus_are_refused(monkeypatch):
+    for module in (gpu_info, actor_options):
+        monkeypatch.setattr(module, "num_gpus", lambda: 2)
+    check_gpus(AppConfig(deployment=DeploymentConfig(target_replicas=2)))
+    check_gpus(AppConfig(engine=EngineSettings(device="cpu"), deployment=DeploymentConfig(target_replicas=3)))
+    with pytest.raises(LaunchError, match=r"--num-targets 3 takes a GPU for each target, this machine has 2"):
+        check_gpus(AppConfig(deployment=DeploymentConfig(target_replicas=3)))
 
 
 def test_targets_are_scaled_by_open_requests():

@@ -1,4 +1,4 @@
-"""The whole engine with Triton's attention and step: texts of a trained model, and logits of random ones."""
+"""The whole engine with Triton's attention, products and step: texts of a trained model, and logits of random ones."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_llama import full_logits, hf_llama, our_llama
 
+from kernels import dispatch
 from kernels.gpu import attention_plan
 from serve_app.engine.forward import TorchForward
 from serve_app.engine.llm import LLM
@@ -18,7 +19,9 @@ from serve_app.options import EngineConfig, SamplingParams
 
 FOLDER = Path(__file__).parents[1] / "data" / "models" / "stories260K"
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-CONFIG = EngineConfig(max_seqs=4, block_size=16, attention_backend="triton", prefix_cache_n=0, device=DEVICE)
+CONFIG = EngineConfig(
+    max_seqs=4, block_size=16, attention_backend="triton", prefix_cache_n=0, device=DEVICE, cuda_graphs=False
+)
 TOKENS = 24
 
 Case = tuple[list[int], list[int]]
@@ -54,6 +57,15 @@ def open_llm(config: EngineConfig = CONFIG) -> LLM:
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many parts as one core needs: the tests of the kernel cut contexts, and programs take their time here."""
     monkeypatch.setattr(attention_plan, "num_cores", lambda device: 1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def triton_multiplies() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIROCCO_TRITON", "1")
+        dispatch.native.cache_clear()
+        yield
+    dispatch.native.cache_clear()
 
 
 @pytest.fixture(scope="module")
