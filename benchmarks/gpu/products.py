@@ -13,6 +13,7 @@ from kernels.gpu.planar import PlanarMatrix
 from kernels.gpu.planar_forms import PLANAR
 from kernels.gpu.quant_matmul import matmul
 from kernels.gpu.tune import random_matrix
+from serve_app.quant.weight import DenseWeight
 
 ROWS = (1, 4, 16, 64, 512)
 INT4_GROUP, INT4_TILES = 32, 8
@@ -47,7 +48,10 @@ def measure(
 ) -> Iterator[ProductRow]:
     """All types, until the time is up; cuBLAS and torch's int4 first, since the others are held against them."""
     timer = Timer(device)
-    makers: dict[str, Callable[[int, int], tuple[Multiply, int]]] = {"bf16 (torch)": lambda n, k: _bf16(n, k, device)}
+    makers: dict[str, Callable[[int, int], tuple[Multiply, int]]] = {
+        "bf16 (torch)": lambda n, k: _bf16(n, k, device),
+        "bf16 (as loaded)": lambda n, k: _dense(n, k, device),
+    }
     if device.type == "cuda":
         makers["int4 (torch)"] = lambda n, k: _int4(n, k, device)
     for name in PLANAR:
@@ -76,6 +80,11 @@ def _planar(matrix: PlanarMatrix) -> tuple[Multiply, int]:
 def _bf16(rows: int, columns: int, device: torch.device) -> tuple[Multiply, int]:
     weight = torch.randn(rows, columns, device=device).bfloat16()
     return lambda x: functional.linear(x, weight), weight.nbytes
+
+
+def _dense(rows: int, columns: int, device: torch.device) -> tuple[Multiply, int]:
+    weight = DenseWeight(torch.randn(rows, columns, device=device).bfloat16())
+    return weight.matmul, weight.nbytes
 
 
 def _int4(rows: int, columns: int, device: torch.device) -> tuple[Multiply, int]:
