@@ -12,8 +12,10 @@ from kernels.reference.encode_search import (
     ZERO_MAGNITUDE,
     Affine,
     nearest,
+    over,
     quantise_scales,
     refine_symmetric,
+    root,
     running_sum,
     search_affine,
     search_symmetric,
@@ -33,7 +35,7 @@ def _weights(x: Tensor, importance: Tensor, n: int, times: float) -> Tensor:
     blocks = x.reshape(-1, _SUPER)
     mean = times * running_sum((blocks * blocks).T) / _SUPER
     counts = importance.expand(len(x), -1).reshape(-1, _SUPER)
-    return _columns(counts * (mean.unsqueeze(1) + blocks * blocks).sqrt(), n)
+    return _columns(counts * root(mean.unsqueeze(1) + blocks * blocks), n)
 
 
 def _half(x: Tensor) -> Tensor:
@@ -53,8 +55,9 @@ class _AffineBlocks:
 
 def _by_extreme(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """values [super-blocks, subs] → step so that the largest is at top, and codes."""
-    most = values.amax(1).clamp(min=0)
-    codes = nearest((top / most).unsqueeze(1) * values) % 256
+    most = values.amax(1)
+    most = torch.where(most > 0, most, 0.0)  # clamping would keep the sign of a zero
+    codes = nearest(over(top, most).unsqueeze(1) * values) % 256
     return most / top, torch.where((most > 0).unsqueeze(1), codes, 0.0)
 
 
@@ -100,7 +103,7 @@ def _q45_k(x: Tensor, importance: Tensor | None, bits: int, first: float, count:
     top = (1 << bits) - 1
     columns = _columns(x, 32)
     if importance is None:
-        mean = (running_sum(columns * columns) / 32).sqrt()
+        mean = root(running_sum(columns * columns) / 32)
         w, found = None, search_affine(columns, mean + columns.abs(), top, first, 0.1, count)
     else:
         w = _weights(x, importance, 32, 2.0)
@@ -146,9 +149,9 @@ def encode_q3_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
         scale, found = refine_symmetric(columns, 4)
         scale = scale.view(-1, 16)
         value = _largest(scale)
-        inverse = -32 / value
+        inverse = over(-32, value)
         scales = torch.where(value != 0, nearest(inverse * scale).clamp(-32, 31) + 32, 0.0)
-        d = torch.where(value != 0, 1 / inverse, 0.0)[:, 0]
+        d = torch.where(value != 0, over(1, inverse), 0.0)[:, 0]
     else:
         w = _weights(x, importance, 16, 2.0)
         scale, found = search_symmetric(columns, w, 4)
@@ -171,9 +174,9 @@ def encode_q6_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
     scale = scale.view(-1, 16)
     value = _largest(scale)
     is_zero = value.abs() < ZERO_MAGNITUDE
-    inverse = -128 / torch.where(is_zero, 1.0, value)
+    inverse = over(-128, torch.where(is_zero, 1.0, value))
     scales = torch.where(is_zero, 0.0, nearest(inverse * scale).clamp(max=127))
-    d = torch.where(is_zero, 0.0, 1 / inverse)[:, 0]
+    d = torch.where(is_zero, 0.0, over(1, inverse))[:, 0]
     codes = torch.where(is_zero, 0, _symmetric_codes(x, d, scales, found, 32))
     halves = codes.reshape(-1, 2, 4, 32)
     low = (halves[:, :, :2] & 15) | (halves[:, :, 2:] & 15) << 4
@@ -185,8 +188,8 @@ def encode_q8_k(x: Tensor, _: Tensor | None = None) -> Tensor:
     """d * q with the value of largest magnitude at -127, and the sums of sixteen codes."""
     blocks = x.reshape(-1, _SUPER)
     value = _largest(blocks)
-    inverse = -127 / value
+    inverse = over(-127, value)
     codes = torch.where(value != 0, nearest(inverse * blocks).clamp(max=127), 0.0)
-    d = torch.where(value != 0, 1 / inverse, 0.0)
+    d = torch.where(value != 0, over(1, inverse), 0.0)
     sums = codes.view(-1, 16, 16).sum(-1)
     return join(len(x), [as_bytes(d, torch.float32), as_bytes(codes, torch.int8), as_bytes(sums, torch.int16)])

@@ -7,6 +7,7 @@ package with beta growing (releases 0.2.7 to 0.2.8.post1 left it constant by mis
 import torch
 from torch import Tensor
 
+from kernels.reference.encode_search import over
 from kernels.reference.encode_simple import as_bytes, join
 
 HQQ_GROUP = 64
@@ -30,7 +31,7 @@ def solve_hqq(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     top = (1 << bits) - 1
     w = x.reshape(-1, HQQ_GROUP)
     least, most = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-    inverse = torch.where(most - least <= 1e-4, 1.0, (top / (most - least)).clamp(max=2e4))
+    inverse = torch.where(most - least <= 1e-4, 1.0, over(top, most - least).clamp(max=2e4))
     zero, beta, best = -least * inverse, _BETA, 1e4
     for _ in range(_PASSES):
         q = (w * inverse + zero).round().clamp(0, top)
@@ -51,10 +52,10 @@ def encode_hqq4(x: Tensor, _: Tensor | None = None) -> Tensor:
     q, inverse, zero = solve_hqq(x, 4)
     codes = q.int()
     nibbles = codes[:, :32] | codes[:, 32:] << 4
-    return join(len(x), [as_bytes(1 / inverse, torch.float32), as_bytes(zero, torch.float32), nibbles])
+    return join(len(x), [as_bytes(over(1, inverse), torch.float32), as_bytes(zero, torch.float32), nibbles])
 
 
 def encode_hqq8(x: Tensor, _: Tensor | None = None) -> Tensor:
     """Step, zero, bytes."""
     q, inverse, zero = solve_hqq(x, 8)
-    return join(len(x), [as_bytes(1 / inverse, torch.float32), as_bytes(zero, torch.float32), q])
+    return join(len(x), [as_bytes(over(1, inverse), torch.float32), as_bytes(zero, torch.float32), q])

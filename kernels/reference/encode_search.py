@@ -21,6 +21,16 @@ def nearest(x: Tensor) -> Tensor:
     return ((bits & 0x007FFFFF) - 0x00400000).float()
 
 
+def over(number: float, x: Tensor) -> Tensor:
+    """number / x, rounded once: with a number on its left torch multiplies by the reciprocal."""
+    return torch.full_like(x, number) / x
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, rounded to the nearest: in float32 torch's own may be off by one in the last place."""
+    return x.double().sqrt().float()
+
+
 def running_sum(terms: Tensor) -> Tensor:
     """The sum over the first dimension, from its first to its last."""
     total = terms[0].clone()
@@ -55,8 +65,8 @@ def search_affine(
     def lost(error: Tensor) -> Tensor:
         return running_sum(w * (error.abs() if is_absolute else error * error))
 
-    inverse = top / torch.where(is_flat, torch.ones_like(most), most - least)
-    scale, minimum = 1 / inverse, least
+    inverse = over(top, torch.where(is_flat, torch.ones_like(most), most - least))
+    scale, minimum = over(1, inverse), least
     best = lost(scale * nearest(inverse * (x - least)).clamp(0, top) + least - x)
     best_inverse, best_base = inverse, least
     for i in range(count + 1):
@@ -96,7 +106,7 @@ def search_symmetric(x: Tensor, w: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """x ~ scale * q: the best of 19 scales. Returns scales [sub-blocks] and codes q + top, 0 where there are zeros only."""
     value, is_zero = _extreme(x)
     tenth = torch.tensor(0.1, dtype=torch.float32)
-    inverse = -top / value
+    inverse = over(-top, value)
     wx = w * x
 
     def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +132,7 @@ def refine_symmetric(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
     value, is_zero = _extreme(x)
     w = x * x
     wx = w * x
-    codes = nearest(-top / value * x).clamp(-top, top - 1)
+    codes = nearest(over(-top, value) * x).clamp(-top, top - 1)
     sum_qx, sum_qq = running_sum(wx * codes), running_sum(w * codes * codes)
     for _ in range(5):
         has_changed = False
@@ -153,10 +163,10 @@ def quantise_scales(x: Tensor, w: Tensor, top: int) -> tuple[Tensor, Tensor]:
     tenth = torch.tensor(0.1, dtype=torch.float32)
 
     def loss(inverse: Tensor, q: Tensor) -> Tensor:
-        error = x - 1 / inverse * q
+        error = x - over(1, inverse) * q
         return running_sum(w * error * error)
 
-    best_inverse = top / most
+    best_inverse = over(top, most)
     best = loss(best_inverse, nearest(best_inverse * x) % 256)
     for i in (-4, -3, -2, -1, 1, 2, 3, 4):
         inverse = (tenth * i + top) / most

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.reference.encode_search import running_sum, search_affine, search_symmetric
+from kernels.reference.encode_search import over, root, running_sum, search_affine, search_symmetric
 from kernels.reference.quant_simple import FP4_VALUES
 
 _BLOCK = 32
@@ -42,7 +42,7 @@ def encode_bf16(x: Tensor, _: Tensor | None = None) -> Tensor:
 def _weights(x: Tensor, importance: Tensor) -> Tensor:
     """importance * sqrt(x^2 + the row's mean square), [32, blocks]."""
     mean = running_sum((x * x).T) / x.shape[1]
-    w = importance * (mean.unsqueeze(1) + x * x).sqrt()
+    w = importance * root(mean.unsqueeze(1) + x * x)
     return w.reshape(-1, _BLOCK).T.contiguous()
 
 
@@ -58,7 +58,7 @@ def _packed(codes: Tensor, bits: int) -> list[Tensor]:
 
 def _inverse(d: Tensor) -> tuple[Tensor, Tensor]:
     """1 / d, 0 for 0, and where that overflows: there all codes are zero."""
-    inverse = torch.where(d != 0, 1 / d, 0.0)
+    inverse = torch.where(d != 0, over(1, d), 0.0)
     return inverse, ~torch.isfinite(inverse)
 
 
