@@ -96,7 +96,9 @@ def encode_q2_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
         found = search_affine(columns, w, 3, -0.9, 0.05, 36)
     b = _affine(x, found, w, 16, 3, 15)
     scales = b.scales | b.minima << 4
-    return join(len(x), [scales, _planes(b.codes, 2, 32), as_bytes(b.d, torch.float16), as_bytes(b.dmin, torch.float16)])
+    return join(
+        len(x), [scales, _planes(b.codes, 2, 32), as_bytes(b.d, torch.float16), as_bytes(b.dmin, torch.float16)]
+    )
 
 
 def _q45_k(x: Tensor, importance: Tensor | None, bits: int, first: float, count: int) -> Tensor:

@@ -59,7 +59,8 @@ def search_affine(
     """Least squares for scale and minimum under the codes of count + 1 inverse scales; what loses least is kept."""
     f32 = torch.tensor([first, step], dtype=torch.float32)
     sum_w, sum_x = running_sum(w), running_sum(w * x)
-    least, most = x.amin(0).clamp(max=0), x.amax(0)
+    least, most = x.gather(0, x.argmin(0, keepdim=True))[0], x.amax(0)  # of zeros of both signs the first
+    least = torch.where(least > 0, 0.0, least)
     is_flat = most == least
 
     def lost(error: Tensor) -> Tensor:

@@ -54,9 +54,7 @@ def requantize(
     return out
 
 
-def dequantize(
-    blocks: Tensor | NDArray[np.uint8], quant_type: QuantType | str | int
-) -> Tensor | NDArray[np.float32]:
+def dequantize(blocks: Tensor | NDArray[np.uint8], quant_type: QuantType | str | int) -> Tensor | NDArray[np.float32]:
     """uint8 [rows, bytes per row] → float32 [rows, columns]; an array for an array, a tensor for a tensor.
 
     ValueError for an unknown type or bytes that are no whole number of blocks.

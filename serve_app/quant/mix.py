@@ -33,7 +33,7 @@ _FILE_TYPES = {
 _EIGHT_BITS = frozenset({_T.Q8_0, _T.Q8_1, _T.Q8_K, _T.FP8, _T.HQQ8, _T.F32, _T.F16, _T.BF16})
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
-# Names of tensors that stay as they are, beside norms and everything of one dimension: routers, positions, small tables.
+# Names of tensors that stay as they are, beside everything of one dimension: norms, routers, positions, small tables.
 _KEPT = (
     "_norm.weight",
     "ffn_gate_inp.weight",
@@ -61,7 +61,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A type, or a mix of several. name: as files are named after it; promotes: embedding and head get a better type."""
+    """A type, or a mix of several. name: files are named after it; promotes: embedding and head get a better type."""
 
     name: str
     base: QuantType
@@ -87,7 +87,7 @@ class Recipe:
         return Recipe(base.value, base, is_mix=False, promotes=promotes)
 
     def type_of(self, name: str, shape: tuple[int, ...], facts: ModelFacts) -> tuple[QuantType, QuantType] | None:
-        """The type wanted for a tensor of that GGUF name, and the one that fits its rows; None where it stays as it is."""
+        """The type wanted for a tensor of that GGUF name, and the one that fits its rows; None where it stays."""
         if not is_quantisable(name, shape):
             return None
         wanted = self._wanted(name, facts)

@@ -47,7 +47,7 @@ class QuantType(StrEnum):
 
     @property
     def is_gguf(self) -> bool:
-        """Whether GGUF files hold weights of it: ggml knows Q8_1 and Q8_K as activations only, the others not at all."""
+        """Whether GGUF files hold weights of it: ggml knows Q8_1 and Q8_K for activations only, the others not."""
         return self not in (QuantType.Q8_1, QuantType.Q8_K, QuantType.FP8, QuantType.HQQ4, QuantType.HQQ8)
 
     @classmethod
