@@ -1,7 +1,8 @@
 """The grammar of the command line: `sirocco [COMMAND] [OPTIONS] [KIND] [OPTIONS]`.
 
-COMMAND is serve (also when left out), chat, config, doctor or quantize; KIND is gguf, plain or run. Options stand before or after
-the kind, as users of mistralrs-server write them, so that the two words have to be found among options and values.
+COMMAND is serve (also when left out), chat, config, doctor or quantize; KIND is gguf, plain or run.
+Options stand before or after the kind, as users of mistralrs-server write them, so that the two words have to be found
+among options and values.
 """
 
 import difflib

@@ -10,6 +10,10 @@ from kernels.reference.encode import check_sizes, refuse
 _HQQ_BITS = {"HQQ4": 4, "HQQ8": 8}
 
 
+def _require(*holds: bool) -> None:
+    assert all(holds), "a tensor handed to a native encoder has the wrong shape, dtype or strides"
+
+
 def can_quantize(type_name: str) -> bool:
     """Whether there is a native encoder for the type."""
     return type_name in _HQQ_BITS or bool(_native.can_encode(BY_NAME[type_name].type_id))
@@ -29,8 +33,9 @@ def quantize_rows(
     row_bytes = form.row_bytes(columns)
     if out is None:
         out = torch.empty((rows, row_bytes), dtype=torch.uint8)
-    assert source.dtype == torch.uint8 and source.is_contiguous() and source.device.type == "cpu"
-    assert out.dtype == torch.uint8 and out.is_contiguous() and out.shape == (rows, row_bytes)
+    for blocks, shape in ((source, source.shape), (out, (rows, row_bytes))):
+        _require(blocks.dtype == torch.uint8, blocks.is_contiguous(), blocks.shape == shape)
+        _require(blocks.device.type == "cpu")
     if rows == 0 or columns == 0:
         return out
     source_at = (source_form.type_id, source.data_ptr(), source.shape[1])

@@ -39,9 +39,9 @@ _HALF_SCALES = ("d", "m", "dmin", "s", "value")
 def encode(type_name: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
     """x float32 [rows, columns] → uint8 [rows, bytes per row].
 
-    importance float32 [columns], not negative: how much the errors of a column count. ValueError for a value that is not
-    finite, for a scale that float16 does not hold, for rows that are no whole number of blocks; KeyError for a type that
-    has no encoder. HQQ looks at the whole of x at once.
+    importance float32 [columns], not negative: how much the errors of a column count. ValueError for a value that is
+    not finite, for a scale that float16 does not hold, for rows that are no whole number of blocks; KeyError for a type
+    without an encoder. HQQ looks at the whole of x at once.
     """
     form = block_format(type_name)
     encoder = _ENCODERS[type_name]

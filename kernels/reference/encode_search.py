@@ -16,7 +16,7 @@ _MAGIC = 12582912.0
 
 
 def nearest(x: Tensor) -> Tensor:
-    """The nearest whole number as float32, halves to the even one; out of range as the format's own quantiser has it."""
+    """The nearest whole number as float32, halves to the even one; out of range as ggml's quantiser has it."""
     bits = (x + _MAGIC).contiguous().view(torch.int32)
     return ((bits & 0x007FFFFF) - 0x00400000).float()
 
@@ -41,7 +41,7 @@ def running_sum(terms: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """x ~ scale * q - minimum, each [sub-blocks]; the codes of the search are nearest(inverse * (x - base)), clamped."""
+    """x ~ scale * q - minimum, each [sub-blocks]. The search's codes are nearest(inverse * (x - base)), clamped."""
 
     scale: Tensor
     minimum: Tensor
@@ -104,7 +104,7 @@ def _extreme(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search_symmetric(x: Tensor, w: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """x ~ scale * q: the best of 19 scales. Returns scales [sub-blocks] and codes q + top, 0 where there are zeros only."""
+    """x ~ scale * q: the best of 19 scales. Returns scales [sub-blocks] and codes q + top, 0 where all are zeros."""
     value, is_zero = _extreme(x)
     tenth = torch.tensor(0.1, dtype=torch.float32)
     inverse = over(-top, value)

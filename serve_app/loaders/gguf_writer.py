@@ -126,7 +126,8 @@ class GgufWriter:
 
     def finish(self) -> None:
         """Closes the file and gives it its name."""
-        assert self._left == 0 and next(self._plans, None) is None, "tensors are missing"
+        is_complete = self._left == 0 and next(self._plans, None) is None
+        assert is_complete, "tensors are missing"
         self._file.close()
         self._part.replace(self._path)
 

@@ -142,7 +142,8 @@ def require_gguf_types(recipe: Recipe) -> None:
     if not recipe.base.is_gguf:
         known = "knows it for activations only" if recipe.base.startswith("Q8") else "has no such type"
         raise LaunchError(
-            f"{recipe.base} cannot be written as .gguf: ggml {known}. Give -o a folder, for SafeTensors that Sirocco loads."
+            f"{recipe.base} cannot be written as .gguf: ggml {known}. "
+            "Give -o a folder, for SafeTensors that Sirocco loads."
         )
 
 

@@ -1,7 +1,7 @@
 """Importance matrices: for each tensor the mean square of what is multiplied by each of its columns.
 
-Two forms, as llama-imatrix writes them: the older .dat (little-endian: count of entries, then for each the length of its
-name, the name, the number of evaluations, the number of values, the sums of squares as float32), and GGUF (tensors
+Two forms, as llama-imatrix writes them: the older .dat (little-endian: count of entries, then for each the length of
+its name, the name, the number of evaluations, the number of values, the sums of squares as float32), and GGUF (tensors
 NAME.in_sum2 and NAME.counts).
 """
 

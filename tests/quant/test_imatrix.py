@@ -27,9 +27,7 @@ def test_the_gguf_form_holds_sums_and_counts(tmp_path: Path) -> None:
     assert read_imatrix(tmp_path / "a.gguf")["blk.0.ffn_up.weight"].tolist() == [1, 2, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\x01\x00\x00\x00", b"\xff\xff\xff\xff", b"\x01\x00\x00\x00\x90\x00\x00\x00abc"]
-)
+@pytest.mark.parametrize("data", [b"", b"\x01\0\0\0", b"\xff\xff\xff\xff", b"\x01\0\0\0\x90\0\0\0abc"])
 def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.dat").write_bytes(data)
     with pytest.raises(ModelFileError, match="is no importance matrix"):

@@ -33,7 +33,8 @@ void fp8(const uint8_t* b, float* y, int64_t n) {
         const float scale = load_f32(b);
         for (int i = 0; i < 128; ++i) {
             const uint32_t code = b[4 + i];
-            const float value = float_from_bits((code & 0x7fu) << 20) * 0x1p120f;
+            const bool is_nan = (code & 0x7fu) == 0x7fu;
+            const float value = is_nan ? __builtin_nanf("") : float_from_bits((code & 0x7fu) << 20) * 0x1p120f;
             y[i] = scale * float_from_bits(bits_of(value) | (code & 0x80u) << 24);
         }
     }

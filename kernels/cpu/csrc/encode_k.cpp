@@ -262,6 +262,14 @@ void finish_q45_k(const Found<32>& found, int first, const float* x, bool is_wei
     put_nibbles(codes, out + (bits == 5 ? 48 : 16));
 }
 
+// Squares and cubes of values that no float16 scale can hold may overflow: then a scale is no number.
+template <int n>
+bool all_numbers(const Found<n>& found, int first) {
+    float sum = 0.0f;
+    for (int i = 0; i < Shape<n>::subs; ++i) sum += found.scale[first + i] * 0.0f;
+    return sum == 0.0f;
+}
+
 // ---- Q3_K: hmask 32, qs 64, scales 12, d
 void put_q3_k(const Found<16>& found, int first, const float* x, const uint8_t* scales, float d, const uint8_t* codes_found,
               uint8_t* out, bool& is_too_large) {
@@ -287,6 +295,7 @@ void put_q3_k(const Found<16>& found, int first, const float* x, const uint8_t* 
 void finish_q3_k(const Found<16>& found, int first, const float* x, bool is_weighted, const uint8_t* codes_found, uint8_t* out,
                  bool& is_too_large) {
     const float* scale = found.scale + first;
+    is_too_large |= !all_numbers<16>(found, first);
     uint8_t scales[16] = {};
     float d = 0.0f;
     if (is_weighted) {
@@ -315,6 +324,7 @@ void finish_q3_k(const Found<16>& found, int first, const float* x, bool is_weig
 // ---- Q6_K: ql 128, qh 64, scales 16, d
 void finish_q6_k(const Found<16>& found, int first, const float* x, uint8_t* out, bool& is_too_large) {
     const float* scale = found.scale + first;
+    is_too_large |= !all_numbers<16>(found, first);
     float magnitude = 0.0f, value = 0.0f;
     for (int i = 0; i < 16; ++i)
         if (absolute(scale[i]) > magnitude) magnitude = absolute(scale[i]), value = scale[i];
