@@ -9,7 +9,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,17 @@ def native_dequantize(type_id: int) -> Callable[..., torch.Tensor] | None:
     if ops is None or not ops._native.can_decode(type_id):
         return None
     return lambda blocks, out=None: ops.dequantize(type_id, blocks, out)
+
+
+def native_quantize(type_name: str) -> Callable[..., torch.Tensor] | None:
+    """See kernels.cpu.quantize.quantize_rows, for one type: f(source type's name, source, importance, out); or None."""
+    if native().ops is None:
+        return None
+    from kernels.cpu import quantize
+
+    if not quantize.can_quantize(type_name):
+        return None
+    return partial(quantize.quantize_rows, type_name)
 
 
 def native_matmul(type_id: int) -> Callable[..., torch.Tensor] | None:

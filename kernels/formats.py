@@ -2,7 +2,8 @@
 
 A tensor's row is a whole number of blocks; a block holds `block_length` weights in `block_bytes` bytes. Numbers are
 little-endian. Imports no torch, so that file parsers without torch can read it. Source: ggml's file format (ggml.h,
-ggml-common.h) as the `gguf` distribution 0.19 states it.
+ggml-common.h) as the `gguf` distribution 0.19 states it; but Q8_1 has had float16 scales for long, which the
+distribution does not know.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ SUPER_BLOCK: Final = 256
 class BlockFormat:
     """One block type. fields: (name, bytes) in file order; together they fill the block.
 
-    is_decodable: kernels.reference.quant turns it into float32. The others are known by size only: integers that no
-    weight uses, and types that ggml makes in memory and never in a file.
+    is_decodable: kernels.reference.quant turns it into float32. The others are known by size only: integers and types
+    that no weight uses.
     """
 
     name: str
@@ -73,13 +74,13 @@ _FORMATS = (
     _format("Q5_0", 6, 32, ("d", 2), ("qh", 4), ("qs", 16)),
     _format("Q5_1", 7, 32, ("d", 2), ("m", 2), ("qh", 4), ("qs", 16)),
     _format("Q8_0", 8, 32, ("d", 2), ("qs", 32)),
-    _format("Q8_1", 9, 32, ("d", 4), ("s", 4), ("qs", 32), is_decodable=False),
+    _format("Q8_1", 9, 32, ("d", 2), ("s", 2), ("qs", 32)),
     _format("Q2_K", 10, SUPER_BLOCK, ("scales", 16), ("qs", 64), ("d", 2), ("dmin", 2)),
     _format("Q3_K", 11, SUPER_BLOCK, ("hmask", 32), ("qs", 64), ("scales", 12), ("d", 2)),
     _format("Q4_K", 12, SUPER_BLOCK, ("d", 2), ("dmin", 2), ("scales", 12), ("qs", 128)),
     _format("Q5_K", 13, SUPER_BLOCK, ("d", 2), ("dmin", 2), ("scales", 12), ("qh", 32), ("qs", 128)),
     _format("Q6_K", 14, SUPER_BLOCK, ("ql", 128), ("qh", 64), ("scales", 16), ("d", 2)),
-    _format("Q8_K", 15, SUPER_BLOCK, ("d", 4), ("qs", 256), ("bsums", 32), is_decodable=False),
+    _format("Q8_K", 15, SUPER_BLOCK, ("d", 4), ("qs", 256), ("bsums", 32)),
     _format("IQ2_XXS", 16, SUPER_BLOCK, ("d", 2), ("qs", 64)),
     _format("IQ2_XS", 17, SUPER_BLOCK, ("d", 2), ("qs", 64), ("scales", 8)),
     _format("IQ3_XXS", 18, SUPER_BLOCK, ("d", 2), ("qs", 64), ("scales", 32)),
@@ -102,8 +103,16 @@ _FORMATS = (
     _format("Q1_0", 41, 128, ("d", 2), ("qs", 16), is_decodable=False),
 )
 
-BY_ID: Final[dict[int, BlockFormat]] = {f.type_id: f for f in _FORMATS}
-BY_NAME: Final[dict[str, BlockFormat]] = {f.name: f for f in _FORMATS}
+# Types of our own, in no GGUF file. FP8: E4M3 numbers and a float32 scale; HQQ: (q - zero) * step, both float32.
+_OWN_FORMATS = (
+    _format("FP8", 1000, 128, ("d", 4), ("qs", 128)),
+    _format("HQQ4", 1001, 64, ("step", 4), ("zero", 4), ("qs", 32)),
+    _format("HQQ8", 1002, 64, ("step", 4), ("zero", 4), ("qs", 64)),
+)
+
+GGML_BY_ID: Final[dict[int, BlockFormat]] = {f.type_id: f for f in _FORMATS}
+BY_ID: Final[dict[int, BlockFormat]] = GGML_BY_ID | {f.type_id: f for f in _OWN_FORMATS}
+BY_NAME: Final[dict[str, BlockFormat]] = {f.name: f for f in BY_ID.values()}
 
 
 def block_format(type_name_or_id: str | int) -> BlockFormat:

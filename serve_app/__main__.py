@@ -67,6 +67,10 @@ def _run(argv: Sequence[str]) -> int:
         from serve_app.commands import chat
 
         return chat.run(invocation.config, invocation.chat)
+    if invocation.command == "quantize":
+        from serve_app.commands import quantize
+
+        return quantize.run(invocation.config, invocation.quantize)
     from serve_app import app
 
     return app.run(invocation.config)

@@ -20,6 +20,7 @@ from serve_app.cli_options import (
     HttpOptions,
     LogOptions,
     ModelOptions,
+    QuantizeOptions,
 )
 from serve_app.config import AppConfig, LogLevel, SettingError, build_config
 from serve_app.errors import LaunchError
@@ -29,6 +30,7 @@ ABOUT: dict[Command, str] = {
     "chat": "Talk to a model in this terminal, on the same engine, without a server.",
     "config": "Print the Serve config file for the same arguments as serve, ready for `serve deploy`.",
     "doctor": "Print what was found on this machine, and what of it is used.",
+    "quantize": "Write a model's files in other types: a GGUF, or a folder of SafeTensors.",
 }
 
 KIND_ABOUT: dict[Kind, str] = {
@@ -38,7 +40,8 @@ KIND_ABOUT: dict[Kind, str] = {
 }
 
 OVERVIEW = """Commands: [bold]serve[/] (when none is given), [bold]chat[/] in this terminal, [bold]config[/] for \
-`serve deploy`, [bold]doctor[/] for this machine.
+`serve deploy`, [bold]doctor[/] for this machine, [bold]quantize[/] for \
+models in fewer bits.
 
 Kinds: [bold]gguf[/], [bold]plain[/] (SafeTensors), [bold]run[/] (found out by itself). `sirocco COMMAND KIND --help` \
 explains each.
@@ -60,11 +63,12 @@ _USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation:
-    """What the command line asks for. chat is set for the command chat."""
+    """What the command line asks for. chat and quantize are set for the commands of that name."""
 
     command: Command
     config: AppConfig = field(default_factory=AppConfig)
     chat: ChatOptions = field(default_factory=ChatOptions)
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     as_json: bool = False
 
 
@@ -163,16 +167,19 @@ def _invocation(command: Command, kind: Kind | None, groups: dict[type, Any]) ->
         return Invocation(command=command, as_json=groups[DoctorOptions].as_json)
     log = groups[ChatLogOptions if command == "chat" else LogOptions].log
     config = _config(kind, groups, log)
-    return Invocation(command=command, config=config, chat=groups.get(ChatOptions, ChatOptions()))
+    chat = groups.get(ChatOptions, ChatOptions())
+    quantize = groups.get(QuantizeOptions, QuantizeOptions())
+    return Invocation(command=command, config=config, chat=chat, quantize=quantize)
 
 
 def _config(kind: Kind | None, groups: dict[type, Any], log: LogLevel) -> AppConfig:
     """The options as a configuration. Raises LaunchError naming the option at fault."""
     sections = {section: asdict(groups[group]) for group, section in _SECTIONS.items() if group in groups}
     sections["model"] |= _model(kind, groups[ModelOptions])
-    engine = sections["engine"]
-    engine["paged_attention"] = not engine.pop("no_paged_attn")
-    engine["cuda_graphs"] = not engine.pop("no_cuda_graphs")
+    if "engine" in sections:
+        engine = sections["engine"]
+        engine["paged_attention"] = not engine.pop("no_paged_attn")
+        engine["cuda_graphs"] = not engine.pop("no_cuda_graphs")
     if "http" in sections:
         sections["http"]["api_keys"] = sections["http"]["api_keys"] or ()
     try:

@@ -1,7 +1,8 @@
 """The grammar of the command line: `sirocco [COMMAND] [OPTIONS] [KIND] [OPTIONS]`.
 
-COMMAND is serve (also when left out), chat, config or doctor; KIND is gguf, plain or run. Options stand before or after
-the kind, as users of mistralrs-server write them, so that the two words have to be found among options and values.
+COMMAND is serve (also when left out), chat, config, doctor or quantize; KIND is gguf, plain or run.
+Options stand before or after the kind, as users of mistralrs-server write them, so that the two words have to be found
+among options and values.
 """
 
 import difflib
@@ -18,10 +19,11 @@ from serve_app.cli_options import (
     HttpOptions,
     LogOptions,
     ModelOptions,
+    QuantizeOptions,
 )
 from serve_app.errors import LaunchError
 
-Command = Literal["serve", "chat", "config", "doctor"]
+Command = Literal["serve", "chat", "config", "doctor", "quantize"]
 Kind = Literal["gguf", "plain", "run"]
 
 COMMANDS: tuple[Command, ...] = get_args(Command)
@@ -62,6 +64,7 @@ GROUPS: dict[Command, tuple[type, ...]] = {
     "config": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
     "chat": (ModelOptions, EngineOptions, ChatOptions, ChatLogOptions),
     "doctor": (DoctorOptions,),
+    "quantize": (ModelOptions, QuantizeOptions, LogOptions),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kernels.formats import BY_ID
+from kernels.formats import GGML_BY_ID
 from serve_app.errors import ModelFileError
 from serve_app.gguf_strings import read_strings, skip_strings
 
@@ -293,7 +293,7 @@ class _HeaderReader:
         dims = [self._number(_U64, what) for _ in range(n_dims)]
         type_id = self._number(_U32, what)
         offset = self._number(_U64, what)
-        block = BY_ID.get(type_id)
+        block = GGML_BY_ID.get(type_id)
         if block is None:
             raise self._bad(f"{what} has the unknown type {type_id}")
         row = dims[0] if dims else 1

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.formats import BY_NAME, BlockFormat
+from kernels.reference.encode import encode
 
 TYPES = sorted(name for name, form in BY_NAME.items() if form.is_decodable)
 Q8_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -13,6 +14,7 @@ QUANTISED = (*Q8_32, *Q8_256)
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SCALES = {"d", "m", "dmin"}
+_FLOAT32_SCALES = {"Q8_1", "Q8_K", "FP8", "HQQ4", "HQQ8"}
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -30,6 +32,8 @@ def usual_blocks(name: str, rows: int, columns: int, seed: int = 0) -> Tensor:
     if name in _PLAIN:
         weights = torch.randn(rows, columns, generator=_generator(seed)).to(_PLAIN[name])
         return weights.view(torch.uint8) if columns else torch.empty(rows, 0, dtype=torch.uint8)
+    if name in _FLOAT32_SCALES:
+        return encode(name, torch.randn(rows, columns, generator=_generator(seed)) * 0.01)
     blocks = any_blocks(form, rows, columns, seed)
     view = blocks.view(rows, -1, form.block_bytes)
     for field, size in form.fields:

@@ -88,6 +88,13 @@ def test_chat_and_doctor_have_options_of_their_own() -> None:
     assert not parsed("doctor").as_json
 
 
+def test_quantize_has_options_of_its_own() -> None:
+    words = parsed("quantize -m x --isq Q4K,Q8_0 -o a.gguf --imatrix i.dat --threads 2 --isq-organization pure")
+    assert (words.quantize.isq, words.quantize.output, words.quantize.imatrix) == ("Q4K,Q8_0", "a.gguf", "i.dat")
+    assert (words.quantize.num_threads, words.quantize.isq_organization) == (2, "pure")
+    assert words.config.model.model == "x"
+
+
 def test_every_option_reaches_the_configuration() -> None:
     """Each option of serve, given a value other than its default, changes the configuration."""
     flags = {"--offline", "--no-paged-attn", "--strict-model-name", "--cpu-exact", "--no-cuda-graphs"}
@@ -121,7 +128,7 @@ def test_names_that_other_programs_use(alias: str) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--isq Q4K plain -m x", "no option --isq"),
+        ("--isq Q4K plain -m x", "No such option: --isq"),
         ("--prot 80", "did you mean --port"),
         ("-q", "no option -q"),
         ("bench", "neither a command"),

@@ -278,3 +278,18 @@ class ReadProbe:
     def rates(self, passes: int) -> list[float]: ...
 
 def probe_dot(kind: str, threads: int, passes: int) -> list[float]: ...
+def can_encode(type_id: int) -> bool: ...
+def quantize(
+    type_id: int,
+    source_type_id: int,
+    source: int,
+    source_row_bytes: int,
+    importance: int,
+    rows: int,
+    columns: int,
+    out: int,
+    out_row_bytes: int,
+) -> tuple[int, int]: ...
+def quantize_hqq(
+    bits: int, source_type_id: int, source: int, source_row_bytes: int, rows: int, columns: int, out: int
+) -> tuple[int, int]: ...

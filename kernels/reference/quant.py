@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.formats import BlockFormat, block_format
-from kernels.reference import quant_iq, quant_k, quant_simple
+from kernels.reference import quant_iq, quant_k, quant_own, quant_simple
 
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "F32": quant_simple.decode_f32,
@@ -35,6 +35,11 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "TQ2_0": quant_simple.decode_tq2_0,
     "MXFP4": quant_simple.decode_mxfp4,
     "NVFP4": quant_simple.decode_nvfp4,
+    "Q8_1": quant_own.decode_q8_1,
+    "Q8_K": quant_own.decode_q8_k,
+    "FP8": quant_own.decode_fp8,
+    "HQQ4": quant_own.decode_hqq4,
+    "HQQ8": quant_own.decode_hqq8,
 }
 
 

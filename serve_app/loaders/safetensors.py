@@ -12,10 +12,13 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.formats import BY_NAME
+from kernels.formats import BY_NAME, BlockFormat
 from serve_app.errors import ModelFileError
 from serve_app.loaders.checkpoint import StoredTensor, num_elements
 from serve_app.loaders.pages import map_file
+
+QUANTISED = "sirocco.quantised"
+"""Key of a file's metadata: a JSON object from the names of U8 tensors to the types of the blocks that they are."""
 
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_DIMS = 8
@@ -57,13 +60,17 @@ class SafetensorsCheckpoint:
     def _read(self, path: Path) -> None:
         data = map_file(path)
         header, begin = _read_header(path, data)
+        packed = _packed_types(path, header.pop("__metadata__", None))
         spans = []
         for name, entry in header.items():
             if name in self._tensors or name in self._of_other_types:
                 raise ModelFileError(f"{path}: tensor {_short(name)} is in more than one file")
             dtype, shape, first, last = _check_entry(path, name, entry, len(data) - begin)
             spans.append((first, last, name))
-            if dtype in _DTYPES:
+            if dtype == "U8" and name in packed:
+                form = packed[name]
+                self._tensors[name] = _packed_tensor(path, name, form, shape, data[begin + first : begin + last])
+            elif dtype in _DTYPES:
                 form = BY_NAME[_DTYPES[dtype]]
                 self._tensors[name] = StoredTensor(str(path), name, form, shape, data[begin + first : begin + last])
             else:
@@ -74,7 +81,7 @@ class SafetensorsCheckpoint:
 
 
 def _read_header(path: Path, data: NDArray[np.uint8]) -> tuple[dict[str, Any], int]:
-    """The JSON header without its metadata, and where the tensors' bytes begin."""
+    """The JSON header, and where the tensors' bytes begin."""
     if len(data) < 8:
         raise ModelFileError(f"{path}: the file is truncated, {len(data)} bytes are less than a header")
     length = int.from_bytes(data[:8].tobytes(), "little")
@@ -89,8 +96,30 @@ def _read_header(path: Path, data: NDArray[np.uint8]) -> tuple[dict[str, Any], i
         raise ModelFileError(f"{path}: the header is no valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise ModelFileError(f"{path}: the header is no JSON object")
-    header.pop("__metadata__", None)
     return header, 8 + length
+
+
+def _packed_types(path: Path, metadata: Any) -> dict[str, BlockFormat]:
+    """The types of quantised tensors, which metadata names under QUANTISED."""
+    text = metadata.get(QUANTISED) if isinstance(metadata, dict) else None
+    if text is None:
+        return {}
+    try:
+        types = json.loads(text)
+        return {str(name): BY_NAME[kind] for name, kind in types.items()}
+    except (TypeError, ValueError, RecursionError, AttributeError, KeyError) as error:
+        raise ModelFileError(f"{path}: metadata {QUANTISED!r} names no types of tensors ({error!r})") from error
+
+
+def _packed_tensor(
+    path: Path, name: str, form: BlockFormat, shape: tuple[int, ...], data: NDArray[np.uint8]
+) -> StoredTensor:
+    """A U8 tensor [..., bytes per row] as the weights that it holds."""
+    try:
+        columns = form.row_length(shape[-1]) if shape else 0
+    except ValueError as error:
+        raise ModelFileError(f"{path}: tensor {_short(name)}: {error}") from error
+    return StoredTensor(str(path), name, form, (*shape[:-1], columns), data)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

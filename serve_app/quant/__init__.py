@@ -1,0 +1,5 @@
+"""Block types, and matrices kept in them."""
+
+from serve_app.quant.encode import dequantize, quantize
+
+__all__ = ["dequantize", "quantize"]

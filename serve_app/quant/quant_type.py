@@ -16,11 +16,13 @@ class QuantType(StrEnum):
     Q5_0 = "Q5_0"
     Q5_1 = "Q5_1"
     Q8_0 = "Q8_0"
+    Q8_1 = "Q8_1"
     Q2_K = "Q2_K"
     Q3_K = "Q3_K"
     Q4_K = "Q4_K"
     Q5_K = "Q5_K"
     Q6_K = "Q6_K"
+    Q8_K = "Q8_K"
     IQ1_S = "IQ1_S"
     IQ1_M = "IQ1_M"
     IQ2_XXS = "IQ2_XXS"
@@ -34,20 +36,38 @@ class QuantType(StrEnum):
     TQ2_0 = "TQ2_0"
     MXFP4 = "MXFP4"
     NVFP4 = "NVFP4"
+    FP8 = "FP8"
+    HQQ4 = "HQQ4"
+    HQQ8 = "HQQ8"
 
     @property
     def form(self) -> BlockFormat:
         """Sizes and byte layout."""
         return block_format(self.value)
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether GGUF files hold weights of it: ggml knows Q8_1 and Q8_K for activations only, the others not."""
+        return self not in (QuantType.Q8_1, QuantType.Q8_K, QuantType.FP8, QuantType.HQQ4, QuantType.HQQ8)
+
     @classmethod
-    def parse(cls, name: str) -> "QuantType":
-        """From any usual spelling (q4k, Q4_K, q8-0, iq4_xs); ValueError for an unknown name."""
-        key = _key(name)
+    def parse(cls, name: str | int) -> "QuantType":
+        """From any usual spelling (q4k, Q4_K, q8-0, iq4_xs), or the best type of a width in bits (2, 3, 4, 5, 6, 8).
+
+        ValueError for an unknown name.
+        """
+        key = _key(str(name).strip())
+        if key in _BEST_OF_WIDTH:
+            return cls(_BEST_OF_WIDTH[key])
+        key = _ALIASES.get(key, key)
         for member in cls:
             if _key(member.value) == key:
                 return member
         raise ValueError(f"unknown quantisation type {name!r}; known are {', '.join(cls)}")
+
+
+_BEST_OF_WIDTH = {"2": "Q2_K", "3": "Q3_K", "4": "Q4_K", "5": "Q5_K", "6": "Q6_K", "8": "Q8_0"}
+_ALIASES = {"F8E4M3": "FP8", "FP8E4M3": "FP8"}
 
 
 def _key(name: str) -> str:

@@ -18,12 +18,14 @@ RAY = """--ingress --ingress-cpus --max-targets --num-ingress --num-preprocessor
 LOG = "--log"
 CHAT = "--max-tokens --system --temperature --top-k --top-p"
 DOCTOR = "--json"
+QUANTIZE = "--imatrix --isq --isq-organization --output -o --threads"
 
 EXPECTED: dict[Command, tuple[str, ...]] = {
     "serve": (MODEL, ENGINE, HTTP, RAY, LOG),
     "config": (MODEL, ENGINE, HTTP, RAY, LOG),
     "chat": (MODEL, ENGINE, CHAT, LOG),
     "doctor": (DOCTOR,),
+    "quantize": (MODEL, QUANTIZE, LOG),
 }
 
 
@@ -34,6 +36,6 @@ def test_options_of_each_command(command: Command) -> None:
 
 
 def test_commands_and_kinds() -> None:
-    assert COMMANDS == ("serve", "chat", "config", "doctor")
+    assert COMMANDS == ("serve", "chat", "config", "doctor", "quantize")
     assert KINDS == ("gguf", "plain", "run")
     assert not set(COMMANDS) & {*KINDS, *LATER_KINDS}

@@ -99,6 +99,6 @@ def test_refusals() -> None:
         with pytest.raises(IndexError, match="rows"):
             matrix.rows(torch.tensor([wrong]))
     with pytest.raises(ValueError, match="type"):
-        PackedMatrix(BY_NAME["Q8_K"].type_id, 1, 256)
+        PackedMatrix(BY_NAME["Q1_0"].type_id, 1, 256)
     with pytest.raises(ValueError, match="size"):
         PackedMatrix(form.type_id, 1, 33)

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from kernels.formats import BY_NAME
+from kernels.reference.encode import encode
 
 DECODABLE = sorted(name for name, form in BY_NAME.items() if form.is_decodable)
 IN_FEATURES = 512
+OURS = ("Q8_1", "Q8_K", "FP8", "HQQ4", "HQQ8")
+"""Types with float32 scales: random bits would be of any size."""
 
 
 def random_blocks(name: str, rows: int, seed: int = 0) -> Tensor:
@@ -18,6 +21,8 @@ def random_blocks(name: str, rows: int, seed: int = 0) -> Tensor:
         values = torch.randn(rows, IN_FEATURES, generator=generator)
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
         return values.to(dtype).view(torch.uint8)
+    if name in OURS:
+        return encode(name, torch.randn(rows, IN_FEATURES, generator=generator))
     view = blocks.view(-1, form.block_bytes)
     for field, size in form.fields:
         if field in ("d", "dmin", "m") and size == 2:

@@ -69,6 +69,6 @@ def test_fused_matrices_stay_where_they_are() -> None:
 
 
 def test_without_native_kernels_there_is_no_native_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native_matrix(BY_NAME["Q8_1"].type_id, 16, 32) is None
+    assert native_matrix(BY_NAME["Q1_0"].type_id, 16, 32) is None
     monkeypatch.setattr("kernels.dispatch.native", lambda: type("Found", (), {"ops": None}))
     assert native_matrix(BY_NAME["Q8_0"].type_id, 16, 32) is None

@@ -89,6 +89,7 @@ void bind_layers(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_packed(nb::module_& m);
 void bind_program(nb::module_& m);
+void bind_quantize(nb::module_& m);
 
 NB_MODULE(_native, m) {
     m.attr("ABI") = 1;
@@ -96,6 +97,7 @@ NB_MODULE(_native, m) {
     bind_probe(m);
     bind_packed(m);
     bind_program(m);
+    bind_quantize(m);
     m.def("instruction_sets", instruction_sets);
     m.def("instruction_set", [] { return std::string(current_kernels().name); });
     m.def("use_instruction_set", use_instruction_set);

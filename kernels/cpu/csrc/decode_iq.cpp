@@ -273,6 +273,8 @@ void tq2_0(const uint8_t* b, float* y, int64_t n) {
 
 }  // namespace
 
+Decode own_decoder(int type_id);  // decode_own.cpp
+
 extern Decode iq_decoder(int type_id);
 Decode iq_decoder(int type_id) {
     switch (type_id) {
@@ -289,7 +291,7 @@ Decode iq_decoder(int type_id) {
         case 35: return tq2_0;
         case 39: return mxfp4;
         case 40: return nvfp4;
-        default: return nullptr;
+        default: return own_decoder(type_id);
     }
 }
 

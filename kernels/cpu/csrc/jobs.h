@@ -24,11 +24,31 @@ struct FileMatmulJob {
     Float out_type;
 };
 
+// Whole rows to encode: x float32 [rows, columns]; importance float32 [columns] or null: how much a column's errors count.
+struct EncodeJob {
+    const float* x;
+    const float* importance;
+    int64_t rows, columns;
+    uint8_t* out;
+};
+
+// Sets is_too_large where a float16 scale does not hold what it must.
+using Encode = void (*)(const EncodeJob&, bool* is_too_large);
+
+// Half-quadratic quantisation, pass by pass: hqq.h.
+struct HqqPass;
+
 // What one instruction-set build offers. Ranges are of rows (matmul), tokens, or items.
 struct KernelTable {
     const char* name;
     Decode (*decoder)(int type_id);
     void (*matmul_file)(const FileMatmulJob&, int64_t begin, int64_t end);
+    Encode (*encoder)(int type_id);  // null for types that are only read
+    // The first inverse of the step, and zero, of each group, from its range; a pass, which moves the zeros and returns the
+    // sum of |x - decoded x| before that; and the bytes of groups: step, zero, codes.
+    void (*hqq_start)(const float* x, int top, float* inverse, float* zeros, int64_t groups);
+    double (*hqq_step)(const HqqPass&, const float* x, const float* inverse, float* zeros, int64_t groups);
+    void (*hqq_store)(const float* x, const float* inverse, const float* zeros, int bits, int64_t groups, uint8_t* out);
     MatmulKernel matmul;
     // Columns [begin, end) of a row of float32 into activations; begin is a multiple of 256, end too or the row's end.
     void (*to_act)(const ActLayout&, const float* x, uint8_t* row, int64_t begin, int64_t end);

@@ -62,7 +62,7 @@ SIROCCO_INLINE void transpose4(const uint8_t* from, int64_t from_stride, uint8_t
     for (int i = 0; i < 4; ++i) _mm_storeu_ps(reinterpret_cast<float*>(to + i * to_stride), a[i]);
 }
 
-constexpr int64_t kMostBytes = 144;  // of the blocks that a row has in a piece, over all types without own kernels
+constexpr int64_t kMostBytes = 292;  // of the blocks that a row has in a piece, over all types without own kernels
 
 // One block of a tile's 16 rows in file order, kMostBytes apart. These types have their words in the file's order, and a
 // scale at the begin or the end.

@@ -34,6 +34,11 @@ constexpr TypeLayout kLayouts[] = {
     {35, 256, 66, 16, 2, 64, Act::f32},   // TQ2_0
     {39, 32, 17, 4, 1, 0, Act::f32},      // MXFP4
     {40, 64, 36, 9, 0, 0, Act::f32},      // NVFP4
+    {9, 32, 36, 9, 0, 0, Act::f32},       // Q8_1
+    {15, 256, 292, 73, 0, 0, Act::f32},   // Q8_K
+    {1000, 128, 132, 33, 0, 0, Act::f32}, // FP8
+    {1001, 64, 40, 10, 0, 0, Act::f32},   // HQQ4
+    {1002, 64, 72, 18, 0, 0, Act::f32},   // HQQ8
 };
 
 // Which word of a block is the 32 high bits of Q5_0 and Q5_1, -1 for other types.

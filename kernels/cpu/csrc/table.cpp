@@ -7,6 +7,10 @@
 namespace SIROCCO_ISA {
 
 Decode decoder(int type_id);
+Encode encoder(int type_id);
+void hqq_start(const float*, int, float*, float*, int64_t);
+double hqq_step(const HqqPass&, const float*, const float*, float*, int64_t);
+void hqq_store(const float*, const float*, const float*, int, int64_t, uint8_t*);
 void matmul_file(const FileMatmulJob&, int64_t, int64_t);
 void matmul(const MatmulJob&, int64_t, int64_t, int64_t, int64_t);
 void to_act(const ActLayout&, const float*, uint8_t*, int64_t, int64_t);
@@ -32,6 +36,10 @@ const KernelTable table{
     .name = SIROCCO_TEXT(SIROCCO_ISA),
     .decoder = decoder,
     .matmul_file = matmul_file,
+    .encoder = encoder,
+    .hqq_start = hqq_start,
+    .hqq_step = hqq_step,
+    .hqq_store = hqq_store,
     .matmul = matmul,
     .to_act = to_act,
     .norm = norm,

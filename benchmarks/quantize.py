@@ -1,0 +1,84 @@
+"""Times `sirocco quantize` beside llama-quantize on one GGUF: seconds, and the peak of anonymous memory.
+
+Both run one after the other in rounds, with as many threads, on a file that has been read before. Prints a line of JSON
+for every type: the median seconds of each, their ratio, and Sirocco's peak memory beside what it may take.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ALLOWANCE_BYTES = 600 << 20
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon of a process; 0 once it has ended."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0
+
+
+def timed(command: Sequence[str]) -> tuple[float, int]:
+    """Seconds from start to end, and the peak of anonymous memory."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process.pid))
+        time.sleep(0.01)
+    seconds = time.monotonic() - started
+    assert process.stderr is not None
+    if process.returncode:
+        raise SystemExit(f"{command[0]} failed: {process.stderr.read().decode(errors='replace')[-2000:]}")
+    return seconds, peak
+
+
+def measure(model: Path, name: str, llama_quantize: str, threads: int, rounds: int, folder: Path) -> dict[str, object]:
+    """One line of the result."""
+    ours, theirs = folder / "sirocco.gguf", folder / "llama.gguf"
+    sirocco = [sys.executable, "-m", "serve_app", "quantize", "-m", str(model), "--isq", name, "-o", str(ours)]
+    times: dict[str, list[float]] = {"sirocco": [], "llama": []}
+    peak = 0
+    for _ in range(rounds):
+        seconds, memory = timed([*sirocco, "--threads", str(threads)])
+        times["sirocco"].append(seconds)
+        peak = max(peak, memory)
+        times["llama"].append(timed([llama_quantize, str(model), str(theirs), name, str(threads)])[0])
+    medians = {program: round(statistics.median(found), 2) for program, found in times.items()}
+    return {
+        "type": name,
+        "seconds": medians,
+        "ratio": round(medians["sirocco"] / medians["llama"], 3),
+        "rss_anon_mib": peak >> 20,
+        "limit_mib": (ours.stat().st_size + ALLOWANCE_BYTES) >> 20,
+        "bytes": {"sirocco": ours.stat().st_size, "llama": theirs.stat().st_size},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line and prints the lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a GGUF in BF16, F16 or F32")
+    parser.add_argument("--llama-quantize", default="llama-quantize", help="the program to compare with")
+    parser.add_argument("--types", default="Q4_K_M,Q8_0", help="separated by commas")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=options.model.parent) as folder:
+        for name in options.types.split(","):
+            line = measure(options.model, name, options.llama_quantize, options.threads, options.rounds, Path(folder))
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

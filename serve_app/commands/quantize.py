@@ -1,0 +1,98 @@
+"""`sirocco quantize`: a model's files in other types."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from serve_app.cli_options import QuantizeOptions
+from serve_app.config import AppConfig
+from serve_app.errors import LaunchError
+
+if TYPE_CHECKING:
+    from serve_app.loaders.model_files import ModelFiles
+    from serve_app.quant.imatrix import Importance
+    from serve_app.quant.mix import Recipe
+
+
+def run(config: AppConfig, options: QuantizeOptions) -> int:
+    """Writes a file, or a folder, for every type that was asked for."""
+    from kernels import dispatch
+    from serve_app.cpu_info import num_physical_cores
+    from serve_app.loaders.model_files import resolve
+    from serve_app.quant.imatrix import read_imatrix
+    from serve_app.quant.mix import Recipe
+
+    if options.isq_organization not in ("default", "pure"):
+        raise LaunchError(f"The option --isq-organization is default or pure, not {options.isq_organization!r}.")
+    promotes = options.isq_organization == "default"
+    try:
+        recipes = [Recipe.parse(name, promotes=promotes) for name in _names(options.isq)]
+    except ValueError as error:
+        raise LaunchError(f"The option --isq: {error}.") from None
+    targets = _targets(Path(options.output or "").expanduser(), [recipe.name for recipe in recipes])
+    dispatch.set_num_threads(options.num_threads or num_physical_cores())
+    files = resolve(config.model.to_source())
+    if any(target.resolve() in {p.resolve() for p in files.weight_files} for target in targets):
+        raise LaunchError(f"The option --output names the model's own file: {options.output}")
+    importance = read_imatrix(Path(options.imatrix).expanduser()) if options.imatrix else None
+    for recipe, target in zip(recipes, targets, strict=True):
+        _quantize(files, recipe, target, importance)
+    return 0
+
+
+def _quantize(files: "ModelFiles", recipe: "Recipe", target: Path, importance: "Importance | None") -> None:
+    from serve_app.loaders.quantized_folder import plan_folder, write_folder
+    from serve_app.loaders.quantized_gguf import plan_gguf, write_gguf
+
+    is_gguf = target.suffix == ".gguf"
+    steps = plan_gguf(files, recipe, importance) if is_gguf else plan_folder(files, recipe, importance)
+    started = time.monotonic()
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(recipe.name, total=sum(step.stored.data.size for step in steps))
+
+        def progress(name: str, num_bytes: int) -> None:
+            bar.update(task, advance=num_bytes, description=name)
+
+        if is_gguf:
+            write_gguf(target, files, recipe, steps, importance, progress)
+        else:
+            write_folder(target, files, steps, importance, progress)
+    size = target.stat().st_size if is_gguf else (target / "model.safetensors").stat().st_size
+    print(f"{target}: {recipe.name}, {size / 2**20:.1f} MiB in {time.monotonic() - started:.1f} s")
+
+
+def _names(given: str | None) -> list[str]:
+    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    if not names:
+        raise LaunchError("The command quantize needs a type: give it with --isq, several separated by commas.")
+    return names
+
+
+def _targets(output: Path, names: Sequence[str]) -> list[Path]:
+    """One path for each type: the type's name is put into it where there are several."""
+    if not output.name:
+        raise LaunchError("The command quantize needs a place to write to: give it with --output.")
+    if len(names) == 1:
+        targets = [output]
+    elif output.suffix == ".gguf":
+        targets = [output.with_name(f"{output.stem}-{name}.gguf") for name in names]
+    else:
+        targets = [output.with_name(f"{output.name}-{name}") for name in names]
+    if len(set(targets)) < len(targets):
+        raise LaunchError("The option --isq names a type twice.")
+    for target in targets:
+        if not target.parent.is_dir():
+            raise LaunchError(f"The option --output: there is no folder {target.parent}.")
+    return targets
