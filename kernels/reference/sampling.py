@@ -34,6 +34,13 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return word.double() * 2.0**-32
 
 
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, by a copy that the host does not wait for: the memory it is from is pinned."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
     """One token of each row: softmax(logits / temperature), top-k, top-p, min-p, inverse of the cumulated rest at u.
 
@@ -49,18 +56,18 @@ def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
     is_filtered = is_random & ((top_k > 0) | (top_p < 1) | (min_p > 0))
     greedy, plain, filtered = (w.nonzero().squeeze(1) for w in (~is_random, is_random & ~is_filtered, is_filtered))
     if len(greedy):
-        at = greedy.to(ids.device)
+        at = without_waiting(greedy, ids.device)
         ids[at] = logits.index_select(0, at).argmax(dim=-1)
     if len(plain):
-        at = plain.to(ids.device)
+        at = without_waiting(plain, ids.device)
         weights = _softmax(logits.index_select(0, at), temperature[plain])
-        ids[at] = draw(weights, u[plain].to(ids.device))
+        ids[at] = draw(weights, without_waiting(u[plain], ids.device))
     if len(filtered):
-        at = filtered.to(ids.device)
+        at = without_waiting(filtered, ids.device)
         weights = _softmax(logits.index_select(0, at), temperature[filtered])
-        filters = [f[filtered].to(ids.device) for f in (top_k, top_p, min_p)]
+        filters = [without_waiting(f[filtered], ids.device) for f in (top_k, top_p, min_p)]
         best, order = weights.sort(dim=-1, descending=True, stable=True)
-        drawn = draw(filter_sorted(best, *filters), u[filtered].to(ids.device))
+        drawn = draw(filter_sorted(best, *filters), without_waiting(u[filtered], ids.device))
         ids[at] = order.gather(1, drawn.clamp_(max=logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
     # Only NaNs lead beyond the last token.
     return ids.clamp_(max=logits.shape[1] - 1)
@@ -69,7 +76,7 @@ def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
 def _softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     # The largest goes to 0 before the division: a tiny temperature must not overflow.
     shifted = logits - logits.amax(dim=-1, keepdim=True)
-    return (shifted / temperature.to(logits.device).unsqueeze(1)).softmax(dim=-1)
+    return (shifted / without_waiting(temperature, logits.device).unsqueeze(1)).softmax(dim=-1)
 
 
 def draw(weights: Tensor, u: Tensor) -> Tensor:

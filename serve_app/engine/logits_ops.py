@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.reference.sampling import without_waiting
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -99,7 +100,7 @@ class TorchLogits:
         self._draw_tokens = dispatch.choose("draw_tokens", device).function
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return without_waiting(torch.from_numpy(array), self._device)
 
     def copy(self, logits: Tensor, who: Ints) -> Tensor:
         """See LogitsOps."""
