@@ -137,7 +137,10 @@ PLANAR: Final[dict[str, PlanarForm]] = {form.name: form for form in _FORMS}
 
 
 def planar_form(type_name: str) -> PlanarForm | None:
-    """The form of a type; None for those that have none (plain numbers, IQ, TQ and FP4 types)."""
+    """The form into which a file's blocks of a type can be packed; None where there is none: plain numbers, IQ, TQ and
+    FP4 types, and HQQ's, whose planes are made of an HqqTensor."""
     form = PLANAR.get(type_name)
-    assert form is None or form.low is None or form.block == BY_NAME[type_name].block_length
+    if form is None or form.low is None:
+        return None
+    assert form.block == BY_NAME[type_name].block_length
     return form
