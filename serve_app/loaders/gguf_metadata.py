@@ -20,8 +20,9 @@ def metadata_of_folder(folder: Path, config: Mapping[str, Any], name: str) -> di
         raise LaunchError(f"{folder}: {architecture} cannot be written as .gguf; {', '.join(_ARCHITECTURES)} can.")
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise LaunchError(f"{folder}: a model with scaled rotary frequencies cannot be written as .gguf yet.")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):  # llama3's become a tensor of their own
+        raise LaunchError(f"{folder}: rotary frequencies scaled by the rule {kind!r} cannot be written as .gguf yet.")
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     values: dict[str, Any] = {
@@ -67,6 +68,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
     if model.get("byte_fallback"):
         rank = {merge.replace(" ", ""): i for i, merge in reversed(list(enumerate(merges)))}
         values["tokenizer.ggml.model"] = "llama"
+        values["tokenizer.ggml.add_space_prefix"] = _adds_space(described)
         # The pair with the best score is merged first: the order of the merges, as scores.
         values["tokenizer.ggml.scores"] = [-float(rank.get(text, len(merges))) for text in texts]
         for index, text in enumerate(texts):
@@ -79,6 +81,14 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
         values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": merges}
         values["tokenizer.ggml.pre"] = _pre_tokenizer(folder, described.get("pre_tokenizer") or {})
     return values | _behaviour(folder)
+
+
+def _adds_space(described: Mapping[str, Any]) -> bool:
+    """Whether a text is encoded with a space before it."""
+    parts = [described.get("normalizer") or {}, described.get("pre_tokenizer") or {}]
+    parts += parts[0].get("normalizers") or []
+    is_metaspace = any(p.get("type") == "Metaspace" and p.get("prepend_scheme", "always") != "never" for p in parts)
+    return is_metaspace or any(p.get("type") == "Prepend" for p in parts)
 
 
 def _pre_tokenizer(folder: Path, described: Mapping[str, Any]) -> str:

@@ -1,21 +1,27 @@
-"""A quantised GGUF, with tokenizer and chat template: out of a GGUF, whose metadata goes over, or a Llama-like folder."""
+"""A quantised GGUF, with tokenizer and chat template: out of another one, or of a Llama-like model's folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from kernels.formats import BY_NAME
+from serve_app.layers.rotary import RopeScaling, inverse_frequencies
+from serve_app.loaders.checkpoint import StoredTensor
 from serve_app.loaders.gguf_metadata import metadata_of_folder
 from serve_app.loaders.gguf_writer import GgufWriter, TensorPlan, encoded, raw_metadata
-from serve_app.loaders.load import open_checkpoint
+from serve_app.loaders.load import find_args, open_checkpoint
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name, half_split_order, rotary_heads
 from serve_app.loaders.quantized import Progress, Step, plan_steps, require_gguf_types, run_steps, with_row_order
+from serve_app.models.llama import LlamaArgs
 from serve_app.quant.imatrix import Importance
 from serve_app.quant.mix import ModelFacts, Recipe
 
 _QUANTISATION_VERSION = 2
+_ROPE = "rope_freqs.weight"
 _DROPPED = ("general.file_type", "general.quantization_version", "general.alignment")
 
 
@@ -60,8 +66,23 @@ def plan_gguf(files: ModelFiles, recipe: Recipe, importance: Importance | None) 
         turned = rotary_heads("llama", tensor.name, heads, kv_heads)
         order = None if turned is None else torch.argsort(half_split_order(tensor.shape[0], turned))
         tensors.append((with_row_order(tensor, order), name, name))
+    tensors += _rope_divisors(files)
     facts = ModelFacts("llama", int(config["num_hidden_layers"]), heads, kv_heads, 0, is_tied, importance is not None)
     return plan_steps(tensors, recipe, facts, needs_gguf=True)
+
+
+def _rope_divisors(files: ModelFiles) -> list[tuple[StoredTensor, str, str]]:
+    """What a GGUF has in place of Llama 3's scaling: a divisor for each frequency."""
+    _, args = find_args(files)
+    assert isinstance(args, LlamaArgs)
+    if args.rope.scaling.kind != "llama3":
+        return []
+    plain, scaled = (
+        inverse_frequencies(args.rotary_dim, args.rope.theta, scaling) for scaling in (RopeScaling(), args.rope.scaling)
+    )
+    divisors = (plain / scaled).numpy()
+    stored = StoredTensor(files.config_file, _ROPE, BY_NAME["F32"], divisors.shape, divisors.view(np.uint8))
+    return [(stored, _ROPE, _ROPE)]
 
 
 def _metadata(files: ModelFiles) -> dict[str, bytes]:
