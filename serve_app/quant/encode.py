@@ -24,7 +24,7 @@ def quantize(
     """x float32 [rows, columns] → uint8 [rows, bytes per row]; an array for an array, a tensor for a tensor.
 
     importance float32 [columns], not negative: how much the errors of a column count (an importance matrix's row);
-    HQQ, 8-bit and float types have no use for it. Raises ValueError for an unknown type or one that is only read, columns
+    HQQ, 8-bit and float types have no use for it. Raises ValueError for an unknown type or one only read, columns
     that are no whole number of blocks, a value that is not finite, or one too large for the type's float16 scales.
     """
     wanted = encodable(quant_type)

@@ -64,7 +64,7 @@ def _read_dat(path: Path, data: bytes) -> Importance:
         size = count("the number of values", (len(data) - at - 4) // 4)
         values = np.frombuffer(data, "<f4", size, at).astype(np.float32)
         at += 4 * size
-        found[name] = _checked(path, name, values / max(1, evaluations))
+        found[name] = _checked(path, name, values / np.float32(max(1, evaluations)))
     return found
 
 

@@ -47,6 +47,18 @@ def test_several_types_give_several_files(tmp_path: Path) -> None:
         assert torch.equal(ours.logits(ids), embedded.logits(ids))
 
 
+def test_a_folder_gives_the_gguf_that_a_gguf_gives(tmp_path: Path) -> None:
+    assert quantise(tmp_path / "a.gguf", "Q4_K_M", source=STORIES / "hf") == 0
+    ours, theirs = gguf.GGUFReader(tmp_path / "a.gguf"), gguf.GGUFReader(STORIES / "stories3M-Q4_K_M.gguf")
+    expected = {t.name: t for t in theirs.tensors}
+    assert {t.name for t in ours.tensors} == set(expected)
+    for tensor in ours.tensors:
+        np.testing.assert_array_equal(tensor.data, expected[tensor.name].data)
+    with LLM(str(tmp_path / "a.gguf")) as made, LLM(str(STORIES / "stories3M-Q4_K_M.gguf")) as given:
+        text = (STORIES / "sampled_text.txt").read_text()[:5000]
+        assert made.tokenizer.encode(text) == given.tokenizer.encode(text)
+
+
 def test_rows_that_do_not_divide_fall_back_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = STORIES.parent / "stories260K" / "stories260K-F32.gguf"
     assert quantise(tmp_path / "a.gguf", "Q4K", source=source) == 0
