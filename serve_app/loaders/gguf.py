@@ -30,6 +30,9 @@ class GgufCheckpoint:
         if stored_name not in self._file.tensors:
             return None
         stored = self._stored(stored_name)
+        if len(stored.shape) == 1 and name.endswith(".shared_expert_gate.weight"):
+            # One row, which GGUF keeps as a vector.
+            return replace(stored, shape=(1, *stored.shape))
         heads = self._rotary_heads(name)
         if heads is None:
             return stored

@@ -17,7 +17,7 @@ from serve_app.loaders.number_formats import compute_dtype, kv_dtype
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.base import CausalLM, ModelArgs
-from serve_app.models.registry import Family, find_family
+from serve_app.models.registry import Family, find_family, gguf_architecture
 from serve_app.options import DType, KvDType
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 
 def _architecture(files: ModelFiles) -> str:
-    name = files.architecture
+    name = files.architecture if files.gguf_metadata is None else gguf_architecture(files.gguf_metadata)
     if not isinstance(name, str):
         key = "general.architecture" if files.kind == "gguf" else "architectures"
         raise ModelFileError(f"{files.config_file}: key {key!r} is missing or no text")

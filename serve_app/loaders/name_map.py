@@ -19,11 +19,37 @@ _OF_LAYER = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_OF_MIXTURE = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
+}
+# Files of before April 2024 have a tensor for each expert.
+_OF_EXPERT = {
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "w1": "ffn_gate",
+    "w3": "ffn_up",
+    "w2": "ffn_down",
+}
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 # Architectures whose q and k rows GGUF keeps in pairs: rows 2i and 2i + 1 of a head belong together, not i and
@@ -36,7 +62,12 @@ def gguf_name(name: str) -> str:
     stem, dot, kind = name.rpartition(".")
     if stem in _GLOBAL:
         return f"{_GLOBAL[stem]}{dot}{kind}"
+    expert = _EXPERT.fullmatch(stem)
+    if expert and expert[3] in _OF_EXPERT:
+        return f"blk.{expert[1]}.{_OF_EXPERT[expert[3]]}.{expert[2]}{dot}{kind}"
     match = _LAYER.fullmatch(stem)
+    if match and match[2] in _OF_MIXTURE:
+        return f"blk.{match[1]}.{_OF_MIXTURE[match[2]]}{dot}{kind}"
     if match and match[2] in _OF_LAYER:
         return f"blk.{match[1]}.{_OF_LAYER[match[2]]}{dot}{kind}"
     return name

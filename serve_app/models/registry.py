@@ -1,5 +1,6 @@
 """Architecture name → family: the one list of what is supported. Families are imported when they are asked for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -11,6 +12,14 @@ from serve_app.models.base import CausalLM, ModelArgs, WeightSource
 _FAMILIES = {
     "LlamaForCausalLM": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
     "llama": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
+    "MixtralForCausalLM": ("serve_app.models.mixtral", "MixtralArgs", "MixtralForCausalLM"),
+    "Qwen2MoeForCausalLM": ("serve_app.models.qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM"),
+    "qwen2moe": ("serve_app.models.qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM"),
+    "Qwen3MoeForCausalLM": ("serve_app.models.qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM"),
+    "qwen3moe": ("serve_app.models.qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM"),
+    "PhimoeForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
+    "PhiMoEForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
+    "phimoe": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
 }
 
 
@@ -25,6 +34,12 @@ class Family:
         """The model; ModelFileError where the weights do not fit the args."""
         model: CausalLM = self.model(args, weights)
         return model
+
+
+def gguf_architecture(metadata: Mapping[str, Any]) -> Any:
+    """The name under which a GGUF's family is found: Mixtral's files call themselves llama, but have experts."""
+    name = metadata.get("general.architecture")
+    return "MixtralForCausalLM" if name == "llama" and metadata.get("llama.expert_count") else name
 
 
 def find_family(architecture: str | None, file: str) -> Family:

@@ -1,0 +1,146 @@
+"""Mixtures of experts against transformers, against themselves however a prompt is cut, and from both formats."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixtures import from_gguf, hf_mixture, our_model, saved, source, write_gguf
+from tiny_llama import DictSource, Piece, TinyPool, full_logits, step_logits
+from torch import Tensor
+
+from serve_app.loaders.safetensors import SafetensorsCheckpoint
+
+SHORT = [1.0 + 0.1 * i for i in range(6)]
+LONG = [1.0 + 1.5 * i for i in range(6)]
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": SHORT,
+    "long_factor": LONG,
+    "short_mscale": 1.19,
+    "long_mscale": 1.19,
+    "original_max_position_embeddings": 64,
+    "factor": 4.0,
+}
+ODD = {"vocab_size": 53, "hidden_size": 36, "intermediate_size": 41, "num_attention_heads": 6, "num_key_value_heads": 6}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {}),
+    "mixtral, window shorter than the prompt": ("mixtral", {"sliding_window": 9}),
+    "mixtral, tied, one expert a token": ("mixtral", {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "mixtral, all experts, odd sizes": ("mixtral", ODD | {"num_experts_per_tok": 5, "sliding_window": 4000}),
+    "qwen2moe": ("qwen2moe", {}),
+    "qwen2moe, renormalised": ("qwen2moe", {"norm_topk_prob": True, "num_experts_per_tok": 2}),
+    "qwen2moe, dense layers between": ("qwen2moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    "qwen2moe, windows, no bias": (
+        "qwen2moe",
+        {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 2, "qkv_bias": False},
+    ),
+    "qwen2moe, odd sizes": ("qwen2moe", ODD | {"moe_intermediate_size": 21, "shared_expert_intermediate_size": 19}),
+    "qwen3moe": ("qwen3moe", {}),
+    "qwen3moe, factors as they are": ("qwen3moe", {"norm_topk_prob": False}),
+    "qwen3moe, dense first, tied": ("qwen3moe", {"mlp_only_layers": [0], "tie_word_embeddings": True}),
+    "qwen3moe, biases, many experts": (
+        "qwen3moe",
+        {"attention_bias": True, "num_experts": 40, "num_experts_per_tok": 8, "moe_intermediate_size": 16},
+    ),
+    "qwen3moe, odd sizes": ("qwen3moe", ODD | {"moe_intermediate_size": 17, "head_dim": 10}),
+    "phimoe": ("phimoe", {}),
+    "phimoe, published jitter, no biases": (
+        "phimoe",
+        {"router_jitter_noise": 0.01, "attention_bias": False, "lm_head_bias": False},
+    ),
+    "phimoe, window": ("phimoe", {"sliding_window": 9}),
+    "phimoe, longrope within the original length": (
+        "phimoe",
+        {"rope_parameters": LONGROPE, "max_position_embeddings": 256},
+    ),
+    "phimoe, odd sizes": ("phimoe", ODD | {"num_local_experts": 2}),
+}
+
+
+def random_ids(count: int, vocab_size: int, seed: int = 1) -> list[int]:
+    return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    family, changes = CONFIGS[name]
+    hf = hf_mixture(family, **changes)
+    model = our_model(hf, DictSource(saved(hf, tmp_path)))
+    for length in (1, 50):
+        ids = random_ids(length, hf.config.vocab_size)
+        theirs = hf(torch.tensor([ids])).logits[0]
+        for backend in ("cpu", "torch"):
+            assert close(full_logits(model, ids, backend), theirs, 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2moe", "qwen3moe", "phimoe"])
+def test_chunks_decodes_and_batches_give_the_logits_of_one_pass(family: str, backend: str, tmp_path: Path) -> None:
+    hf = hf_mixture(family)
+    model = our_model(hf, DictSource(saved(hf, tmp_path)))
+    lengths = [45, 1, 90, 33]
+    prompts = [random_ids(n, 97, seed=n) for n in lengths]
+    chooser = random.Random(4)
+    free = chooser.sample(range(40), 40)
+    tables = [[free.pop() for _ in range(-(-n // 16))] for n in lengths]
+    pool = TinyPool(model.args, 40, 16)
+    got: list[list[Tensor]] = [[] for _ in lengths]
+    done = [0] * len(lengths)
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
+        active = [r for r in range(len(lengths)) if done[r] < lengths[r] and chooser.random() < 0.8]
+        if not active:
+            continue
+        stops = {r: min(lengths[r], done[r] + chooser.choice([1, 1, 16, 40])) for r in active}
+        pieces = [Piece(prompts[r], done[r], stops[r], tables[r]) for r in active]
+        for r, logits in zip(active, step_logits(model, pool, pieces, backend), strict=True):
+            got[r].append(logits)
+            done[r] = stops[r]
+    for prompt, parts in zip(prompts, got, strict=True):
+        whole = full_logits(model, prompt, backend)
+        assert close(torch.cat(parts), whole)
+        if backend == "cpu":
+            assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "mixtral, tied, one expert a token",
+        "mixtral, all experts, odd sizes",
+        "qwen2moe",
+        "qwen2moe, odd sizes",
+        "qwen3moe",
+        "qwen3moe, odd sizes",
+    ],
+)
+def test_a_gguf_gives_the_logits_of_the_safetensors_form(name: str, is_old: bool, tmp_path: Path) -> None:
+    family, changes = CONFIGS[name]
+    hf = hf_mixture(family, **changes)
+    tensors = saved(hf, tmp_path)
+    plain = our_model(hf, source(SafetensorsCheckpoint([tmp_path / "model.safetensors"])))
+    model = from_gguf(write_gguf(tmp_path / "m.gguf", family, hf.config, tensors, is_old=is_old))
+    ids = random_ids(40, hf.config.vocab_size)
+    for backend in ("cpu", "torch"):
+        assert close(full_logits(model, ids, backend), full_logits(plain, ids, backend))
+    assert close(full_logits(model, ids, "cpu"), hf(torch.tensor([ids])).logits[0], 1e-4)
+
+
+@pytest.mark.parametrize("rope", [None, LONGROPE])
+def test_a_phimoe_gguf_gives_the_logits_of_the_safetensors_form(rope: dict[str, Any] | None, tmp_path: Path) -> None:
+    # The format has no key for the jitter: it is the published one.
+    changes = {} if rope is None else {"rope_parameters": rope, "max_position_embeddings": 256}
+    hf = hf_mixture("phimoe", router_jitter_noise=0.01, **changes)
+    tensors = saved(hf, tmp_path)
+    plain = our_model(hf, source(SafetensorsCheckpoint([tmp_path / "model.safetensors"])))
+    model = from_gguf(write_gguf(tmp_path / "m.gguf", "phimoe", hf.config, tensors))
+    ids = random_ids(100, hf.config.vocab_size)
+    assert close(full_logits(model, ids), full_logits(plain, ids))
