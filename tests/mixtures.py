@@ -9,9 +9,9 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from serve_app.gguf_file import open_gguf
 from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.loaders.gguf import GgufCheckpoint
-from serve_app.gguf_file import open_gguf
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.registry import find_family, gguf_architecture
 
@@ -44,7 +44,13 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3moe": (
         transformers.Qwen3MoeConfig,
         transformers.Qwen3MoeForCausalLM,
-        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 16, "norm_topk_prob": True},
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "head_dim": 16,
+            "norm_topk_prob": True,
+        },
     ),
     "phimoe": (
         transformers.PhimoeConfig,
@@ -105,7 +111,7 @@ def write_gguf(path: Path, family: str, config: Any, tensors: dict[str, Tensor],
     scaling = config.rope_parameters
     if scaling["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        writer.add_rope_scaling_attn_factors(scaling["short_mscale"])
+        writer.add_rope_scaling_attn_factors(scaling["long_mscale"])
         for kind in ("long", "short"):
             writer.add_tensor(f"rope_factors_{kind}.weight", torch.tensor(scaling[f"{kind}_factor"]).numpy())
     arch = next(key for key, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
@@ -121,9 +127,11 @@ def write_gguf(path: Path, family: str, config: Any, tensors: dict[str, Tensor],
         if "experts" in parts:
             number = parts.index("experts") + 1
             merged = ".".join(parts[:number] + parts[number + 1 :])
-            merged = merged.replace("model.layers", "layers").replace("block_sparse_moe", "feed_forward") if (
-                family == "mixtral"
-            ) else merged
+            merged = (
+                merged.replace("model.layers", "layers").replace("block_sparse_moe", "feed_forward")
+                if (family == "mixtral")
+                else merged
+            )
             whole = names.get_name(merged)
             assert whole is not None, merged
             if is_old:

@@ -63,9 +63,7 @@ def common_from_hf(reader: ConfigReader, *, eps_key: str = "rms_norm_eps", is_ti
     return fields
 
 
-def common_from_gguf(
-    reader: ConfigReader, prefix: str, *, eps_key: str = "layer_norm_rms_epsilon"
-) -> dict[str, Any]:
+def common_from_gguf(reader: ConfigReader, prefix: str, *, eps_key: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
     """DecoderArgs' fields of a GGUF whose keys begin with the prefix, without rope and windows."""
     tokens = reader.get("tokenizer.ggml.tokens")
     n_heads = reader.count(f"{prefix}.attention.head_count")

@@ -1,5 +1,7 @@
 """The parts that families build alike: rotary tables, embedding and head, attention, MLP."""
 
+import torch
+
 from serve_app.attention.backend import AttentionShape
 from serve_app.layers.attention import Attention
 from serve_app.layers.embedding import Embedding, OutputHead
@@ -31,13 +33,12 @@ def head(args: DecoderArgs, weights: WeightSource, embedding: Embedding) -> Outp
     return OutputHead(weights.weight(["lm_head.weight"], [args.vocab_size], args.hidden_size), bias)
 
 
-def rotary(args: DecoderArgs, weights: WeightSource, rope: RopeConfig | None = None) -> Rotary:
+def rotary(args: DecoderArgs, weights: WeightSource, device: torch.device, rope: RopeConfig | None = None) -> Rotary:
     """The angles of args.rope, or of another rope of the same width. GGUF's divisors are applied where it has them."""
     rope = args.rope if rope is None else rope
-    frequencies = inverse_frequencies(args.rotary_dim, rope.theta, rope.scaling)
+    frequencies = inverse_frequencies(args.rotary_dim, rope.theta, rope.scaling).to(device)
     if weights.has("rope_freqs.weight"):
-        divisors = weights.tensor("rope_freqs.weight", (args.rotary_dim // 2,))
-        frequencies = frequencies.to(divisors.device) / divisors
+        frequencies = frequencies / weights.tensor("rope_freqs.weight", (args.rotary_dim // 2,))
     return Rotary(frequencies, args.max_position_embeddings, rope.scaling.magnitude)
 
 

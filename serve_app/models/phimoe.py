@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from serve_app.layers.decoder import Decoder, PreNormBlock
-from serve_app.layers.rotary import Rotary
+from serve_app.layers.rotary import Rotary, inverse_frequencies
 from serve_app.layers.step import Routing
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
@@ -62,9 +64,9 @@ class PhimoeForCausalLM(Decoder):
     def __init__(self, args: PhimoeArgs, weights: WeightSource) -> None:
         """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
         self.args = args
-        embedding, rotary = parts.embedding(args, weights), parts.rotary(args, weights)
-        blocks = [_block(args, weights, layer, rotary) for layer in range(args.n_layers)]
         norm = LayerWeights(weights).layer_norm("model.norm", args.hidden_size, args.norm_eps)
+        embedding, rotary = parts.embedding(args, weights), _rotary(args, weights, norm.device)
+        blocks = [_block(args, weights, layer, rotary) for layer in range(args.n_layers)]
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
 
@@ -82,16 +84,31 @@ def _block(args: PhimoeArgs, weights: WeightSource, layer: int, rotary: Rotary) 
 
 
 def _rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
-    """The factor of cosines and sines is given, not computed as Phi-3's is."""
+    """The factor of cosines and sines is given for each set, not computed as Phi-3's is."""
     rope = rope_from_hf(reader, head_dim)
     if rope.scaling.kind != "longrope":
         return rope
     nested = reader.section("rope_parameters") or reader.section("rope_scaling")
     assert nested is not None
-    magnitude = nested.number("short_mscale")
-    if nested.number("long_mscale") != magnitude:
-        raise nested.fail("long_mscale", f"differs from short_mscale, {magnitude}, which is not supported")
+    is_long = reader.count("max_position_embeddings") > rope.scaling.original_max_position_embeddings
+    magnitude = nested.number("long_mscale" if is_long else "short_mscale")
     return replace(rope, scaling=replace(rope.scaling, magnitude=magnitude))
+
+
+def _rotary(args: PhimoeArgs, weights: WeightSource, device: torch.device) -> Rotary:
+    """One of longrope's two sets for every request, as Phi-3's: the long one where the model's context goes beyond the
+    original length."""
+    scaling = args.rope.scaling
+    if scaling.kind != "longrope":
+        return parts.rotary(args, weights, device)
+    sets = {}
+    for name, stated in (("short", scaling.short_factor), ("long", scaling.long_factor)):
+        in_file = f"rope_factors_{name}.weight"
+        sets[name] = torch.tensor(stated) if stated else weights.tensor(in_file, (args.rotary_dim // 2,))
+    is_long = args.max_position_embeddings > scaling.original_max_position_embeddings
+    frequencies = inverse_frequencies(args.rotary_dim, args.rope.theta, scaling).to(device)
+    divisors = sets["long" if is_long else "short"].to(device)
+    return Rotary(frequencies / divisors, args.max_position_embeddings, scaling.magnitude)
 
 
 def _num_experts(reader: ConfigReader, count_key: str, used_key: str) -> int:

@@ -89,9 +89,9 @@ class Qwen2MoeForCausalLM(Decoder):
     def __init__(self, args: Qwen2MoeArgs, weights: WeightSource) -> None:
         """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
         self.args = args
-        embedding, rotary = parts.embedding(args, weights), parts.rotary(args, weights)
-        blocks = [_block(args, weights, layer, rotary) for layer in range(args.n_layers)]
         norm = LayerWeights(weights).rms_norm("model.norm", args.hidden_size, args.norm_eps)
+        embedding, rotary = parts.embedding(args, weights), parts.rotary(args, weights, norm.device)
+        blocks = [_block(args, weights, layer, rotary) for layer in range(args.n_layers)]
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
 

@@ -78,9 +78,9 @@ class Qwen3MoeForCausalLM(Decoder):
     def __init__(self, args: Qwen3MoeArgs, weights: WeightSource) -> None:
         """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
         self.args = args
-        embedding, rotary = parts.embedding(args, weights), parts.rotary(args, weights)
-        blocks = [_block(args, weights, layer, rotary) for layer in range(args.n_layers)]
         norm = LayerWeights(weights).rms_norm("model.norm", args.hidden_size, args.norm_eps)
+        embedding, rotary = parts.embedding(args, weights), parts.rotary(args, weights, norm.device)
+        blocks = [_block(args, weights, layer, rotary) for layer in range(args.n_layers)]
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
 
@@ -91,9 +91,7 @@ def _block(args: Qwen3MoeArgs, weights: WeightSource, layer: int, rotary: Rotary
     shape = parts.attention_shape(args, layer)
     return PreNormBlock(
         own.rms_norm("input_layernorm", args.hidden_size, eps),
-        parts.attention(
-            args, own, rotary, shape, qkv_bias=bias, out_bias=bias, head_norms=(query_norm, key_norm)
-        ),
+        parts.attention(args, own, rotary, shape, qkv_bias=bias, out_bias=bias, head_norms=(query_norm, key_norm)),
         own.rms_norm("post_attention_layernorm", args.hidden_size, eps),
         _mlp(args, weights, layer),
     )

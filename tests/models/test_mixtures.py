@@ -54,7 +54,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe, window": ("phimoe", {"sliding_window": 9}),
     "phimoe, longrope within the original length": (
         "phimoe",
-        {"rope_parameters": LONGROPE, "max_position_embeddings": 256},
+        {"rope_parameters": LONGROPE, "max_position_embeddings": 64},
     ),
     "phimoe, odd sizes": ("phimoe", ODD | {"num_local_experts": 2}),
 }
@@ -78,6 +78,22 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         theirs = hf(torch.tensor([ids])).logits[0]
         for backend in ("cpu", "torch"):
             assert close(full_logits(model, ids, backend), theirs, 1e-4)
+
+
+def test_beyond_the_original_length_the_long_factors_hold(tmp_path: Path) -> None:
+    # This version of transformers takes the short factors at every length: it is given the long ones as such.
+    long = LONGROPE | {"original_max_position_embeddings": 16, "long_mscale": 1.3}
+    hf = hf_mixture("phimoe", rope_parameters=long | {"short_factor": LONG}, max_position_embeddings=256)
+    weights = DictSource(saved(hf, tmp_path))
+    ids = random_ids(70, hf.config.vocab_size)
+    theirs = hf(torch.tensor([ids])).logits[0]
+    hf.config.rope_parameters = long
+    model = our_model(hf, weights)
+    hf.config.rope_parameters = long | {"long_factor": SHORT}
+    other = our_model(hf, weights)
+    for backend in ("cpu", "torch"):
+        assert close(full_logits(model, ids, backend), theirs, 1e-4)
+        assert not close(full_logits(other, ids, backend), theirs, 1e-2)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
