@@ -59,7 +59,7 @@ class TorchStep:
         logits = weights.router.matmul(x.float())
         chosen, factors = route(logits, routing.kind, routing.top_k, routing.is_renormalised, routing.jitter)
         out = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
+        for expert in sorted(set(chosen.flatten().tolist())):
             token, place = torch.where(chosen == expert)
             some = x[token]
             gate_up = torch.cat([part.expert(expert).matmul(some) for part in (weights.gate, weights.up)], dim=-1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ class CheckpointSource:
         experts = NativeExperts(matrix, len(parts), rows, self._dtype, is_exact=self._is_exact)
         for number, part in enumerate(parts):
             expect_pages(part.data)
-            self._pack(part, lambda first, blocks, number=number: experts.pack(number, first, blocks))
+            self._pack(part, partial(experts.pack, number))
         return experts
 
     def _torch_experts(self, parts: list[StoredTensor]) -> Experts:

@@ -51,7 +51,7 @@ def native_experts(experts: Experts) -> "PackedMatrix":
             form, blocks = BY_NAME[_TYPE_NAMES[tensor.dtype]], tensor.view(torch.uint8)
         case _:
             raise AssertionError(f"{type(experts).__name__} have no native form")
-    made = NativeExperts.empty(form.type_id, *blocks.shape[:2], experts.shape[1])
+    made = NativeExperts.empty(form.type_id, experts.num_experts, *experts.shape)
     for expert, rows in enumerate(blocks):
         made.pack(expert, 0, rows)
     return made.matrix

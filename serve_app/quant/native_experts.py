@@ -66,7 +66,7 @@ class NativeExperts:
         return NativeWeight(self._part(number), self._dtype, is_exact=self._is_exact)
 
     def pack(self, number: int, first: int, blocks: Tensor) -> None:
-        """Puts rows in file order, uint8 [n, bytes per row], at an expert's rows first, first + 1, …; see PackedMatrix."""
+        """Puts rows in file order, uint8 [n, bytes per row], at an expert's rows first, first + 1, …"""
         self._part(number).pack(first, blocks)
 
     def _part(self, number: int) -> "PackedMatrix":

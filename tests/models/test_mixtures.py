@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from mixtures import from_gguf, hf_mixture, our_model, saved, source, write_gguf
+from safetensors.torch import save_file
 from tiny_llama import DictSource, Piece, TinyPool, full_logits, step_logits
 from torch import Tensor
 
+from serve_app.errors import ModelFileError
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
+from serve_app.models.registry import find_family
 
 SHORT = [1.0 + 0.1 * i for i in range(6)]
 LONG = [1.0 + 1.5 * i for i in range(6)]
@@ -160,3 +163,58 @@ def test_a_phimoe_gguf_gives_the_logits_of_the_safetensors_form(rope: dict[str, 
     model = from_gguf(write_gguf(tmp_path / "m.gguf", "phimoe", hf.config, tensors))
     ids = random_ids(100, hf.config.vocab_size)
     assert close(full_logits(model, ids), full_logits(plain, ids))
+
+
+MIXTURE_HF: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("MixtralForCausalLM", "num_local_experts", None),
+        ("MixtralForCausalLM", "num_experts_per_tok", 5),
+        ("MixtralForCausalLM", "hidden_act", "gelu"),
+        ("Qwen2MoeForCausalLM", "shared_expert_intermediate_size", 0),
+        ("Qwen2MoeForCausalLM", "norm_topk_prob", "yes"),
+        ("Qwen3MoeForCausalLM", "mlp_only_layers", ["0"]),
+        ("Qwen3MoeForCausalLM", "decoder_sparse_step", 0),
+        ("PhimoeForCausalLM", "num_experts_per_tok", 3),
+        ("PhimoeForCausalLM", "router_jitter_noise", -1.0),
+    ],
+)
+def test_misfits_name_file_and_key(architecture: str, key: str, value: Any) -> None:
+    args = find_family(architecture, "config.json").args
+    args.from_hf(MIXTURE_HF)
+    with pytest.raises(ModelFileError, match=rf"model/config\.json.*{key}"):
+        args.from_hf(MIXTURE_HF | {key: value}, "model/config.json")
+
+
+def test_experts_of_different_types_in_one_layer_are_refused(tmp_path: Path) -> None:
+    hf = hf_mixture("mixtral")
+    tensors = saved(hf, tmp_path)
+    name = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    tensors[name] = tensors[name].half()
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    with pytest.raises(ModelFileError, match=r"experts\.3\.w1.*F16.*must have one type"):
+        our_model(hf, source(SafetensorsCheckpoint([tmp_path / "mixed.safetensors"])))
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    hf = hf_mixture("qwen3moe")
+    tensors = saved(hf, tmp_path)
+    del tensors["model.layers.0.mlp.experts.7.up_proj.weight"]
+    save_file(tensors, tmp_path / "short.safetensors")
+    with pytest.raises(ModelFileError, match=r"experts\.7\.up_proj\.weight' is missing"):
+        our_model(hf, source(SafetensorsCheckpoint([tmp_path / "short.safetensors"])))
