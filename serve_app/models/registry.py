@@ -11,6 +11,23 @@ from serve_app.models.base import CausalLM, ModelArgs, WeightSource
 _FAMILIES = {
     "LlamaForCausalLM": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
     "llama": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
+    "MistralForCausalLM": ("serve_app.models.mistral", "MistralArgs", "MistralForCausalLM"),
+    "Qwen2ForCausalLM": ("serve_app.models.qwen2", "Qwen2Args", "Qwen2ForCausalLM"),
+    "qwen2": ("serve_app.models.qwen2", "Qwen2Args", "Qwen2ForCausalLM"),
+    "Qwen3ForCausalLM": ("serve_app.models.qwen3", "Qwen3Args", "Qwen3ForCausalLM"),
+    "qwen3": ("serve_app.models.qwen3", "Qwen3Args", "Qwen3ForCausalLM"),
+    "GemmaForCausalLM": ("serve_app.models.gemma", "GemmaArgs", "GemmaForCausalLM"),
+    "gemma": ("serve_app.models.gemma", "GemmaArgs", "GemmaForCausalLM"),
+    "Gemma2ForCausalLM": ("serve_app.models.gemma2", "Gemma2Args", "Gemma2ForCausalLM"),
+    "gemma2": ("serve_app.models.gemma2", "Gemma2Args", "Gemma2ForCausalLM"),
+    "Gemma3ForCausalLM": ("serve_app.models.gemma3", "Gemma3Args", "Gemma3ForCausalLM"),
+    "gemma3": ("serve_app.models.gemma3", "Gemma3Args", "Gemma3ForCausalLM"),
+    "Phi3ForCausalLM": ("serve_app.models.phi3", "Phi3Args", "Phi3ForCausalLM"),
+    "phi3": ("serve_app.models.phi3", "Phi3Args", "Phi3ForCausalLM"),
+    "PhiForCausalLM": ("serve_app.models.phi2", "Phi2Args", "PhiForCausalLM"),
+    "phi2": ("serve_app.models.phi2", "Phi2Args", "PhiForCausalLM"),
+    "Starcoder2ForCausalLM": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
+    "starcoder2": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
 }
 
 
