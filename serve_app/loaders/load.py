@@ -1,7 +1,7 @@
 """From files to a model that is ready to run."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -65,11 +65,17 @@ def load_model(
 
 
 def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
-    """The model's family and its arguments; ModelFileError for a configuration that does not do."""
+    """The model's family and its arguments; ModelFileError for a configuration that does not do.
+
+    The arguments have the context that is served: longrope's choice of a set follows it.
+    """
     family = find_family(_architecture(files), files.config_file)
     if files.gguf_metadata is not None:
-        return family, family.args.from_gguf(files.gguf_metadata, files.config_file)
-    return family, family.args.from_hf(files.config or {}, files.config_file)
+        args = family.args.from_gguf(files.gguf_metadata, files.config_file)
+    else:
+        args = family.args.from_hf(files.config or {}, files.config_file)
+    served = min(args.max_position_embeddings, files.max_seq_len)
+    return family, replace(cast(Any, args), max_position_embeddings=served)
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
