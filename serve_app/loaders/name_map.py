@@ -16,7 +16,31 @@ _GLOBAL: Final = {
     "model.final_layernorm": "output_norm",
     "lm_head": "output",
 }
-_OF_LAYER: Final = {
+_OF_OF_MIXTURE: Final = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
+}
+# Files of before April 2024 have a tensor for each expert.
+_OF_EXPERT: Final = {
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "w1": "ffn_gate",
+    "w3": "ffn_up",
+    "w2": "ffn_down",
+}
+_EXPERT: Final = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
+_LAYER: Final = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -59,6 +83,8 @@ def gguf_name(name: str, architecture: str = "llama") -> str:
     if expert and expert[3] in _OF_EXPERT:
         return f"blk.{expert[1]}.{_OF_EXPERT[expert[3]]}.{expert[2]}{dot}{kind}"
     match = _LAYER.fullmatch(stem)
+    if match and match[2] in _OF_MIXTURE:
+        return f"blk.{match[1]}.{_OF_MIXTURE[match[2]]}{dot}{kind}"
     if match:
         stored = _OWN_OF_LAYER.get(architecture, {}).get(match[2], _OF_LAYER.get(match[2]))
         if stored is not None:

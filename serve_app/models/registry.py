@@ -29,6 +29,14 @@ _FAMILIES = {
     "phi2": ("serve_app.models.phi2", "Phi2Args", "PhiForCausalLM"),
     "Starcoder2ForCausalLM": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
     "starcoder2": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
+    "MixtralForCausalLM": ("serve_app.models.mixtral", "MixtralArgs", "MixtralForCausalLM"),
+    "Qwen2MoeForCausalLM": ("serve_app.models.qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM"),
+    "qwen2moe": ("serve_app.models.qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM"),
+    "Qwen3MoeForCausalLM": ("serve_app.models.qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM"),
+    "qwen3moe": ("serve_app.models.qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM"),
+    "PhimoeForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
+    "PhiMoEForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
+    "phimoe": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
 }
 
 
