@@ -13,6 +13,7 @@ from serve_app.batch import ForwardBatch
 from serve_app.engine.forward import choose_forward
 from serve_app.kv_cache.kv_pool import row_elements
 from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
+from serve_app.quant.experts import DenseExperts, Experts
 from serve_app.quant.weight import DenseWeight, Weight
 
 SMALL: dict[str, Any] = {
@@ -44,6 +45,11 @@ class DictSource:
         for name, out in zip(names, out_features, strict=True):
             assert self.tensors[name].shape == (out, in_features), name
         return DenseWeight(torch.cat([self.tensors[n] for n in names]).to(self.device, self.dtype))
+
+    def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
+        parts = [self.tensors[name.format(expert)] for expert in range(num_experts)]
+        assert all(part.shape == (out_features, in_features) for part in parts), name
+        return DenseExperts(torch.stack(parts).to(self.dtype))
 
     def has(self, name: str) -> bool:
         return name in self.tensors

@@ -172,6 +172,7 @@ class PackedMatrix:
     def row_bytes(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    def part(self, first: int, rows: int) -> PackedMatrix: ...
     def pack(self, first: int, count: int, blocks: int, num_blocks: int, order: int) -> None: ...
     def unpack(self, first: int, count: int, out: int) -> None: ...
     def gather(self, ids: int, count: int, out: int) -> None: ...
@@ -226,6 +227,25 @@ class Program:
     def activate(
         self, x: int, out: int, width: int, kind: int, is_gated: bool, acts: list[tuple[int, int]]
     ) -> None: ...
+    def experts(
+        self,
+        x: tuple[int, int],
+        logits: int,
+        out: int,
+        gate: PackedMatrix,
+        up: PackedMatrix,
+        down: PackedMatrix,
+        down_kind: int,
+        num_experts: int,
+        hidden: int,
+        inner: int,
+        top_k: int,
+        routing_kind: int,
+        is_renormalised: bool,
+        jitter: float,
+        activation: int,
+    ) -> None: ...
+    def add_gated(self, x: int, other: int, gate: int, width: int) -> None: ...
     def convert(self, x: int, width: int, acts: list[tuple[int, int]]) -> None: ...
     def rope_kv(
         self,

@@ -29,6 +29,12 @@ class PackedMatrix:
         matrix.pack(0, blocks)
         return matrix
 
+    def part(self, first: int, rows: int) -> "PackedMatrix":
+        """Rows [first, first + rows) as a matrix in the same memory; first is a multiple of 16, else ValueError."""
+        made = PackedMatrix.__new__(PackedMatrix)
+        made.native = self.native.part(first, rows)
+        return made
+
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""

@@ -1,5 +1,7 @@
 """Token ids to vectors, and vectors to logits."""
 
+from torch import Tensor
+
 from serve_app.layers.step import Rows, Step
 from serve_app.quant.weight import Weight
 
@@ -20,10 +22,11 @@ class Embedding:
 class OutputHead:
     """Hidden states to logits, by a matrix of its own or the embedding's (tied)."""
 
-    def __init__(self, weight: Weight) -> None:
-        """weight [vocab, hidden]."""
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+        """weight [vocab, hidden]; bias [vocab] float32 or None."""
         self.weight = weight
+        self._bias = bias
 
     def __call__(self, hidden: Rows, step: Step) -> Rows:
         """hidden [L, hidden] → [L, vocab]."""
-        return step.linear(hidden, self.weight, None)
+        return step.linear(hidden, self.weight, self._bias)

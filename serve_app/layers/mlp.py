@@ -16,3 +16,16 @@ class GatedMLP:
     def __call__(self, x: Rows, step: Step) -> Rows:
         """x [T, hidden] → [T, hidden]."""
         return self._down(step.gate(self._gate_up(x, step), self._activation), step)
+
+
+class PlainMLP:
+    """down(f(up(x)))."""
+
+    def __init__(self, up: Linear, down: Linear, activation: Activation) -> None:
+        self._up = up
+        self._down = down
+        self._activation = activation
+
+    def __call__(self, x: Rows, step: Step) -> Rows:
+        """x [T, hidden] → [T, hidden]."""
+        return self._down(step.activate(self._up(x, step), self._activation), step)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from kernels.cpu.program import Buffer, Recording
 from serve_app.attention.backend import AttentionShape
-from serve_app.layers.step import Activation, AngleTable, NormWeights
-from serve_app.quant.native import native_parts
+from serve_app.layers.step import Activation, AngleTable, MixtureWeights, NormWeights, Routing, RoutingKind
+from serve_app.quant.native import native_experts, native_parts
 from serve_app.quant.weight import Weight
 
 ACT_F32 = 0
 KV_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 """csrc/kv.h's numbers by the dtype of a KV pool; uint8 stands for q8 rows."""
+_ROUTINGS: dict[RoutingKind, int] = {"softmax": 0, "sparsemixer": 1}
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2}
 
 
@@ -121,6 +122,35 @@ class NativeStep:
             makes=out,
         )
         return out
+
+    def experts(self, x: Buffer, weights: MixtureWeights, routing: Routing, activation: Activation) -> Buffer:
+        """See Step."""
+        logits = self.linear(x, weights.router, None)
+        gate, up, down = (native_experts(part) for part in (weights.gate, weights.up, weights.down))
+        self._recording.keep_alive((gate, up, down))
+        # Both products read the same rows; every type can be multiplied with float32.
+        has_one_kind = not self._is_exact and gate.native.act == up.native.act
+        kind, down_kind = gate.native.act if has_one_kind else ACT_F32, ACT_F32 if self._is_exact else down.native.act
+        form, out = self._recording.form(x, kind), Buffer(x.width)
+        num_experts, (inner, hidden) = weights.gate.num_experts, weights.gate.shape
+        self._recording.record(
+            [form, logits],
+            [out],
+            lambda program, number: program.experts(
+                (kind, number(form)), number(logits), number(out), gate.native, up.native, down.native, down_kind,
+                num_experts, hidden, inner, routing.top_k, _ROUTINGS[routing.kind], routing.is_renormalised,
+                routing.jitter, _ACTIVATIONS[activation],
+            ),
+        )  # fmt: skip
+        return out
+
+    def add_gated(self, x: Buffer, other: Buffer, gate: Buffer) -> None:
+        """See Step."""
+        self._recording.record(
+            [x, other, gate],
+            [x],
+            lambda program, number: program.add_gated(number(x), number(other), number(gate), x.width),
+        )
 
     def attention(self, qkv: Buffer, shape: AttentionShape, rotary: AngleTable | None) -> Buffer:
         """See Step."""

@@ -1,5 +1,6 @@
 """Normalisation layers."""
 
+import torch
 from torch import Tensor
 
 from serve_app.layers.step import NormWeights, Rows, Step
@@ -19,6 +20,11 @@ class Norm:
     ) -> None:
         """See NormWeights."""
         self._weights = NormWeights(weight, epsilon, bias, offset, is_layer_norm)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._weights.weight.device
 
     def __call__(self, x: Rows, step: Step) -> Rows:
         """x [T, H] → [T, H]."""

@@ -12,12 +12,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serve_app.attention.backend import AttentionShape
+from serve_app.quant.experts import Experts
 from serve_app.quant.weight import Weight
 
 Rows: TypeAlias = Any
 """A row of numbers for each token: a Tensor [T, width], or what stands for it while a program is recorded."""
 
 Activation = Literal["silu", "gelu_tanh", "gelu_erf"]
+
+
+RoutingKind = Literal["softmax", "sparsemixer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How top_k experts and their factors come from a token's router logits.
+
+    softmax: the largest probabilities over all experts; is_renormalised: divided by the sum of those taken.
+    sparsemixer: two experts, each with its probability among those within 2 * jitter of it, relative to its size; for
+    the second the first is left out. Source: Liu et al. 2024, "GRIN: GRadient-INformed MoE", section 2, at inference.
+    """
+
+    top_k: int
+    kind: RoutingKind = "softmax"
+    is_renormalised: bool = False
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureWeights:
+    """router [experts, hidden] float32; gate and up [experts, inner, hidden]; down [experts, hidden, inner]."""
+
+    router: Weight
+    gate: Experts
+    up: Experts
+    down: Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +112,14 @@ class Step(Protocol):
 
     def gate(self, gate_up: Rows, activation: Activation) -> Rows:
         """f(gate) * up, where gate is the left half of each row and up the right one."""
+        ...
+
+    def experts(self, x: Rows, weights: MixtureWeights, routing: Routing, activation: Activation) -> Rows:
+        """The sum over the experts that each token takes of factor * down(f(gate(x)) * up(x)), by ascending expert."""
+        ...
+
+    def add_gated(self, x: Rows, other: Rows, gate: Rows) -> None:
+        """Adds other * sigmoid(gate) to x in place; gate has rows of one number."""
         ...
 
     def attention(self, qkv: Rows, shape: AttentionShape, rotary: AngleTable | None) -> Rows:

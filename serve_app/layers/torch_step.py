@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from kernels.reference import norm as reference
+from kernels.reference.routing import route
 from serve_app.attention.backend import AttentionBackend, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
-from serve_app.layers.step import Activation, AngleTable, NormWeights
+from serve_app.layers.step import Activation, AngleTable, MixtureWeights, NormWeights, Routing
 from serve_app.quant.weight import Weight
 
 
@@ -52,6 +53,23 @@ class TorchStep:
     def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """See Step."""
         return reference.gate(gate_up, activation)
+
+    def experts(self, x: Tensor, weights: MixtureWeights, routing: Routing, activation: Activation) -> Tensor:
+        """See Step."""
+        logits = weights.router.matmul(x.float())
+        chosen, factors = route(logits, routing.kind, routing.top_k, routing.is_renormalised, routing.jitter)
+        out = torch.zeros_like(x)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            token, place = torch.where(chosen == expert)
+            some = x[token]
+            gate_up = torch.cat([part.expert(expert).matmul(some) for part in (weights.gate, weights.up)], dim=-1)
+            result = weights.down.expert(expert).matmul(reference.gate(gate_up, activation))
+            out.index_add_(0, token, result * factors[token, place, None].to(result.dtype))
+        return out
+
+    def add_gated(self, x: Tensor, other: Tensor, gate: Tensor) -> None:
+        """See Step."""
+        x += other * torch.sigmoid(gate)
 
     def attention(self, qkv: Tensor, shape: AttentionShape, rotary: AngleTable | None) -> Tensor:
         """See Step."""

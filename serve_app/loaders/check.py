@@ -16,6 +16,7 @@ from serve_app.loaders.load import find_args, open_checkpoint
 from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.options import ModelSource
+from serve_app.quant.experts import DenseExperts, Experts
 from serve_app.quant.weight import DenseWeight, Weight
 
 
@@ -30,6 +31,10 @@ class _Headers(CheckpointSource):
         for name, out in zip(names, out_features, strict=True):
             self._take(name, (out, in_features))
         return DenseWeight(torch.empty((sum(out_features), in_features), device="meta"))
+
+    def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
+        self._expert_parts(name, num_experts, out_features, in_features)
+        return DenseExperts(torch.empty((num_experts, out_features, in_features), device="meta"))
 
 
 def check_model(files: ModelFiles) -> None:

@@ -26,10 +26,13 @@ class GgufCheckpoint:
 
     def find(self, name: str) -> StoredTensor | None:
         """See Checkpoint."""
-        stored_name = gguf_name(name)
+        stored_name = gguf_name(name, self._architecture)
         if stored_name not in self._file.tensors:
             return None
         stored = self._stored(stored_name)
+        if len(stored.shape) == 1 and name.endswith(".shared_expert_gate.weight"):
+            # One row, which GGUF keeps as a vector.
+            return replace(stored, shape=(1, *stored.shape))
         heads = self._rotary_heads(name)
         if heads is None:
             return stored
@@ -40,7 +43,7 @@ class GgufCheckpoint:
 
     def stored_name(self, name: str) -> str:
         """See Checkpoint."""
-        return gguf_name(name)
+        return gguf_name(name, self._architecture)
 
     def stored(self) -> Iterator[StoredTensor]:
         """See Checkpoint."""

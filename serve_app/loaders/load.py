@@ -1,7 +1,7 @@
 """From files to a model that is ready to run."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from serve_app.loaders.number_formats import compute_dtype, kv_dtype
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.base import CausalLM, ModelArgs
-from serve_app.models.registry import Family, find_family
+from serve_app.models.registry import Family, find_family, gguf_architecture
 from serve_app.options import DType, KvDType
 
 logger = logging.getLogger(__name__)
@@ -69,11 +69,17 @@ def load_model(
 
 
 def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
-    """The model's family and its arguments; ModelFileError for a configuration that does not do."""
+    """The model's family and its arguments; ModelFileError for a configuration that does not do.
+
+    The arguments have the context that is served: longrope's choice of a set follows it.
+    """
     family = find_family(_architecture(files), files.config_file)
     if files.gguf_metadata is not None:
-        return family, family.args.from_gguf(files.gguf_metadata, files.config_file)
-    return family, family.args.from_hf(files.config or {}, files.config_file)
+        args = family.args.from_gguf(files.gguf_metadata, files.config_file)
+    else:
+        args = family.args.from_hf(files.config or {}, files.config_file)
+    served = min(args.max_position_embeddings, files.max_seq_len)
+    return family, replace(cast(Any, args), max_position_embeddings=served)
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
@@ -85,7 +91,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 
 def _architecture(files: ModelFiles) -> str:
-    name = files.architecture
+    name = files.architecture if files.gguf_metadata is None else gguf_architecture(files.gguf_metadata)
     if not isinstance(name, str):
         key = "general.architecture" if files.kind == "gguf" else "architectures"
         raise ModelFileError(f"{files.config_file}: key {key!r} is missing or no text")

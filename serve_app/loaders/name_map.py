@@ -1,44 +1,94 @@
 """GGUF's tensor names for those of Hugging Face checkpoints, and the order of its q and k rows.
 
-Names: gguf's tensor-name table for the Llama-like architectures.
+Names: gguf's tensor-name table. A family that names something in its own way has a table of its own.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
-_GLOBAL = {
+_GLOBAL: Final = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
+    "model.final_layernorm": "output_norm",
     "lm_head": "output",
 }
-_OF_LAYER = {
+_OF_OF_MIXTURE: Final = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
+}
+# Files of before April 2024 have a tensor for each expert.
+_OF_EXPERT: Final = {
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "w1": "ffn_gate",
+    "w3": "ffn_up",
+    "w2": "ffn_down",
+}
+_EXPERT: Final = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
+_LAYER: Final = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
+    "self_attn.dense": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
 }
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# Norms on both sides of attention and MLP.
+_SANDWICH: Final = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_OWN_OF_LAYER: Final[Mapping[str, Mapping[str, str]]] = {"gemma2": _SANDWICH, "gemma3": _SANDWICH}
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 # Architectures whose q and k rows GGUF keeps in pairs: rows 2i and 2i + 1 of a head belong together, not i and
 # i + head_dim / 2.
-_PAIRED_ROTARY = frozenset({"llama"})
+_PAIRED_ROTARY: Final = frozenset({"llama", "granite"})
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str = "llama") -> str:
     """GGUF's name of a checkpoint's tensor; one without a rule ("rope_freqs.weight") stays as it is."""
     stem, dot, kind = name.rpartition(".")
     if stem in _GLOBAL:
         return f"{_GLOBAL[stem]}{dot}{kind}"
+    expert = _EXPERT.fullmatch(stem)
+    if expert and expert[3] in _OF_EXPERT:
+        return f"blk.{expert[1]}.{_OF_EXPERT[expert[3]]}.{expert[2]}{dot}{kind}"
     match = _LAYER.fullmatch(stem)
-    if match and match[2] in _OF_LAYER:
-        return f"blk.{match[1]}.{_OF_LAYER[match[2]]}{dot}{kind}"
+    if match and match[2] in _OF_MIXTURE:
+        return f"blk.{match[1]}.{_OF_MIXTURE[match[2]]}{dot}{kind}"
+    if match:
+        stored = _OWN_OF_LAYER.get(architecture, {}).get(match[2], _OF_LAYER.get(match[2]))
+        if stored is not None:
+            return f"blk.{match[1]}.{stored}{dot}{kind}"
     return name
 
 

@@ -1,7 +1,9 @@
 """Builds the tensors and weights that a family asks for out of a checkpoint's stored ones."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -14,6 +16,8 @@ from kernels.reference.quant import dequantize
 from serve_app.errors import ModelFileError
 from serve_app.loaders.checkpoint import Checkpoint, StoredTensor, num_elements
 from serve_app.loaders.pages import as_tensor, drop_pages, expect_pages
+from serve_app.quant.experts import DenseExperts, Experts, PackedExperts
+from serve_app.quant.native_experts import NativeExperts, padded
 from serve_app.quant.native_weight import NativeWeight
 from serve_app.quant.packed import PackedWeight, fuse
 from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarWeight
@@ -84,6 +88,11 @@ class CheckpointSource:
                 drop_pages(tensor.data)
         return weight
 
+    def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
+        """See WeightSource."""
+        parts = self._expert_parts(name, num_experts, out_features, in_features)
+        return self._native_experts(parts) or self._torch_experts(parts)
+
     def unused(self) -> list[str]:
         """Stored names of tensors that nothing asked for."""
         return [t.name for t in self._checkpoint.stored() if t.name not in self._taken]
@@ -103,6 +112,44 @@ class CheckpointSource:
     def _rows(self, stored: StoredTensor, num_rows: int) -> Tensor:
         """The bytes as [num_rows, bytes per row], still those of the file."""
         return as_tensor(stored.data).view(num_rows, -1)
+
+    def _expert_parts(self, name: str, num_experts: int, out: int, width: int) -> list[StoredTensor]:
+        """The experts' matrices one by one, each with its own bytes of the file."""
+        whole_name = name.replace("{}.", "")
+        if not self.has(whole_name):
+            parts = [self._take(name.format(expert), (out, width)) for expert in range(num_experts)]
+            for part in parts:
+                if part.form is not parts[0].form:
+                    raise ModelFileError(
+                        f"{part.file}: tensor {part.name!r} has type {part.form.name}, expert 0 has "
+                        f"{parts[0].form.name}: the experts of a layer must have one type"
+                    )
+            return parts
+        whole = self._take(whole_name, (num_experts, out, width))
+        size = len(whole.data) // num_experts
+        datas = [whole.data[expert * size : (expert + 1) * size] for expert in range(num_experts)]
+        return [replace(whole, shape=(out, width), data=data) for data in datas]
+
+    def _native_experts(self, parts: list[StoredTensor]) -> NativeExperts | None:
+        (rows, columns), form = parts[0].shape, parts[0].form
+        num_rows = len(parts) * padded(rows)
+        matrix = native_matrix(form.type_id, num_rows, columns) if self._device.type == "cpu" else None
+        if matrix is None:
+            return None
+        experts = NativeExperts(matrix, len(parts), rows, self._dtype, is_exact=self._is_exact)
+        for number, part in enumerate(parts):
+            expect_pages(part.data)
+            self._pack(part, partial(experts.pack, number))
+        return experts
+
+    def _torch_experts(self, parts: list[StoredTensor]) -> Experts:
+        form, plain = parts[0].form, PLAIN_DTYPES.get(parts[0].form.name)
+        rows = torch.stack([self._rows(part, part.shape[0]) for part in parts])
+        for part in parts:
+            drop_pages(part.data)
+        if plain is not None and plain.itemsize >= self._dtype.itemsize:
+            return DenseExperts(self._placed(rows.view(plain).to(self._dtype)))
+        return PackedExperts(form, self._placed(rows), self._dtype)
 
     def _matrix(self, stored: StoredTensor) -> Weight:
         if self._has_triton and planar_form(stored.form.name) is not None:
@@ -128,17 +175,20 @@ class CheckpointSource:
         if matrix is None:
             return None
         expect_pages(stored.data)
-        num_rows, rows = stored.shape[0], self._rows(stored, stored.shape[0])
         if stored.row_order is not None:
-            matrix.pack(0, rows, stored.row_order)
+            matrix.pack(0, self._rows(stored, stored.shape[0]), stored.row_order)
             drop_pages(stored.data)
             return NativeWeight(matrix, self._dtype, is_exact=self._is_exact)
+        self._pack(stored, matrix.pack)
+        return NativeWeight(matrix, self._dtype, is_exact=self._is_exact)
+
+    def _pack(self, stored: StoredTensor, pack: Callable[[int, Tensor], None]) -> None:
+        rows = self._rows(stored, stored.shape[0])
         row_bytes = rows.shape[1]
         step = max(1, PACK_BYTES // (TILE_ROWS * row_bytes)) * TILE_ROWS
-        for first in range(0, num_rows, step):
-            matrix.pack(first, rows[first : first + step])
+        for first in range(0, stored.shape[0], step):
+            pack(first, rows[first : first + step])
             drop_pages(stored.data[first * row_bytes : (first + step) * row_bytes])
-        return NativeWeight(matrix, self._dtype, is_exact=self._is_exact)
 
     def _torch(self, stored: StoredTensor) -> Weight:
         rows = self._rows(stored, stored.shape[0])

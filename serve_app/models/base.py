@@ -7,6 +7,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from serve_app.layers.step import Rows, Step
+    from serve_app.quant.experts import Experts
     from serve_app.quant.weight import Weight
 
 
@@ -53,6 +54,14 @@ class WeightSource(Protocol):
 
     def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> "Weight":
         """The named matrices [out_features[i], in_features] fused along dimension 0, packed or dense."""
+        ...
+
+    def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> "Experts":
+        """A mixture's matrices [out_features, in_features] as one grouped tensor.
+
+        name: with "{}" for the expert's number ("model.layers.0.mlp.experts.{}.up_proj.weight"). The file may have one
+        tensor of all experts instead; its name lacks the number.
+        """
         ...
 
     def has(self, name: str) -> bool:

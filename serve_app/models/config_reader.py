@@ -53,6 +53,22 @@ class ConfigReader:
             raise self.fail(key, f"is {value!r}, not a number above 0")
         return float(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers above 0."""
+        values = self._values.get(key)
+        if not isinstance(values, list) or not values:
+            raise self.fail(key, "is missing or no list of numbers")
+        return tuple(ConfigReader({key: value}, self.file).number(key) for value in values)
+
+    def choice(self, key: str, default: str, supported: tuple[str, ...]) -> str:
+        """One of a few words."""
+        value = self._values.get(key)
+        if value is None:
+            value = default
+        if value not in supported:
+            raise self.fail(key, f"is {value!r}; supported is {' or '.join(supported)}")
+        return str(value)
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._values.get(key)

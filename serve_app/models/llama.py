@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1 and 3.2: RMS norms, grouped queries, rotary positions, gated MLP, tied or free head."""
+"""Llama 1 to 3.3, and Mistral in GGUF: RMS norms, grouped queries, rotary positions, gated MLP, tied or free head."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +90,8 @@ class LlamaArgs:
         return self.head_dim if self.rope.dim is None else self.rope.dim
 
     def _checked(self, reader: ConfigReader, kv_key: str, head_key: str) -> "LlamaArgs":
+        if self.rope.scaling.kind == "longrope":
+            raise reader.fail("rope_type", "is 'longrope', which Llamas do not have")
         if self.n_heads % self.n_kv_heads:
             raise reader.fail(kv_key, f"is {self.n_kv_heads}, which does not divide the {self.n_heads} heads")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
@@ -149,7 +151,7 @@ class LlamaForCausalLM:
         frequencies = inverse_frequencies(args.rotary_dim, args.rope.theta, args.rope.scaling).to(norm.device)
         if weights.has("rope_freqs.weight"):
             frequencies = frequencies / weights.tensor("rope_freqs.weight", (args.rotary_dim // 2,))
-        rotary = Rotary(frequencies, args.max_position_embeddings)
+        rotary = Rotary(frequencies, args.max_position_embeddings, args.rope.scaling.magnitude)
         self.blocks = [LlamaBlock(i, args, weights, rotary) for i in range(args.n_layers)]
         self.norm = Norm(norm, args.rms_norm_eps)
         is_tied = args.tie_word_embeddings

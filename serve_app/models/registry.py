@@ -1,5 +1,6 @@
 """Architecture name → family: the one list of what is supported. Families are imported when they are asked for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -11,6 +12,31 @@ from serve_app.models.base import CausalLM, ModelArgs, WeightSource
 _FAMILIES = {
     "LlamaForCausalLM": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
     "llama": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
+    "MistralForCausalLM": ("serve_app.models.mistral", "MistralArgs", "MistralForCausalLM"),
+    "Qwen2ForCausalLM": ("serve_app.models.qwen2", "Qwen2Args", "Qwen2ForCausalLM"),
+    "qwen2": ("serve_app.models.qwen2", "Qwen2Args", "Qwen2ForCausalLM"),
+    "Qwen3ForCausalLM": ("serve_app.models.qwen3", "Qwen3Args", "Qwen3ForCausalLM"),
+    "qwen3": ("serve_app.models.qwen3", "Qwen3Args", "Qwen3ForCausalLM"),
+    "GemmaForCausalLM": ("serve_app.models.gemma", "GemmaArgs", "GemmaForCausalLM"),
+    "gemma": ("serve_app.models.gemma", "GemmaArgs", "GemmaForCausalLM"),
+    "Gemma2ForCausalLM": ("serve_app.models.gemma2", "Gemma2Args", "Gemma2ForCausalLM"),
+    "gemma2": ("serve_app.models.gemma2", "Gemma2Args", "Gemma2ForCausalLM"),
+    "Gemma3ForCausalLM": ("serve_app.models.gemma3", "Gemma3Args", "Gemma3ForCausalLM"),
+    "gemma3": ("serve_app.models.gemma3", "Gemma3Args", "Gemma3ForCausalLM"),
+    "Phi3ForCausalLM": ("serve_app.models.phi3", "Phi3Args", "Phi3ForCausalLM"),
+    "phi3": ("serve_app.models.phi3", "Phi3Args", "Phi3ForCausalLM"),
+    "PhiForCausalLM": ("serve_app.models.phi2", "Phi2Args", "PhiForCausalLM"),
+    "phi2": ("serve_app.models.phi2", "Phi2Args", "PhiForCausalLM"),
+    "Starcoder2ForCausalLM": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
+    "starcoder2": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
+    "MixtralForCausalLM": ("serve_app.models.mixtral", "MixtralArgs", "MixtralForCausalLM"),
+    "Qwen2MoeForCausalLM": ("serve_app.models.qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM"),
+    "qwen2moe": ("serve_app.models.qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM"),
+    "Qwen3MoeForCausalLM": ("serve_app.models.qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM"),
+    "qwen3moe": ("serve_app.models.qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM"),
+    "PhimoeForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
+    "PhiMoEForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
+    "phimoe": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
 }
 
 
@@ -25,6 +51,12 @@ class Family:
         """The model; ModelFileError where the weights do not fit the args."""
         model: CausalLM = self.model(args, weights)
         return model
+
+
+def gguf_architecture(metadata: Mapping[str, Any]) -> Any:
+    """The name under which a GGUF's family is found: Mixtral's files call themselves llama, but have experts."""
+    name = metadata.get("general.architecture")
+    return "MixtralForCausalLM" if name == "llama" and metadata.get("llama.expert_count") else name
 
 
 def find_family(architecture: str | None, file: str) -> Family:

@@ -1,8 +1,8 @@
 """The rotary settings of a checkpoint, in the forms that configurations have had."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from serve_app.layers.rotary import RopeScaling
+from serve_app.layers.rope_scaling import RopeScaling, longrope_magnitude, yarn_magnitude
 from serve_app.models.config_reader import ConfigReader
 
 
@@ -15,46 +15,117 @@ class RopeConfig:
     scaling: RopeScaling = field(default_factory=RopeScaling)
 
 
-def rope_from_hf(config: ConfigReader, head_dim: int) -> RopeConfig:
-    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
+def rope_from_hf(config: ConfigReader, head_dim: int, *, share: float = 1.0) -> RopeConfig:
+    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
+
+    share: of a head that is rotated where the file does not say it.
+    """
     nested = config.section("rope_parameters") or config.section("rope_scaling") or ConfigReader({}, config.file)
     outer = config.get("rope_theta") is not None and nested.get("rope_theta") is None
     theta = (config if outer else nested).number("rope_theta", 10000.0)
-    share = (config if nested.get("partial_rotary_factor") is None else nested).number("partial_rotary_factor", 1.0)
+    share = (config if nested.get("partial_rotary_factor") is None else nested).number("partial_rotary_factor", share)
+    return RopeConfig(theta, None if share == 1.0 else int(head_dim * share), scaling_from_hf(config, nested))
+
+
+def scaling_from_hf(config: ConfigReader, nested: ConfigReader) -> RopeScaling:
+    """The scaling that a section of the configuration describes."""
     key = "rope_type" if nested.get("rope_type") is not None else "type"
     kind = nested.get(key) or "default"
-    original = config.count("max_position_embeddings")
+    longest = config.count("max_position_embeddings")
     if kind == "default":
-        scaling = RopeScaling()
-    elif kind == "linear":
-        scaling = RopeScaling("linear", nested.number("factor"))
-    elif kind == "llama3":
+        return RopeScaling()
+    if kind == "linear":
+        return RopeScaling("linear", nested.number("factor"))
+    if kind == "dynamic":
+        return RopeScaling("dynamic", nested.number("factor"), original_max_position_embeddings=longest)
+    if kind == "llama3":
         scaling = RopeScaling(
             "llama3",
             nested.number("factor"),
             nested.number("low_freq_factor"),
             nested.number("high_freq_factor"),
-            nested.count("original_max_position_embeddings", original),
+            nested.count("original_max_position_embeddings", longest),
         )
         if scaling.high_freq_factor <= scaling.low_freq_factor:
             raise nested.fail("high_freq_factor", "is not above low_freq_factor")
-    else:
-        raise nested.fail(key, f"is {kind!r}; supported are default, linear and llama3")
-    return RopeConfig(theta, None if share == 1.0 else int(head_dim * share), scaling)
+        return scaling
+    if kind in ("longrope", "su"):
+        return _longrope(config, nested)
+    if kind == "yarn":
+        return _yarn(nested, longest)
+    raise nested.fail(key, f"is {kind!r}; supported are default, linear, dynamic, llama3, yarn and longrope")
 
 
-def rope_from_gguf(config: ConfigReader, prefix: str) -> RopeConfig:
-    """From the keys `<prefix>.rope.*`. Llama 3's scaling is a tensor of divisors in these files, not a key."""
+def _yarn(nested: ConfigReader, longest: int) -> RopeScaling:
+    original = nested.count("original_max_position_embeddings", longest)
+    factor = nested.number("factor", longest / original)
+    weights = [nested.number(key) if nested.get(key) else 0.0 for key in ("mscale", "mscale_all_dim")]
+    magnitude = yarn_magnitude(factor)
+    if all(weights):
+        magnitude = yarn_magnitude(factor, weights[0]) / yarn_magnitude(factor, weights[1])
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        magnitude=nested.number("attention_factor", magnitude),
+        beta_fast=nested.number("beta_fast", 32.0),
+        beta_slow=nested.number("beta_slow", 1.0),
+        truncates=nested.flag("truncate", True),
+    )
+
+
+def _longrope(config: ConfigReader, nested: ConfigReader) -> RopeScaling:
+    longest = config.count("max_position_embeddings")
+    outer = nested.get("original_max_position_embeddings") is None
+    original = (config if outer else nested).count("original_max_position_embeddings", longest)
+    factor = nested.number("factor", longest / original)
+    return RopeScaling(
+        "longrope",
+        factor,
+        original_max_position_embeddings=original,
+        magnitude=nested.number("attention_factor", longrope_magnitude(factor, original)),
+        short_factor=nested.numbers("short_factor"),
+        long_factor=nested.numbers("long_factor"),
+    )
+
+
+def rope_from_gguf(config: ConfigReader, prefix: str, *, has_longrope: bool = False) -> RopeConfig:
+    """From the keys `<prefix>.rope.*`. Llama 3's and longrope's divisors are tensors in these files, not keys.
+
+    has_longrope: an original length below the context length stands for longrope (Phi-3).
+    """
     key = f"{prefix}.rope.scaling.type"
     kind = config.get(key) or "none"
     factor_key = f"{prefix}.rope.scaling.factor"
-    if kind == "linear":
+    original_key = f"{prefix}.rope.scaling.original_context_length"
+    magnitude_key = f"{prefix}.rope.scaling.attn_factor"
+    longest = config.count(f"{prefix}.context_length")
+    original = config.count(original_key, longest)
+    if has_longrope and config.get(magnitude_key) is not None and kind in ("none", "longrope"):
+        magnitude = config.number(magnitude_key)
+        scaling = RopeScaling("longrope", original_max_position_embeddings=original, magnitude=magnitude)
+    elif kind == "linear":
         scaling = RopeScaling("linear", config.number(factor_key, 1.0))
+    elif kind == "yarn":
+        factor = config.number(factor_key)
+        scaling = RopeScaling(
+            "yarn",
+            factor,
+            original_max_position_embeddings=original,
+            magnitude=yarn_magnitude(factor) * config.number(magnitude_key, 1.0),
+            beta_fast=config.number(f"{prefix}.rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=config.number(f"{prefix}.rope.scaling.yarn_beta_slow", 1.0),
+        )
     elif kind == "none":
         old = f"{prefix}.rope.scale_linear"
         scaling = RopeScaling("linear", config.number(old)) if config.get(old) else RopeScaling()
     else:
-        raise config.fail(key, f"is {kind!r}; supported are none and linear")
+        raise config.fail(key, f"is {kind!r}; supported are none, linear and yarn")
     dim_key = f"{prefix}.rope.dimension_count"
     dim = config.count(dim_key) if config.get(dim_key) is not None else None
     return RopeConfig(config.number(f"{prefix}.rope.freq_base", 10000.0), dim, scaling)
+
+
+def unscaled(rope: RopeConfig, theta: float) -> RopeConfig:
+    """The same without scaling, over another base."""
+    return replace(rope, theta=theta, scaling=RopeScaling())

@@ -1,6 +1,7 @@
 // Python's view of packed matrices. Addresses and counts come from kernels/cpu/packed.py, which owns the tensors; what
 // could read or write outside of them is checked here.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -141,6 +142,7 @@ void bind_packed(nb::module_& m) {
         .def_prop_ro("row_bytes", &PackedMemory::row_bytes)
         .def_prop_ro("num_bytes", &PackedMemory::num_bytes)
         .def("pack", pack)
+        .def("part", [](const PackedMemory& whole, int64_t first, int64_t rows) { return std::make_unique<PackedMemory>(whole, first, rows); })
         .def("unpack", unpack)
         .def("gather", rows)
         .def("matmul", matmul);

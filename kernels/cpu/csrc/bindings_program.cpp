@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "experts.h"
 #include "packed_memory.h"
 #include "program.h"
 #include "program_ops.h"
@@ -150,6 +151,37 @@ class Builder {
         program_.add(std::make_unique<AttentionOp>(job, qkv, out, program_.plan_for(n_heads, n_kv_heads, head_dim)));
     }
 
+    // x: kind of activations and their buffer. Matrices hold those of all experts, each filled up to whole tiles.
+    void experts(std::pair<int, int> x, int logits, int out, const PackedMemory& gate, const PackedMemory& up, const PackedMemory& down,
+                 int down_kind, int64_t num_experts, int64_t hidden, int64_t inner, int64_t top_k, int routing_kind, bool is_renormalised,
+                 float jitter, int activation) {
+        const Rows rows = kind_of(out);
+        require(num_experts > 0 && top_k > 0 && top_k <= num_experts, "more experts a token than there are");
+        require(routing_kind >= 0 && routing_kind <= int(RoutingKind::sparsemixer), "no such routing");
+        require(RoutingKind(routing_kind) != RoutingKind::sparsemixer || top_k == 2, "sparsemixer takes two experts a token");
+        require(activation >= 0 && activation <= int(Activation::gelu_erf), "no such activation");
+        floats(logits, rows, num_experts);
+        floats(out, rows, hidden);
+        const Routing routing{RoutingKind(routing_kind), num_experts, top_k, is_renormalised, jitter};
+        ExpertBuffers buffers{act_buffers({x}, rows, hidden)[0], logits, out, own_buffer(rows, top_k * 16), {}, -1, {}, -1};
+        buffers.grouped = {buffers.x.layout, own_buffer(rows, top_k * buffers.x.layout.row_bytes)};
+        buffers.gate_up = own_buffer(rows, top_k * 2 * inner * 4);
+        const ActLayout inner_layout = ActLayout::of(Act(down_kind), inner);
+        buffers.inner = {inner_layout, own_buffer(rows, top_k * inner_layout.row_bytes)};
+        buffers.results = own_buffer(rows, top_k * hidden * 4);
+        program_.add(std::make_unique<ExpertsOp>(rows, routing, Activation(activation), expert_matrices(gate, num_experts, inner, hidden),
+                                                 expert_matrices(up, num_experts, inner, hidden),
+                                                 expert_matrices(down, num_experts, hidden, inner), buffers));
+    }
+
+    void add_gated(int x, int other, int gate, int64_t width) {
+        const Rows rows = kind_of(x);
+        floats(x, rows, width);
+        floats(other, rows, width);
+        floats(gate, rows, 1);
+        program_.add(std::make_unique<AddGatedOp>(rows, width, x, other, gate));
+    }
+
     void gather(const std::vector<std::pair<int, int>>& pairs) {
         for (const auto& [from, to] : pairs) {
             touch(from, Rows::tokens);
@@ -224,6 +256,20 @@ class Builder {
         return made;
     }
 
+    // A buffer of the op that is added next alone.
+    int own_buffer(Rows rows, int64_t row_bytes) {
+        const int made = buffer(rows == Rows::wanted, row_bytes);
+        touch(made, rows);
+        return made;
+    }
+
+    static ExpertMatrices expert_matrices(const PackedMemory& all, int64_t num_experts, int64_t rows, int64_t columns) {
+        const PackedMatrix& m = all.matrix();
+        require(rows > 0 && m.rows == num_experts * ((rows + kTileRows - 1) / kTileRows * kTileRows) && m.columns == columns,
+                "the experts' matrices do not fit each other");
+        return {m, num_experts, rows};
+    }
+
     void check_heads(int qkv, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int kv_type) {
         require(n_heads > 0 && n_kv_heads > 0 && head_dim > 0 && n_heads % n_kv_heads == 0, "an impossible number of heads");
         require(kv_type >= 0 && kv_type <= int(Kv::q8), "no such type of a cache");
@@ -256,6 +302,8 @@ void bind_program(nb::module_& m) {
         .def("convert", &Builder::convert)
         .def("rope_kv", &Builder::rope_kv)
         .def("attention", &Builder::attention)
+        .def("experts", &Builder::experts, nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
+        .def("add_gated", &Builder::add_gated)
         .def("gather", &Builder::gather)
         .def("softcap", &Builder::softcap)
         .def("scale", &Builder::scale)

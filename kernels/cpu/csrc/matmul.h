@@ -1,5 +1,6 @@
 // Products of activations with packed matrices.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -30,6 +31,9 @@ void run_units(MatmulKernel kernel, const MatmulJob& job, const MatmulUnits& uni
 // threads share all groups at once, however unequal these are.
 class GroupedMatmul {
    public:
+    // Room for so many groups: add() then allocates nothing.
+    void reserve(std::size_t groups);
+    void clear();
     // The next group: num_tokens rows of job.x.
     void add(const MatmulJob& job, int64_t num_tokens, int num_threads);
     int64_t num_units() const { return ends_.empty() ? 0 : ends_.back(); }

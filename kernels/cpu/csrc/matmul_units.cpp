@@ -37,6 +37,16 @@ void run_units(MatmulKernel kernel, const MatmulJob& job, const MatmulUnits& uni
     }
 }
 
+void GroupedMatmul::reserve(std::size_t groups) {
+    groups_.reserve(groups);
+    ends_.reserve(groups);
+}
+
+void GroupedMatmul::clear() {
+    groups_.clear();
+    ends_.clear();
+}
+
 void GroupedMatmul::add(const MatmulJob& job, int64_t num_tokens, int num_threads) {
     const MatmulUnits units = matmul_units(job, num_tokens, num_threads);
     if (units.count == 0) return;

@@ -26,6 +26,14 @@ PackedMemory::PackedMemory(int type_id, int64_t rows, int64_t columns) : matrix_
     matrix_.data = data_.get();
 }
 
+PackedMemory::PackedMemory(const PackedMemory& whole, int64_t first, int64_t rows) : matrix_(whole.matrix_) {
+    if (first < 0 || rows < 0 || first % kTileRows != 0 || first + rows > whole.matrix_.rows)
+        throw std::invalid_argument("a part must begin with a tile of its matrix and end within it");
+    matrix_.rows = rows;
+    data_ = std::shared_ptr<uint8_t>(whole.data_, whole.data_.get() + first / kTileRows * matrix_.tile_bytes);
+    matrix_.data = data_.get();
+}
+
 int64_t packed_bytes(int type_id, int64_t rows, int64_t columns) {
     const PackedMatrix shape = shape_of(type_id, rows, columns);
     return shape.tiles() * shape.tile_bytes;

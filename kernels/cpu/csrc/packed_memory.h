@@ -8,6 +8,9 @@ class PackedMemory {
    public:
     // Zeroed; throws std::bad_alloc, or std::invalid_argument for a type or size that cannot be kept.
     PackedMemory(int type_id, int64_t rows, int64_t columns);
+    // Rows [first, first + rows) of another one, whose memory both then hold; first is a multiple of 16. Throws
+    // std::invalid_argument.
+    PackedMemory(const PackedMemory& whole, int64_t first, int64_t rows);
     PackedMemory(const PackedMemory&) = delete;
     PackedMemory& operator=(const PackedMemory&) = delete;
 

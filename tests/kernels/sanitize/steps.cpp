@@ -6,6 +6,7 @@
 
 #include "attention_plan.h"
 #include "driver.h"
+#include "experts.h"
 #include "packed_memory.h"
 #include "program.h"
 #include "program_ops.h"
@@ -98,6 +99,7 @@ void run_program() {
     constexpr int64_t kHidden = 96, kHeads = 4, kKvHeads = 2, kHeadDim = 24, kInner = 160, kVocabulary = 50, kPositions = 400;
     constexpr int64_t kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
     constexpr int kQ4_0 = 2, kQ8_0 = 8, kBf16 = 30;
+    constexpr int64_t kExperts = 5, kTopK = 2, kExpertInner = 64, kFilled = 96;  // 96: of a hidden size of whole tiles
     const auto filled = [](int type, int64_t rows, int64_t columns) {
         auto memory = std::make_unique<PackedMemory>(type, rows, columns);
         for (int64_t i = 0; i < memory->num_bytes(); ++i) memory->tile(0)[i] = uint8_t(random_bits() & 0x2f);
@@ -106,6 +108,8 @@ void run_program() {
     const auto embedding = filled(kQ8_0, kVocabulary, kHidden), q = filled(kQ4_0, kHeads * kHeadDim, kHidden);
     const auto kv = filled(kBf16, 2 * kKvHeads * kHeadDim, kHidden), o = filled(kQ8_0, kHidden, kHeads * kHeadDim);
     const auto gate_up = filled(kQ4_0, 2 * kInner, kHidden), down = filled(kQ8_0, kHidden, kInner);
+    const auto expert_gate = filled(kQ4_0, kExperts * kExpertInner, kHidden), expert_up = filled(kQ4_0, kExperts * kExpertInner, kHidden);
+    const auto expert_down = filled(kQ8_0, kExperts * kFilled, kExpertInner), router = filled(kQ8_0, kExperts, kHidden);
     Exact<float> weight(kHidden), head_weight(kHeadDim), bias(kHidden), table(kPositions * kHeadDim);
     weight.fill_numbers(), head_weight.fill_numbers(), bias.fill_numbers(), table.fill_numbers();
 
@@ -165,6 +169,22 @@ void run_program() {
     };
     product(*o, mixed8, Rows::tokens, projected);
     add(std::make_unique<NormOp>(Rows::tokens, norm, projected, residual, -1, std::vector{x8}), {projected, residual, x8.buffer});
+    const int router_logits = floats(Rows::tokens, kExperts), share = floats(Rows::tokens, 1), mixture = floats(Rows::tokens, kHidden);
+    product(*router, x8, Rows::tokens, router_logits);
+    const ActLayout expert_acts = ActLayout::of(Act::q8_32, kExpertInner);
+    for (const auto kind : {RoutingKind::softmax, RoutingKind::sparsemixer}) {
+        const auto own = [&](int64_t bytes) { return program.memory().add(Rows::tokens, kTopK * bytes); };
+        const ExpertBuffers buffers{x8, router_logits, mixture, own(16), {x8.layout, own(x8.layout.row_bytes)}, own(2 * kExpertInner * 4),
+                                    {expert_acts, own(expert_acts.row_bytes)}, own(kHidden * 4)};
+        const Routing routing{kind, kExperts, kTopK, true, 0.1f};
+        add(std::make_unique<ExpertsOp>(Rows::tokens, routing, Activation::silu, ExpertMatrices{expert_gate->matrix(), kExperts, kExpertInner},
+                                        ExpertMatrices{expert_up->matrix(), kExperts, kExpertInner},
+                                        ExpertMatrices{expert_down->matrix(), kExperts, kHidden}, buffers),
+            {x8.buffer, router_logits, mixture, buffers.choices, buffers.grouped.buffer, buffers.gate_up, buffers.inner.buffer, buffers.results});
+    }
+    const auto one = filled(kQ8_0, 1, kHidden);
+    product(*one, x8, Rows::tokens, share);
+    add(std::make_unique<AddGatedOp>(Rows::tokens, kHidden, residual, mixture, share), {residual, mixture, share});
     product(*gate_up, x8, Rows::tokens, inner);
     add(std::make_unique<GatedOp>(Rows::tokens, gated, inner, -1, std::vector{inner8}), {inner, inner8.buffer});
     product(*down, inner8, Rows::tokens, projected);

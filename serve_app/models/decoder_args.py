@@ -1,0 +1,94 @@
+"""The facts that every decoder's configuration holds, and how both formats name them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.models.config_reader import ConfigReader
+from serve_app.models.rope_config import RopeConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderArgs:
+    """What families' args have in common.
+
+    norm_eps: of all norms. tie_word_embeddings: None = as the file's tensors show (GGUF has no key for it). windows:
+    for each layer the keys that a query sees, itself included, 0 = all; empty = all in every layer.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool | None = None
+    windows: tuple[int, ...] = ()
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated elements of a head."""
+        return self.head_dim if self.rope.dim is None else self.rope.dim
+
+    @property
+    def qkv_sizes(self) -> list[int]:
+        """Rows of queries, keys and values."""
+        return [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of the layer sees, 0 = all."""
+        return self.windows[layer] if self.windows else 0
+
+
+def common_from_hf(reader: ConfigReader, *, eps_key: str = "rms_norm_eps", is_tied: bool = False) -> dict[str, Any]:
+    """DecoderArgs' fields of a config.json, without rope and windows. is_tied: the head, where the file is silent."""
+    n_heads = reader.count("num_attention_heads")
+    hidden_size = reader.count("hidden_size")
+    fields = {
+        "n_layers": reader.count("num_hidden_layers"),
+        "n_heads": n_heads,
+        "n_kv_heads": reader.count("num_key_value_heads", n_heads),
+        "head_dim": reader.count("head_dim", max(1, hidden_size // n_heads)),
+        "hidden_size": hidden_size,
+        "intermediate_size": reader.count("intermediate_size"),
+        "vocab_size": reader.count("vocab_size"),
+        "max_position_embeddings": reader.count("max_position_embeddings", 2048),
+        "norm_eps": reader.number(eps_key, 1e-6),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", is_tied),
+    }
+    _check_groups(fields, reader, "num_key_value_heads")
+    return fields
+
+
+def common_from_gguf(reader: ConfigReader, prefix: str, *, eps_key: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
+    """DecoderArgs' fields of a GGUF whose keys begin with the prefix, without rope and windows."""
+    tokens = reader.get("tokenizer.ggml.tokens")
+    n_heads = reader.count(f"{prefix}.attention.head_count")
+    hidden_size = reader.count(f"{prefix}.embedding_length")
+    fields = {
+        "n_layers": reader.count(f"{prefix}.block_count"),
+        "n_heads": n_heads,
+        "n_kv_heads": reader.count(f"{prefix}.attention.head_count_kv", n_heads),
+        "head_dim": reader.count(f"{prefix}.attention.key_length", max(1, hidden_size // n_heads)),
+        "hidden_size": hidden_size,
+        "intermediate_size": reader.count(f"{prefix}.feed_forward_length"),
+        "vocab_size": reader.count(f"{prefix}.vocab_size", None if tokens is None else len(tokens)),
+        "max_position_embeddings": reader.count(f"{prefix}.context_length"),
+        "norm_eps": reader.number(f"{prefix}.attention.{eps_key}"),
+    }
+    _check_groups(fields, reader, f"{prefix}.attention.head_count_kv")
+    return fields
+
+
+def check_rotary(args: DecoderArgs, reader: ConfigReader, key: str) -> None:
+    """ModelFileError where so many elements of a head cannot be rotated."""
+    if args.rotary_dim % 2 or not 0 < args.rotary_dim <= args.head_dim:
+        raise reader.fail(key, f"is {args.head_dim}, of which {args.rotary_dim} elements cannot be rotated")
+
+
+def _check_groups(fields: dict[str, Any], reader: ConfigReader, key: str) -> None:
+    if fields["n_heads"] % fields["n_kv_heads"]:
+        raise reader.fail(key, f"is {fields['n_kv_heads']}, which does not divide the {fields['n_heads']} heads")

@@ -1,0 +1,83 @@
+"""The parts that families build alike: rotary tables, embedding and head, attention, MLP."""
+
+import torch
+
+from serve_app.attention.backend import AttentionShape
+from serve_app.layers.attention import Attention
+from serve_app.layers.embedding import Embedding, OutputHead
+from serve_app.layers.linear import Linear
+from serve_app.layers.mlp import GatedMLP
+from serve_app.layers.rotary import Rotary, inverse_frequencies
+from serve_app.layers.step import Activation, NormWeights
+from serve_app.models.base import WeightSource
+from serve_app.models.decoder_args import DecoderArgs
+from serve_app.models.layer_weights import LayerWeights
+from serve_app.models.rope_config import RopeConfig
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def embedding(args: DecoderArgs, weights: WeightSource, factor: float = 1.0) -> Embedding:
+    """`model.embed_tokens`; factor: what its rows are multiplied with."""
+    return Embedding(weights.weight(["model.embed_tokens.weight"], [args.vocab_size], args.hidden_size), factor)
+
+
+def head(args: DecoderArgs, weights: WeightSource, embedding: Embedding) -> OutputHead:
+    """`lm_head`, or the embedding where they are tied. A head with a bias has one as the file's tensors show."""
+    is_tied = args.tie_word_embeddings
+    if is_tied is None:
+        is_tied = not weights.has("lm_head.weight")
+    bias = weights.tensor("lm_head.bias", (args.vocab_size,)) if weights.has("lm_head.bias") else None
+    if is_tied:
+        return OutputHead(embedding.weight, bias)
+    return OutputHead(weights.weight(["lm_head.weight"], [args.vocab_size], args.hidden_size), bias)
+
+
+def rotary(args: DecoderArgs, weights: WeightSource, device: torch.device, rope: RopeConfig | None = None) -> Rotary:
+    """The angles of args.rope, or of another rope of the same width. GGUF's divisors are applied where it has them."""
+    rope = args.rope if rope is None else rope
+    frequencies = inverse_frequencies(args.rotary_dim, rope.theta, rope.scaling).to(device)
+    if weights.has("rope_freqs.weight"):
+        frequencies = frequencies / weights.tensor("rope_freqs.weight", (args.rotary_dim // 2,))
+    return Rotary(frequencies, args.max_position_embeddings, rope.scaling.magnitude)
+
+
+def attention_shape(args: DecoderArgs, layer: int, scale: float | None = None, softcap: float = 0.0) -> AttentionShape:
+    """scale: of the scores, None = one over the root of the head's size."""
+    scale = args.head_dim**-0.5 if scale is None else scale
+    return AttentionShape(layer, args.n_heads, args.n_kv_heads, args.head_dim, scale, softcap, args.window(layer))
+
+
+def attention(
+    args: DecoderArgs,
+    weights: LayerWeights,
+    rotary: Rotary,
+    shape: AttentionShape,
+    *,
+    qkv_bias: bool | None = False,
+    out_bias: bool | None = False,
+    head_norms: tuple[NormWeights, NormWeights] | None = None,
+) -> Attention:
+    """Over `self_attn.{q,k,v,o}_proj`. Biases: None = as the file's tensors show."""
+    return Attention(
+        weights.linear(QKV, args.qkv_sizes, args.hidden_size, qkv_bias),
+        weights.linear(["self_attn.o_proj"], [args.hidden_size], args.n_heads * args.head_dim, out_bias),
+        rotary,
+        shape,
+        head_norms,
+    )
+
+
+def gated_mlp(args: DecoderArgs, weights: LayerWeights, activation: Activation = "silu") -> GatedMLP:
+    """Over `mlp.{gate,up,down}_proj`, without biases."""
+    return GatedMLP(gate_up(args, weights), down(args, weights), activation)
+
+
+def gate_up(args: DecoderArgs, weights: LayerWeights) -> Linear:
+    """`mlp.gate_proj` and `mlp.up_proj`."""
+    return weights.linear(["mlp.gate_proj", "mlp.up_proj"], [args.intermediate_size] * 2, args.hidden_size, False)
+
+
+def down(args: DecoderArgs, weights: LayerWeights) -> Linear:
+    """`mlp.down_proj`."""
+    return weights.linear(["mlp.down_proj"], [args.hidden_size], args.intermediate_size, False)

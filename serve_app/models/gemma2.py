@@ -1,0 +1,107 @@
+"""Gemma 2: Gemma's norms on both sides of attention and MLP, capped scores and logits, every other layer a window."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.layers.decoder import Decoder, SandwichBlock
+from serve_app.layers.step import Rows, Step
+from serve_app.models import decoder_parts as parts
+from serve_app.models.base import WeightSource
+from serve_app.models.config_reader import ConfigReader
+from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.layer_weights import LayerWeights
+from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
+from serve_app.models.window_config import windows_from_gguf, windows_from_hf
+
+# GGUF has no key for the scale of the scores: the 27B model, known by its layers, has one of its own.
+_LAYERS_OF_27B = 46
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemma2Args(DecoderArgs):
+    """norm_offset: see GemmaArgs. query_pre_attn_scalar: scores are divided by its root. Caps: 0 = none."""
+
+    query_pre_attn_scalar: float
+    attn_logit_softcapping: float
+    final_logit_softcapping: float
+    norm_offset: float = 0.0
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "Gemma2Args":
+        """See ModelArgs."""
+        reader = ConfigReader(config, file)
+        reader.choice("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+        common = common_from_hf(reader, is_tied=True)
+        args = cls(
+            **common,
+            rope=rope_from_hf(reader, common["head_dim"]),
+            windows=windows_from_hf(reader, common["n_layers"], _is_sliding),
+            query_pre_attn_scalar=reader.number("query_pre_attn_scalar", 256.0),
+            attn_logit_softcapping=_cap(reader, "attn_logit_softcapping"),
+            final_logit_softcapping=_cap(reader, "final_logit_softcapping"),
+            norm_offset=1.0,
+        )
+        check_rotary(args, reader, "head_dim")
+        return args
+
+    @classmethod
+    def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "Gemma2Args":
+        """See ModelArgs."""
+        reader = ConfigReader(metadata, file)
+        common = common_from_gguf(reader, "gemma2")
+        is_27b = common["n_layers"] == _LAYERS_OF_27B
+        args = cls(
+            **common,
+            rope=rope_from_gguf(reader, "gemma2"),
+            windows=windows_from_gguf(reader, "gemma2", common["n_layers"], _is_sliding, default=4096),
+            query_pre_attn_scalar=common["hidden_size"] / common["n_heads"] if is_27b else common["head_dim"],
+            attn_logit_softcapping=_cap(reader, "gemma2.attn_logit_softcapping"),
+            final_logit_softcapping=_cap(reader, "gemma2.final_logit_softcapping"),
+        )
+        check_rotary(args, reader, "gemma2.attention.key_length")
+        return args
+
+
+def _is_sliding(layer: int) -> bool:
+    return layer % 2 == 0
+
+
+def _cap(reader: ConfigReader, key: str) -> float:
+    return reader.number(key) if reader.get(key) else 0.0
+
+
+class Gemma2ForCausalLM:
+    """See CausalLM."""
+
+    def __init__(self, args: Gemma2Args, weights: WeightSource) -> None:
+        """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
+        self.args = args
+        like = (args.hidden_size, args.norm_eps, args.norm_offset)
+        norm = LayerWeights(weights).rms_norm("model.norm", *like)
+        rotary = parts.rotary(args, weights, norm.device)
+        embedding = parts.embedding(args, weights, args.hidden_size**0.5)
+        scale = args.query_pre_attn_scalar**-0.5
+        blocks = []
+        for layer in range(args.n_layers):
+            of_layer = LayerWeights(weights, f"model.layers.{layer}.")
+            shape = parts.attention_shape(args, layer, scale, args.attn_logit_softcapping)
+            blocks.append(
+                SandwichBlock(
+                    of_layer.rms_norm("input_layernorm", *like),
+                    parts.attention(args, of_layer, rotary, shape),
+                    of_layer.rms_norm("post_attention_layernorm", *like),
+                    of_layer.rms_norm("pre_feedforward_layernorm", *like),
+                    parts.gated_mlp(args, of_layer, "gelu_tanh"),
+                    of_layer.rms_norm("post_feedforward_layernorm", *like),
+                )
+            )
+        head = parts.head(args, weights, embedding)
+        self._decoder = Decoder(embedding, blocks, norm, head, args.final_logit_softcapping)
+
+    def forward(self, step: Step) -> Rows:
+        """See CausalLM."""
+        return self._decoder.forward(step)
+
+    def logits(self, hidden: Rows, step: Step) -> Rows:
+        """See CausalLM."""
+        return self._decoder.logits(hidden, step)

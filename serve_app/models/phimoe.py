@@ -1,0 +1,118 @@
+"""Phi-3.5-MoE: biases everywhere, layer norms, longrope, and two experts a token chosen by sparsemixer."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from serve_app.layers.decoder import Decoder, PreNormBlock
+from serve_app.layers.rotary import Rotary, inverse_frequencies
+from serve_app.layers.step import Routing
+from serve_app.models import decoder_parts as parts
+from serve_app.models.base import WeightSource
+from serve_app.models.config_reader import ConfigReader
+from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.layer_weights import LayerWeights
+from serve_app.models.mixture_parts import MIXTRAL_NAMES, expert_counts, mixture
+from serve_app.models.rope_config import RopeConfig, rope_from_gguf, rope_from_hf
+from serve_app.models.window_config import every_layer, windows_from_gguf, windows_from_hf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhimoeArgs(DecoderArgs):
+    """intermediate_size: of each expert. attention_bias: None = as the file's tensors show."""
+
+    num_local_experts: int
+    router_jitter_noise: float = 0.01
+    attention_bias: bool | None = None
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "PhimoeArgs":
+        """See ModelArgs."""
+        reader = ConfigReader(config, file)
+        reader.choice("hidden_act", "silu", ("silu",))
+        common = common_from_hf(reader)
+        args = cls(
+            **common,
+            rope=_rope(reader, common["head_dim"]),
+            windows=windows_from_hf(reader, common["n_layers"], every_layer),
+            num_local_experts=_num_experts(reader, "num_local_experts", "num_experts_per_tok"),
+            router_jitter_noise=reader.number("router_jitter_noise", 0.01),
+            attention_bias=reader.flag("attention_bias", False),
+        )
+        check_rotary(args, reader, "head_dim")
+        return args
+
+    @classmethod
+    def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "PhimoeArgs":
+        """See ModelArgs. The format has no key for the jitter."""
+        reader = ConfigReader(metadata, file)
+        common = common_from_gguf(reader, "phimoe")
+        args = cls(
+            **common,
+            rope=rope_from_gguf(reader, "phimoe", has_longrope=True),
+            windows=windows_from_gguf(reader, "phimoe", common["n_layers"], every_layer),
+            num_local_experts=_num_experts(reader, "phimoe.expert_count", "phimoe.expert_used_count"),
+        )
+        check_rotary(args, reader, "phimoe.attention.key_length")
+        return args
+
+
+class PhimoeForCausalLM(Decoder):
+    """See CausalLM."""
+
+    def __init__(self, args: PhimoeArgs, weights: WeightSource) -> None:
+        """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
+        self.args = args
+        norm = LayerWeights(weights).layer_norm("model.norm", args.hidden_size, args.norm_eps)
+        embedding, rotary = parts.embedding(args, weights), _rotary(args, weights, norm.device)
+        blocks = [_block(args, weights, layer, rotary) for layer in range(args.n_layers)]
+        super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
+
+
+def _block(args: PhimoeArgs, weights: WeightSource, layer: int, rotary: Rotary) -> PreNormBlock:
+    prefix, bias = f"model.layers.{layer}.", args.attention_bias
+    own, hidden = LayerWeights(weights, prefix), args.hidden_size
+    routing = Routing(2, "sparsemixer", jitter=args.router_jitter_noise)
+    sizes = (args.num_local_experts, hidden, args.intermediate_size)
+    return PreNormBlock(
+        own.layer_norm("input_layernorm", hidden, args.norm_eps),
+        parts.attention(args, own, rotary, parts.attention_shape(args, layer), qkv_bias=bias, out_bias=bias),
+        own.layer_norm("post_attention_layernorm", hidden, args.norm_eps),
+        mixture(weights, f"{prefix}block_sparse_moe.", MIXTRAL_NAMES, sizes, routing),
+    )
+
+
+def _rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
+    """The factor of cosines and sines is given for each set, not computed as Phi-3's is."""
+    rope = rope_from_hf(reader, head_dim)
+    if rope.scaling.kind != "longrope":
+        return rope
+    nested = reader.section("rope_parameters") or reader.section("rope_scaling")
+    assert nested is not None
+    is_long = reader.count("max_position_embeddings") > rope.scaling.original_max_position_embeddings
+    magnitude = nested.number("long_mscale" if is_long else "short_mscale")
+    return replace(rope, scaling=replace(rope.scaling, magnitude=magnitude))
+
+
+def _rotary(args: PhimoeArgs, weights: WeightSource, device: torch.device) -> Rotary:
+    """One of longrope's two sets for every request, as Phi-3's: the long one where the model's context goes beyond the
+    original length."""
+    scaling = args.rope.scaling
+    if scaling.kind != "longrope":
+        return parts.rotary(args, weights, device)
+    sets = {}
+    for name, stated in (("short", scaling.short_factor), ("long", scaling.long_factor)):
+        in_file = f"rope_factors_{name}.weight"
+        sets[name] = torch.tensor(stated) if stated else weights.tensor(in_file, (args.rotary_dim // 2,))
+    is_long = args.max_position_embeddings > scaling.original_max_position_embeddings
+    frequencies = inverse_frequencies(args.rotary_dim, args.rope.theta, scaling).to(device)
+    divisors = sets["long" if is_long else "short"].to(device)
+    return Rotary(frequencies / divisors, args.max_position_embeddings, scaling.magnitude)
+
+
+def _num_experts(reader: ConfigReader, count_key: str, used_key: str) -> int:
+    num_experts, top_k = expert_counts(reader, count_key, used_key)
+    if top_k != 2:
+        raise reader.fail(used_key, f"is {top_k}; sparsemixer takes 2")
+    return num_experts

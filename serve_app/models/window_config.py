@@ -1,0 +1,40 @@
+"""Which layers see a sliding window only, as configurations say it."""
+
+from collections.abc import Callable
+
+from serve_app.models.config_reader import ConfigReader
+
+_KINDS = ("full_attention", "sliding_attention")
+
+
+def windows_from_hf(reader: ConfigReader, n_layers: int, is_sliding: Callable[[int], bool]) -> tuple[int, ...]:
+    """DecoderArgs.windows: `sliding_window` in the layers that `layer_types` names; is_sliding where it is missing."""
+    if reader.get("sliding_window") is None:
+        return ()
+    window = reader.count("sliding_window")
+    kinds = reader.get("layer_types")
+    if kinds is None:
+        return alternating(window, n_layers, is_sliding)
+    if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in _KINDS for kind in kinds):
+        raise reader.fail("layer_types", f"does not name one of {' and '.join(_KINDS)} for each of {n_layers} layers")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def windows_from_gguf(
+    reader: ConfigReader, prefix: str, n_layers: int, is_sliding: Callable[[int], bool], default: int | None = None
+) -> tuple[int, ...]:
+    """DecoderArgs.windows from `<prefix>.attention.sliding_window`; default: where the key is missing."""
+    key = f"{prefix}.attention.sliding_window"
+    if not reader.get(key) and default is None:
+        return ()
+    return alternating(reader.count(key, default), n_layers, is_sliding)
+
+
+def alternating(window: int, n_layers: int, is_sliding: Callable[[int], bool]) -> tuple[int, ...]:
+    """The window in the layers of which is_sliding says so, 0 in the others."""
+    return tuple(window if is_sliding(layer) else 0 for layer in range(n_layers))
+
+
+def every_layer(layer: int) -> bool:
+    """A window in all of them."""
+    return True
