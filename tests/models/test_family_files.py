@@ -23,6 +23,7 @@ FILES = {
     "qwen3": "qwen3",
     "gemma": "gemma",
     "gemma2, long window": "gemma2",
+    "gemma3, published pattern": "gemma3",
     "phi3": "phi3",
     "phi3, window": "phi3",
     "phi3, long": "phi3",
@@ -53,10 +54,12 @@ def write_gguf(path: Path, arch: str, hf: Any) -> None:
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if arch in ("gemma2", "phi3") and config.sliding_window:
+    if arch in ("gemma2", "gemma3", "phi3") and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
     rope = config.rope_parameters
-    if rope["rope_type"] == "longrope":
+    if arch == "gemma3":
+        writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
+    if rope.get("rope_type") == "longrope":
         original = config.original_max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(original)
         scale = config.max_position_embeddings / original
