@@ -61,6 +61,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", GEMMA | GEMMA3_LAYERS | {"sliding_window": 8}),
     "gemma3, long window": ("Gemma3", GEMMA | GEMMA3_LAYERS | {"sliding_window": 300}),
     "gemma3, one KV head": ("Gemma3", GEMMA | GEMMA3_LAYERS | {"num_key_value_heads": 1, "sliding_window": 15}),
+    "gemma3, published pattern": (
+        "Gemma3",
+        GEMMA | {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    ),
     "gemma3, scaled": (
         "Gemma3",
         GEMMA | GEMMA3_LAYERS | MHA | {
