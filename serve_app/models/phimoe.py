@@ -20,8 +20,8 @@ from serve_app.models.window_config import every_layer, windows_from_gguf, windo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhimoeArgs(DecoderArgs):
-    """intermediate_size: of each expert. attention_bias: None = as the file's tensors show. mscales: of longrope's short
-    and long set, None = rope.scaling.magnitude for both (GGUF has one)."""
+    """intermediate_size: of each expert. attention_bias: None = as the file's tensors show. mscales: of longrope's
+    short and long set, None = rope.scaling.magnitude for both (GGUF has one)."""
 
     num_local_experts: int
     router_jitter_noise: float = 0.01
@@ -98,8 +98,8 @@ def _rope(reader: ConfigReader, head_dim: int) -> tuple[RopeConfig, tuple[float,
 
 
 def _rotary(args: PhimoeArgs, weights: WeightSource, device: torch.device) -> Rotary:
-    """One of longrope's two sets for every request, as Phi-3's: the long one where the context that is served goes beyond
-    the original length."""
+    """One of longrope's two sets for every request, as Phi-3's: the long one where the context that is served goes
+    beyond the original length."""
     scaling = args.rope.scaling
     if scaling.kind != "longrope":
         return parts.rotary(args, weights, device)
