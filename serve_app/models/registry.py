@@ -44,6 +44,27 @@ class Family:
         return model
 
 
+@dataclass(frozen=True, slots=True)
+class FamilyNames:
+    """A family's file, its names in config.json (`…ForCausalLM`) and GGUF, and the first lines of its description."""
+
+    name: str
+    architectures: tuple[str, ...]
+    about: str
+
+
+def families() -> list[FamilyNames]:
+    """All that is supported, in the order of the list."""
+    names: dict[str, list[str]] = {}
+    for architecture, (module_name, _, _) in _FAMILIES.items():
+        names.setdefault(module_name, []).append(architecture)
+    found = []
+    for module_name, architectures in names.items():
+        about = (import_module(module_name).__doc__ or "").split("\n\n")[0]
+        found.append(FamilyNames(module_name.rpartition(".")[2], tuple(architectures), " ".join(about.split())))
+    return found
+
+
 def find_family(architecture: str | None, file: str) -> Family:
     """The family of an architecture name found in the named file; ModelFileError lists what is supported."""
     if architecture not in _FAMILIES:
