@@ -47,7 +47,7 @@ _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 # Architectures whose q and k rows GGUF keeps in pairs: rows 2i and 2i + 1 of a head belong together, not i and
 # i + head_dim / 2.
-_PAIRED_ROTARY: Final = frozenset({"llama"})
+_PAIRED_ROTARY: Final = frozenset({"llama", "granite"})
 
 
 def gguf_name(name: str, architecture: str = "llama") -> str:

@@ -28,6 +28,8 @@ _FAMILIES = {
     "phi2": ("serve_app.models.phi2", "Phi2Args", "PhiForCausalLM"),
     "Starcoder2ForCausalLM": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
     "starcoder2": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
+    "GraniteForCausalLM": ("serve_app.models.granite", "GraniteArgs", "GraniteForCausalLM"),
+    "granite": ("serve_app.models.granite", "GraniteArgs", "GraniteForCausalLM"),
 }
 
 
