@@ -12,6 +12,7 @@ from torch import Tensor
 from serve_app.batch import ForwardBatch
 from serve_app.engine.forward import choose_forward
 from serve_app.kv_cache.kv_pool import row_elements
+from serve_app.models.base import CausalLM
 from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
 from serve_app.quant.experts import DenseExperts, Experts
 from serve_app.quant.weight import DenseWeight, Weight
@@ -118,7 +119,7 @@ def make_batch(pool: Any, pieces: Sequence[Piece], rows: Sequence[int] | None = 
 
 
 def step_logits(
-    model: LlamaForCausalLM, pool: Any, pieces: Sequence[Piece], backend: str = "auto", *, is_exact: bool = True
+    model: CausalLM, pool: Any, pieces: Sequence[Piece], backend: str = "auto", *, is_exact: bool = True
 ) -> list[Tensor]:
     """Runs one step; the logits of every token, piece by piece."""
     forward = choose_forward(model, pool, "cpu", backend, is_exact=is_exact)
@@ -127,7 +128,7 @@ def step_logits(
 
 
 def full_logits(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     ids: Sequence[int],
     backend: str = "auto",
     block_size: int = 16,

@@ -21,6 +21,13 @@ def test_names(name: str, expected: str) -> None:
     assert gguf_name(name) == expected
 
 
+def test_names_of_norms_on_both_sides() -> None:
+    stem = "model.layers.3."
+    assert gguf_name(f"{stem}post_attention_layernorm.weight", "gemma2") == "blk.3.post_attention_norm.weight"
+    assert gguf_name(f"{stem}pre_feedforward_layernorm.weight", "gemma3") == "blk.3.ffn_norm.weight"
+    assert gguf_name(f"{stem}post_attention_layernorm.weight", "gemma") == "blk.3.ffn_norm.weight"
+
+
 def test_only_llamas_queries_and_keys_are_reordered() -> None:
     assert rotary_heads("llama", "model.layers.0.self_attn.q_proj.weight", 8, 2) == 8
     assert rotary_heads("llama", "model.layers.0.self_attn.k_proj.bias", 8, 2) == 2
