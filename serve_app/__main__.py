@@ -58,7 +58,7 @@ def _run(argv: Sequence[str]) -> int:
     if invocation.command == "doctor":
         from serve_app.commands import doctor
 
-        return doctor.run(as_json=invocation.as_json)
+        return doctor.run(as_json=invocation.as_json, lists_models=invocation.lists_models)
     if invocation.command == "config":
         from serve_app.commands import config
 

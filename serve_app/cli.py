@@ -70,6 +70,7 @@ class Invocation:
     chat: ChatOptions = field(default_factory=ChatOptions)
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     as_json: bool = False
+    lists_models: bool = False
 
 
 def parse(argv: Sequence[str]) -> Invocation | None:
@@ -164,7 +165,8 @@ _VERSION_OPTION = Annotated[
 
 def _invocation(command: Command, kind: Kind | None, groups: dict[type, Any]) -> Invocation:
     if command == "doctor":
-        return Invocation(command=command, as_json=groups[DoctorOptions].as_json)
+        doctor = groups[DoctorOptions]
+        return Invocation(command=command, as_json=doctor.as_json, lists_models=doctor.models)
     log = groups[ChatLogOptions if command == "chat" else LogOptions].log
     config = _config(kind, groups, log)
     chat = groups.get(ChatOptions, ChatOptions())

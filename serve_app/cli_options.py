@@ -413,6 +413,7 @@ class DoctorOptions:
     """How `sirocco doctor` reports."""
 
     as_json: Annotated[bool, Option("--json", metavar=_FLAG, help="Print JSON for programs.")] = False
+    models: Annotated[bool, Option("--models", metavar=_FLAG, help="List the model families instead.")] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,12 @@ LONG = {
 GEMMA = {"head_dim": 16, "tie_word_embeddings": True}
 GEMMA3_LAYERS = {"num_hidden_layers": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 20}
 PHI2 = {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.5,
+}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -84,6 +90,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi2, most of a head": ("Phi", PHI2 | {"partial_rotary_factor": 0.67}),
     "phi2, grouped": ("Phi", PHI2 | {"num_key_value_heads": 2}),
     "phi2, deep": ("Phi", PHI2 | {"num_hidden_layers": 4, "layer_norm_eps": 1e-3}),
+    "granite": ("Granite", GRANITE),
+    "granite, tied": ("Granite", GRANITE | MHA | {"tie_word_embeddings": True}),
     "starcoder2": ("Starcoder2", {}),
     "starcoder2, window": ("Starcoder2", {"sliding_window": 10}),
     "starcoder2, no biases": ("Starcoder2", {"use_bias": False, "sliding_window": 100}),

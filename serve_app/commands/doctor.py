@@ -32,9 +32,9 @@ class Finding:
     note: str = ""
 
 
-def run(as_json: bool) -> int:
-    """Prints the report. Never fails for what it finds: a thing that is broken is a finding too."""
-    report = examine()
+def run(as_json: bool, *, lists_models: bool = False) -> int:
+    """Prints the report, or the model families. Never fails for what it finds: a broken thing is a finding too."""
+    report = {"models": _models()} if lists_models else examine()
     if as_json:
         print(json.dumps({title: [asdict(finding) for finding in found] for title, found in report.items()}, indent=2))
     else:
@@ -55,6 +55,13 @@ def examine() -> dict[str, list[Finding]]:
         "ray": _ray,
     }
     return {title: _examined(probe) for title, probe in probes.items()}
+
+
+def _models() -> list[Finding]:
+    """A family's file, the names that formats give it, and what of it is covered."""
+    from serve_app.models.registry import families
+
+    return [Finding(family.name, list(family.architectures), family.about) for family in families()]
 
 
 def _examined(probe: Callable[[], Iterable[Finding]]) -> list[Finding]:

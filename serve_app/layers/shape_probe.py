@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from serve_app.attention.backend import AttentionShape
-from serve_app.layers.step import Activation, AngleTable, NormWeights, Rows
+from serve_app.layers.step import Activation, AngleTable, MixtureWeights, NormWeights, Routing, Rows
 from serve_app.quant.weight import Weight
 
 _ROWS = object()
@@ -44,6 +44,13 @@ class ShapeProbe:
     def gate(self, gate_up: Rows, activation: Activation) -> Rows:
         """See Step."""
         return _ROWS
+
+    def experts(self, x: Rows, weights: MixtureWeights, routing: Routing, activation: Activation) -> Rows:
+        """See Step."""
+        return _ROWS
+
+    def add_gated(self, x: Rows, other: Rows, gate: Rows) -> None:
+        """See Step."""
 
     def attention(self, qkv: Rows, shape: AttentionShape, rotary: AngleTable | None) -> Rows:
         """See Step."""

@@ -16,31 +16,7 @@ _GLOBAL: Final = {
     "model.final_layernorm": "output_norm",
     "lm_head": "output",
 }
-_OF_OF_MIXTURE: Final = {
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_proj": "ffn_gate_exps",
-    "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
-    "block_sparse_moe.gate": "ffn_gate_inp",
-    "block_sparse_moe.experts.w1": "ffn_gate_exps",
-    "block_sparse_moe.experts.w3": "ffn_up_exps",
-    "block_sparse_moe.experts.w2": "ffn_down_exps",
-}
-# Files of before April 2024 have a tensor for each expert.
-_OF_EXPERT: Final = {
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-    "w1": "ffn_gate",
-    "w3": "ffn_up",
-    "w2": "ffn_down",
-}
-_EXPERT: Final = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
-_LAYER: Final = {
+_OF_LAYER: Final = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -67,11 +43,35 @@ _SANDWICH: Final = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _OWN_OF_LAYER: Final[Mapping[str, Mapping[str, str]]] = {"gemma2": _SANDWICH, "gemma3": _SANDWICH}
+_OF_MIXTURE: Final = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
+}
+# Files of before April 2024 have a tensor for each expert.
+_OF_EXPERT: Final = {
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "w1": "ffn_gate",
+    "w3": "ffn_up",
+    "w2": "ffn_down",
+}
+_EXPERT: Final = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 # Architectures whose q and k rows GGUF keeps in pairs: rows 2i and 2i + 1 of a head belong together, not i and
 # i + head_dim / 2.
-_PAIRED_ROTARY: Final = frozenset({"llama"})
+_PAIRED_ROTARY: Final = frozenset({"llama", "granite"})
 
 
 def gguf_name(name: str, architecture: str = "llama") -> str:

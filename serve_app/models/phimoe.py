@@ -1,6 +1,6 @@
 """Phi-3.5-MoE: biases everywhere, layer norms, longrope, and two experts a token chosen by sparsemixer."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from serve_app.models.window_config import every_layer, windows_from_gguf, windo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhimoeArgs(DecoderArgs):
-    """intermediate_size: of each expert. attention_bias: None = as the file's tensors show."""
+    """intermediate_size: of each expert. attention_bias: None = as the file's tensors show. mscales: of longrope's
+    short and long set, None = rope.scaling.magnitude for both (GGUF has one)."""
 
     num_local_experts: int
     router_jitter_noise: float = 0.01
     attention_bias: bool | None = None
+    mscales: tuple[float, float] | None = None
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "PhimoeArgs":
@@ -32,9 +34,11 @@ class PhimoeArgs(DecoderArgs):
         reader = ConfigReader(config, file)
         reader.choice("hidden_act", "silu", ("silu",))
         common = common_from_hf(reader)
+        rope, mscales = _rope(reader, common["head_dim"])
         args = cls(
             **common,
-            rope=_rope(reader, common["head_dim"]),
+            rope=rope,
+            mscales=mscales,
             windows=windows_from_hf(reader, common["n_layers"], every_layer),
             num_local_experts=_num_experts(reader, "num_local_experts", "num_experts_per_tok"),
             router_jitter_noise=reader.number("router_jitter_noise", 0.01),
@@ -83,21 +87,19 @@ def _block(args: PhimoeArgs, weights: WeightSource, layer: int, rotary: Rotary) 
     )
 
 
-def _rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
+def _rope(reader: ConfigReader, head_dim: int) -> tuple[RopeConfig, tuple[float, float] | None]:
     """The factor of cosines and sines is given for each set, not computed as Phi-3's is."""
     rope = rope_from_hf(reader, head_dim)
     if rope.scaling.kind != "longrope":
-        return rope
+        return rope, None
     nested = reader.section("rope_parameters") or reader.section("rope_scaling")
     assert nested is not None
-    is_long = reader.count("max_position_embeddings") > rope.scaling.original_max_position_embeddings
-    magnitude = nested.number("long_mscale" if is_long else "short_mscale")
-    return replace(rope, scaling=replace(rope.scaling, magnitude=magnitude))
+    return rope, (nested.number("short_mscale"), nested.number("long_mscale"))
 
 
 def _rotary(args: PhimoeArgs, weights: WeightSource, device: torch.device) -> Rotary:
-    """One of longrope's two sets for every request, as Phi-3's: the long one where the model's context goes beyond the
-    original length."""
+    """One of longrope's two sets for every request, as Phi-3's: the long one where the context that is served goes
+    beyond the original length."""
     scaling = args.rope.scaling
     if scaling.kind != "longrope":
         return parts.rotary(args, weights, device)
@@ -108,7 +110,8 @@ def _rotary(args: PhimoeArgs, weights: WeightSource, device: torch.device) -> Ro
     is_long = args.max_position_embeddings > scaling.original_max_position_embeddings
     frequencies = inverse_frequencies(args.rotary_dim, args.rope.theta, scaling).to(device)
     divisors = sets["long" if is_long else "short"].to(device)
-    return Rotary(frequencies / divisors, args.max_position_embeddings, scaling.magnitude)
+    magnitude = scaling.magnitude if args.mscales is None else args.mscales[is_long]
+    return Rotary(frequencies / divisors, args.max_position_embeddings, magnitude)
 
 
 def _num_experts(reader: ConfigReader, count_key: str, used_key: str) -> int:

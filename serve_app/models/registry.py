@@ -37,6 +37,8 @@ _FAMILIES = {
     "PhimoeForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
     "PhiMoEForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
     "phimoe": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
+    "GraniteForCausalLM": ("serve_app.models.granite", "GraniteArgs", "GraniteForCausalLM"),
+    "granite": ("serve_app.models.granite", "GraniteArgs", "GraniteForCausalLM"),
 }
 
 
@@ -57,6 +59,27 @@ def gguf_architecture(metadata: Mapping[str, Any]) -> Any:
     """The name under which a GGUF's family is found: Mixtral's files call themselves llama, but have experts."""
     name = metadata.get("general.architecture")
     return "MixtralForCausalLM" if name == "llama" and metadata.get("llama.expert_count") else name
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyNames:
+    """A family's file, its names in config.json (`…ForCausalLM`) and GGUF, and the first lines of its description."""
+
+    name: str
+    architectures: tuple[str, ...]
+    about: str
+
+
+def families() -> list[FamilyNames]:
+    """All that is supported, in the order of the list."""
+    names: dict[str, list[str]] = {}
+    for architecture, (module_name, _, _) in _FAMILIES.items():
+        names.setdefault(module_name, []).append(architecture)
+    found = []
+    for module_name, architectures in names.items():
+        about = (import_module(module_name).__doc__ or "").split("\n\n")[0]
+        found.append(FamilyNames(module_name.rpartition(".")[2], tuple(architectures), " ".join(about.split())))
+    return found
 
 
 def find_family(architecture: str | None, file: str) -> Family:

@@ -17,7 +17,7 @@ RAY = """--ingress --ingress-cpus --max-targets --num-ingress --num-preprocessor
 --proxy --ray-address --startup-timeout --target-cpus"""
 LOG = "--log"
 CHAT = "--max-tokens --system --temperature --top-k --top-p"
-DOCTOR = "--json"
+DOCTOR = "--json --models"
 QUANTIZE = "--imatrix --isq --isq-organization --output -o --threads"
 
 EXPECTED: dict[Command, tuple[str, ...]] = {

@@ -106,3 +106,11 @@ def test_hyper_threads_are_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "sys/fs/cgroup/cpu.max").write_text("150000 100000\n")
     assert cpu_info.num_physical_cores(tmp_path) == 1
     assert cpu_info.num_physical_cores(Path("/nothing/here")) == 5
+
+
+def test_lists_the_model_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run(as_json=True, lists_models=True) == 0
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    assert found["gemma2"]["value"] == ["Gemma2ForCausalLM", "gemma2"]
+    assert found["mistral"]["value"] == ["MistralForCausalLM"]
+    assert all(row["note"] for row in found.values())

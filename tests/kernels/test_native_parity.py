@@ -49,7 +49,8 @@ def random_blocks(name: str, rows: int, columns: int) -> torch.Tensor:
     for field in ("d", "m", "dmin"):  # finite scales around 1/500, so that sums mean something
         if field in dict(form.fields):
             at, size = form.offset(field), dict(form.fields)[field]
-            scales = (torch.rand(view.shape[:2], generator=generator) / 500).to(torch.half if size == 2 else torch.float)
+            dtype = torch.half if size == 2 else torch.float
+            scales = (torch.rand(view.shape[:2], generator=generator) / 500).to(dtype)
             view[..., at : at + size] = scales.unsqueeze(-1).view(torch.uint8)
     if name == "FP8":
         view[..., form.offset("qs") :] &= 0xFE  # the codes of NaN are odd

@@ -17,6 +17,7 @@ FULLEST = [
     "gemma3",
     "phi3, long",
     "phi2",
+    "granite",
     "starcoder2, window",
 ]
 

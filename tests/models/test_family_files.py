@@ -28,6 +28,7 @@ FILES = {
     "phi3, window": "phi3",
     "phi3, long": "phi3",
     "phi2": "phi2",
+    "granite": "granite",
     "starcoder2": "starcoder2",
 }
 
@@ -57,6 +58,11 @@ def write_gguf(path: Path, arch: str, hf: Any) -> None:
     if arch in ("gemma2", "gemma3", "phi3") and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
     rope = config.rope_parameters
+    if arch == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if arch == "gemma3":
         writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
     if rope.get("rope_type") == "longrope":
@@ -84,7 +90,7 @@ def in_gguf(arch: str, name: str, tensor: Tensor, config: Any) -> Tensor:
     if arch.startswith("gemma") and name.endswith("norm.weight"):
         return tensor + 1
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if arch == "llama" and heads is not None:
+    if arch in ("llama", "granite") and heads is not None:
         return tensor.view(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape).contiguous()
     return tensor
 
