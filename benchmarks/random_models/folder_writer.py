@@ -68,7 +68,7 @@ def _config(shape: Shape, vocabulary: BpeVocabulary, dtype: DType) -> dict[str, 
 
 
 def _write_tokenizer(folder: Path, shape: Shape, vocabulary: BpeVocabulary) -> None:
-    backend = vocabulary_from_gguf(vocabulary.metadata()).backend
+    backend = vocabulary_from_gguf(vocabulary.metadata()).make_backend()
     bos, eos = vocabulary.tokens[vocabulary.bos_id], vocabulary.tokens[vocabulary.eos_id]
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(

@@ -26,10 +26,10 @@ def run(mark: str, timeout_s: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_kernels_in_the_interpreter() -> None:
-    run("not nightly", 590)
+    run("not nightly and not gpu", 590)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
 def test_kernels_in_the_interpreter_at_length() -> None:
-    run("nightly", 7190)
+    run("nightly and not gpu", 7190)
