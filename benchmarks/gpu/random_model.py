@@ -84,7 +84,7 @@ def random_llama(sizes: Sizes, layout: str, device: torch.device, context: int) 
         intermediate_size=sizes.intermediate,
         vocab_size=sizes.vocabulary,
         max_position_embeddings=context,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope=RopeConfig(theta=500000.0, scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
         tie_word_embeddings=sizes.is_tied,
         attention_bias=False,

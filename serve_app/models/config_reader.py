@@ -24,8 +24,8 @@ class ConfigReader:
         """The value as it is; None where it is missing or null."""
         return self._values.get(key)
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 to MAX_COUNT. A list, as GGUF has them per layer, must hold one number only."""
+    def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number from `least` to MAX_COUNT. A list, as GGUF has them per layer, must hold one number only."""
         value = self._values.get(key)
         if value is None:
             if default is None:
@@ -37,8 +37,8 @@ class ConfigReader:
             if not value or any(v != value[0] for v in value):
                 raise self.fail(key, "differs from layer to layer, which is not supported")
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
-            raise self.fail(key, f"is {value!r}, not a whole number from 1 to {MAX_COUNT}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_COUNT:
+            raise self.fail(key, f"is {value!r}, not a whole number from {least} to {MAX_COUNT}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

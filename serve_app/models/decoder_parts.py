@@ -68,16 +68,15 @@ def attention(
     )
 
 
-def gated_mlp(args: DecoderArgs, weights: LayerWeights, activation: Activation = "silu") -> GatedMLP:
-    """Over `mlp.{gate,up,down}_proj`, without biases."""
-    return GatedMLP(gate_up(args, weights), down(args, weights), activation)
+def gated_mlp(
+    args: DecoderArgs, weights: LayerWeights, activation: Activation = "silu", *, has_bias: bool | None = False
+) -> GatedMLP:
+    """Over `mlp.{gate,up,down}_proj`. Biases: None = as the file's tensors show."""
+    names, sizes = ["mlp.gate_proj", "mlp.up_proj"], [args.intermediate_size] * 2
+    gate_up = weights.linear(names, sizes, args.hidden_size, has_bias)
+    return GatedMLP(gate_up, down(args, weights, has_bias=has_bias), activation)
 
 
-def gate_up(args: DecoderArgs, weights: LayerWeights) -> Linear:
-    """`mlp.gate_proj` and `mlp.up_proj`."""
-    return weights.linear(["mlp.gate_proj", "mlp.up_proj"], [args.intermediate_size] * 2, args.hidden_size, False)
-
-
-def down(args: DecoderArgs, weights: LayerWeights) -> Linear:
-    """`mlp.down_proj`."""
-    return weights.linear(["mlp.down_proj"], [args.hidden_size], args.intermediate_size, False)
+def down(args: DecoderArgs, weights: LayerWeights, *, has_bias: bool | None = False) -> Linear:
+    """`mlp.down_proj`. Bias: None = as the file's tensors show."""
+    return weights.linear(["mlp.down_proj"], [args.hidden_size], args.intermediate_size, has_bias)

@@ -11,7 +11,7 @@ from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
-from serve_app.models.window_config import windows_from_hf
+from serve_app.models.window_config import upper_windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +24,7 @@ class Qwen2Args(DecoderArgs):
         reader = ConfigReader(config, file)
         reader.choice("hidden_act", "silu", ("silu",))
         common = common_from_hf(reader)
-        windows: tuple[int, ...] = ()
-        if reader.flag("use_sliding_window", False):
-            first = reader.get("max_window_layers")
-            first = 28 if first is None else first
-            windows = windows_from_hf(reader, common["n_layers"], lambda layer: layer >= first)
+        windows = upper_windows(reader, common["n_layers"])
         args = cls(**common, rope=rope_from_hf(reader, common["head_dim"]), windows=windows)
         check_rotary(args, reader, "head_dim")
         return args

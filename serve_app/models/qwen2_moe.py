@@ -40,7 +40,7 @@ class Qwen2MoeArgs(DecoderArgs):
         reader.choice("hidden_act", "silu", ("silu",))
         common = common_from_hf(reader)
         num_experts, top_k = expert_counts(reader, "num_experts", "num_experts_per_tok")
-        num_windows = reader.count("max_window_layers", 28) if reader.flag("use_sliding_window", False) else 0
+        num_windows = reader.count("max_window_layers", 28, least=0) if reader.flag("use_sliding_window", False) else 0
 
         def is_sliding(layer: int) -> bool:
             # As transformers has it: every second layer of the first ones.

@@ -20,6 +20,14 @@ def windows_from_hf(reader: ConfigReader, n_layers: int, is_sliding: Callable[[i
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
+def upper_windows(reader: ConfigReader, n_layers: int) -> tuple[int, ...]:
+    """DecoderArgs.windows of Qwen 2 and 3: with `use_sliding_window`, the layers from `max_window_layers` on."""
+    if not reader.flag("use_sliding_window", False):
+        return ()
+    first = reader.count("max_window_layers", 28, least=0)
+    return windows_from_hf(reader, n_layers, lambda layer: layer >= first)
+
+
 def windows_from_gguf(
     reader: ConfigReader, prefix: str, n_layers: int, is_sliding: Callable[[int], bool], default: int | None = None
 ) -> tuple[int, ...]:
