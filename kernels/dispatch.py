@@ -130,13 +130,10 @@ def triton_computes(device: torch.device | str) -> tuple[bool, str]:
 
     ValueError, one sentence, where SIROCCO_TRITON=1 asks for a CPU's tensors and nothing interprets the kernels.
     """
-    wanted = os.environ.get("SIROCCO_TRITON")
-    if wanted == "0":
-        return False, "turned off by SIROCCO_TRITON=0"
     support = triton_support(device)
-    if torch.device(device).type != "cpu":
+    if torch.device(device).type != "cpu" or os.environ.get("SIROCCO_TRITON") == "0":
         return support.is_usable, support.reason
-    if wanted != "1":
+    if os.environ.get("SIROCCO_TRITON") != "1":
         return False, "the model is on cpu"
     if not support.is_usable:
         raise ValueError(f"SIROCCO_TRITON=1: on a CPU that needs TRITON_INTERPRET=1 from the start ({support.reason})")

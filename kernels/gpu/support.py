@@ -22,10 +22,15 @@ class TritonSupport:
     reason: str
 
 
-@cache
 def triton_support(device: torch.device | str) -> TritonSupport:
-    """Looks at the installed Triton and at the device."""
-    device = torch.device(device)
+    """Looks at the installed Triton and at the device; SIROCCO_TRITON=0 in the environment turns all kernels off."""
+    if os.environ.get("SIROCCO_TRITON") == "0":
+        return TritonSupport(False, False, "turned off by SIROCCO_TRITON=0")
+    return _look(torch.device(device))
+
+
+@cache
+def _look(device: torch.device) -> TritonSupport:
     found = _installed()
     if found is None:
         return TritonSupport(False, False, "triton is not installed")

@@ -46,7 +46,8 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     sampler = Sampler(
         loaded.args.vocab_size, config.max_seqs, config.device, sorted(eos_ids), DryBreakers(tokenizer).ids
     )
-    graphs = GraphLimits(config.max_seqs, files.max_seq_len) if config.cuda_graphs else None
+    longest = min(files.max_seq_len, kv.num_blocks * kv.block_size)
+    graphs = GraphLimits(config.max_seqs, longest) if config.cuda_graphs else None
     runner = ModelRunner(
         loaded.model, sampler, kv, config.device, config.attention_backend, is_exact=config.cpu_exact, graphs=graphs
     )

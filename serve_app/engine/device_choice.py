@@ -1,12 +1,11 @@
 """The device that an engine runs on."""
 
-import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from serve_app.errors import LaunchError
-
-log = logging.getLogger(__name__)
 
 
 def choose_device(wanted: str) -> str:
@@ -28,3 +27,9 @@ def choose_device(wanted: str) -> str:
             f"--device {wanted}: there are {torch.cuda.device_count()} CUDA devices, the first is cuda:0."
         )
     return wanted
+
+
+def on_device(device: str | torch.device) -> AbstractContextManager[Any]:
+    """Makes it CUDA's current device in this thread: kernels are launched there whatever their tensors say."""
+    device = torch.device(device)
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

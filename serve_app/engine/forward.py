@@ -13,6 +13,7 @@ from serve_app.engine.graph_forward import CudaRecorder, GraphForward, GraphLimi
 from serve_app.engine.logits_ops import Logits
 from serve_app.layers.shape_probe import ShapeProbe
 from serve_app.layers.step_choice import step_type
+from serve_app.layers.torch_step import TorchStep
 from serve_app.models.base import CausalLM
 
 if TYPE_CHECKING:
@@ -43,13 +44,15 @@ def choose_forward(
     """
     device = torch.device(device)
     wants_graphs = graphs is not None and device.type == "cuda"
-    backend = choose_backend(attention_needs(model, kv, device, wants_graphs=wants_graphs), attention)
+    # Who names a backend gets it, with graphs or without.
+    needs = attention_needs(model, kv, device, wants_graphs=wants_graphs and attention == "auto")
+    backend = choose_backend(needs, attention)
     if backend is None:
         return NativeForward(model, kv, is_exact=is_exact)
     forward = TorchForward(model, kv, device, backend)
-    if graphs is None or not wants_graphs or not backend.is_graph_safe:
+    if graphs is None or not wants_graphs or not forward.is_graph_safe:
         return forward
-    return GraphForward(forward.run, forward, kv, device, graphs, CudaRecorder(device))
+    return GraphForward(forward.run, forward, kv, model.args.vocab_size, graphs, CudaRecorder(device))
 
 
 def attention_needs(
@@ -73,16 +76,21 @@ class TorchForward:
         self._backend = backend
         self._step_type = step_type(device, backend.name)
 
+    @property
+    def is_graph_safe(self) -> bool:
+        """Whether a step can be captured. Plain torch writes no slot of -1, with which graphs are filled up."""
+        return self._backend.is_graph_safe and self._step_type is not TorchStep
+
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """See Forward."""
-        return self.run(DeviceBatch.of(batch, self._kv, self._device))
+        return self.run(DeviceBatch.of(batch, self._kv, self._device)).float()
 
     def run(self, batch: DeviceBatch) -> Tensor:
-        """The same for a step that is on the device already."""
+        """The same for a step that is on the device already; logits in the compute dtype."""
         with torch.no_grad():
             step = self._step_type(batch, self._backend)
             hidden = step.wanted(self._model.forward(step))
-            logits: Tensor = self._model.logits(hidden, step).float()
+            logits: Tensor = self._model.logits(hidden, step)
         return logits
 
 

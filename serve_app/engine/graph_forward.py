@@ -40,10 +40,10 @@ class PagedCache(Cache, Protocol):
 
 
 class Recorder(Protocol):
-    """Makes something that can be replayed of a function whose inputs stay where they are."""
+    """Makes something that can be replayed of a function whose inputs and results stay where they are."""
 
-    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """(replay, output): each replay computes run() again, on what its inputs hold then, into the output."""
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """What computes run() again, on what its inputs hold then."""
         ...
 
 
@@ -55,7 +55,7 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """See Recorder."""
         # Once outside of a graph: kernels are compiled and libraries take their memory at the first call.
         current = torch.cuda.current_stream(self._device)
@@ -65,31 +65,40 @@ class CudaRecorder:
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            output = run()
-        return graph.replay, output
+            run()
+        return graph.replay
 
 
 class _Graph:
     """One bucket: its inputs in one buffer on the device, and what replays it."""
 
     def __init__(
-        self, host: ForwardBatch, cache: Cache, device: torch.device, run: Callable[[DeviceBatch], Tensor], by: Recorder
+        self,
+        host: ForwardBatch,
+        cache: Cache,
+        logits: Tensor,
+        run: Callable[[DeviceBatch], Tensor],
+        recorder: Recorder,
     ) -> None:
-        """host: a step of idle requests alone, of the bucket's size."""
+        """host: a step of idle requests alone, of the bucket's size; logits [requests, vocabulary]: where they go."""
         arrays = step_arrays(host)
-        self._device = device
+        self._logits = logits
         self._pack = ArrayPack(arrays)
         self._idle = torch.empty(self._pack.num_bytes, dtype=torch.uint8)
         for view, array in zip(self._pack.arrays(self._idle), arrays, strict=True):
             view[...] = array
-        self._inputs = self._idle.to(device, copy=True)
+        self._inputs = self._idle.to(logits.device, copy=True)
         batch = DeviceBatch.over(self._pack.tensors(self._inputs), host, cache)
-        self._replay, self._logits = by.record(lambda: run(batch))
+
+        def write_logits() -> None:
+            logits.copy_(run(batch))
+
+        self._replay = recorder.record(write_logits)
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """The logits of a decode step that fits the bucket."""
         count, width = batch.block_tables.shape
-        buffer = self._pack.host_buffer(self._device)
+        buffer = self._pack.host_buffer(self._inputs.device)
         buffer.copy_(self._idle)
         token_ids, positions, slots, tables, _, context_lens, _ = self._pack.arrays(buffer)
         token_ids[:count] = batch.token_ids
@@ -110,7 +119,7 @@ class GraphForward:
         run: Callable[[DeviceBatch], Tensor],
         run_eagerly: Callable[[ForwardBatch], Tensor],
         cache: PagedCache,
-        device: torch.device,
+        vocab_size: int,
         limits: GraphLimits,
         recorder: Recorder,
     ) -> None:
@@ -118,58 +127,72 @@ class GraphForward:
         self._run = run
         self._run_eagerly = run_eagerly
         self._cache = cache
-        self._device = device
         self._recorder = recorder
         self._counts = request_buckets(limits.max_seqs)
         self._widths = table_widths(limits.max_context, cache.block_size)
-        self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._refusal: str | None = None
+        # One for all graphs, of which one runs at a time: else each would keep its own.
+        self._logits = torch.empty(limits.max_seqs, vocab_size, device=cache.k[0].device)
+        # None: could not be recorded.
+        self._graphs: dict[tuple[int, int], _Graph | None] = {}
         self._begin()
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs recorded so far."""
+        return sum(graph is not None for graph in self._graphs.values())
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """See Forward."""
-        graph = None if self._refusal else self._graph_for(batch)
+        key = self._bucket(batch)
+        graph = None if key is None else self._graph(*key)
         return self._run_eagerly(batch) if graph is None else graph(batch)
 
     def _begin(self) -> None:
-        start, free = time.monotonic(), self._free_bytes()
+        most, longest, shortest = self._counts[-1], self._widths[-1], self._widths[0]
         # The longest first: it makes the rotary table as long as it will ever be, and graphs keep its address.
-        for width in dict.fromkeys((self._widths[-1], self._widths[0])):
-            for count in self._counts[::-1] if width == self._widths[0] else self._counts[:1]:
-                self._graph(count, width)
-                if self._refusal is not None:
-                    return
-        log.info(
-            "CUDA graphs: %d for decodes of up to %d requests, recorded in %.1f s, %.0f MB",
-            len(self._graphs), self._counts[-1], time.monotonic() - start, (free - self._free_bytes()) / 1e6,
-        )  # fmt: skip
+        for count, width in dict.fromkeys([(most, longest), *((count, shortest) for count in self._counts[::-1])]):
+            if self._graph(count, width) is None:
+                # What cannot be recorded once cannot be recorded at all.
+                self._counts = []
+                log.warning("CUDA graphs are not used: steps run kernel by kernel, which is slower")
+                return
 
-    def _free_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 0
-
-    def _graph_for(self, batch: ForwardBatch) -> _Graph | None:
-        """The smallest graph that a step fits; None for a step that is no decode alone."""
+    def _bucket(self, batch: ForwardBatch) -> tuple[int, int] | None:
+        """The smallest bucket that a step fits; None for a step that is no decode alone, or larger than all."""
         count, width = batch.block_tables.shape
         if not count == batch.num_tokens == len(batch.logit_index) or batch.max_query_len != 1:
             return None
-        if count > self._counts[-1] or width > self._widths[-1]:
-            return None
-        return self._graph(
-            next(bucket for bucket in self._counts if bucket >= count),
-            next(bucket for bucket in self._widths if bucket >= width),
-        )
+        most = next((bucket for bucket in self._counts if bucket >= count), None)
+        widest = next((bucket for bucket in self._widths if bucket >= width), None)
+        return None if most is None or widest is None else (most, widest)
 
     def _graph(self, count: int, width: int) -> _Graph | None:
         key = (count, width)
         if key not in self._graphs:
-            host = _idle_step(count, width, self._cache.block_size)
-            try:
-                self._graphs[key] = _Graph(host, self._cache, self._device, self._run, self._recorder)
-            except Exception as error:  # an operation that cannot be captured: the engine runs without graphs
-                self._refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                log.warning("CUDA graphs are not used, steps are slower: %s", self._refusal)
-                return None
+            self._graphs[key] = self._record(count, width)
         return self._graphs[key]
+
+    def _record(self, count: int, width: int) -> _Graph | None:
+        tokens = width * self._cache.block_size
+        start, free = time.monotonic(), self._free_bytes()
+        host = _idle_step(count, width, self._cache.block_size)
+        try:
+            graph = _Graph(host, self._cache, self._logits[:count], self._run, self._recorder)
+        except Exception as error:  # an operation that cannot be captured, or no memory left: others may do
+            reason = (str(error).splitlines() or [""])[0]
+            log.warning(
+                "no CUDA graph for %d requests of %d tokens (%s: %s)", count, tokens, type(error).__name__, reason
+            )
+            return None
+        log.info(
+            "CUDA graph for %d requests of up to %d tokens: recorded in %.2f s, %.1f MB",
+            count, tokens, time.monotonic() - start, (free - self._free_bytes()) / 1e6,
+        )  # fmt: skip
+        return graph
+
+    def _free_bytes(self) -> int:
+        device = self._logits.device
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def request_buckets(most: int) -> list[int]:

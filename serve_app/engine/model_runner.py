@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serve_app.batch import ForwardBatch
+from serve_app.engine.device_choice import on_device
 from serve_app.engine.forward import choose_forward
 from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.sampler import Sampler, StepLogprobs
@@ -51,7 +52,9 @@ class ModelRunner:
         self.model = model
         self.sampler = sampler
         self.kv_pool = kv_pool
-        self._forward = choose_forward(model, kv_pool, device, attention, is_exact=is_exact, graphs=graphs)
+        self._place = on_device(device)
+        with self._place:
+            self._forward = choose_forward(model, kv_pool, device, attention, is_exact=is_exact, graphs=graphs)
 
     def execute(self, batch: ForwardBatch) -> StepResult:
         """Runs the step: one forward, logits where wanted, one draw per sampled row.
@@ -59,6 +62,10 @@ class ModelRunner:
         After an error (a broken batch, a failing kernel) the rows' states are those from before the step, and KV slots
         of the step may hold anything.
         """
+        with self._place:
+            return self._execute(batch)
+
+    def _execute(self, batch: ForwardBatch) -> StepResult:
         logits = self._forward(batch)
         num_sampled, num_wanted = len(batch.sample_rows), len(batch.logit_index)
         extra = None

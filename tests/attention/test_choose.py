@@ -25,6 +25,8 @@ from serve_app.attention.gpu_limits import Limits
 from serve_app.attention.report import BackendReport
 from serve_app.attention.torch_backend import TorchAttention, TorchPlan
 from serve_app.errors import LaunchError
+from serve_app.layers.step_choice import step_type
+from serve_app.layers.torch_step import TorchStep
 
 E4M3 = torch.float8_e4m3fn
 PLAIN = AttentionShape(0, 8, 2, 128, 128**-0.5)
@@ -100,8 +102,20 @@ def test_triton(needs: AttentionNeeds, reason: str | None, monkeypatch: pytest.M
     assert (reason or "it is there") in report.reason
 
 
+def test_triton_is_turned_off_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "_look", lambda device: TritonSupport(True, False, "it is there"))
+    assert triton_backend.look(gpu()).is_usable
+    assert step_type(torch.device("cuda"), "triton") is not TorchStep
+    monkeypatch.setenv("SIROCCO_TRITON", "0")
+    report = triton_backend.look(gpu())
+    assert (report.is_usable, report.reason) == (False, "turned off by SIROCCO_TRITON=0")
+    assert step_type(torch.device("cuda"), "triton") is TorchStep
+
+
 def test_support_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    look = support.triton_support.__wrapped__
+    def look(name: str) -> TritonSupport:
+        return support._look.__wrapped__(torch.device(name))
+
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert look("cpu").reason == "the model is on cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")

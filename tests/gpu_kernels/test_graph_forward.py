@@ -15,7 +15,14 @@ import torch
 from serve_app.batch import ForwardBatch
 from serve_app.engine import graph_forward
 from serve_app.engine.forward import TorchForward
-from serve_app.engine.graph_forward import CudaRecorder, GraphForward, GraphLimits, request_buckets, table_widths
+from serve_app.engine.graph_forward import (
+    CudaRecorder,
+    GraphForward,
+    GraphLimits,
+    Recorder,
+    request_buckets,
+    table_widths,
+)
 from serve_app.engine.llm import LLM
 from serve_app.options import EngineConfig, SamplingParams
 
@@ -25,20 +32,22 @@ FOLDER = Path(__file__).parents[1] / "data" / "models" / "stories260K"
 class Rerun:
     """See Recorder."""
 
-    def record(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        output = run()
-
-        def replay() -> None:
-            output.copy_(run())
-
-        return replay, output
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
 
 
 class Broken:
-    """See Recorder: of a forward that cannot be captured."""
+    """See Recorder: records only so many times."""
 
-    def record(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def __init__(self, times: int) -> None:
+        self._times = times
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        self._times -= 1
+        if self._times < 0:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Rerun().record(run)
 
 
 def decode(contexts: list[int], block_size: int = 16) -> ForwardBatch:
@@ -77,10 +86,11 @@ def eager_of(llm: LLM) -> TorchForward:
     return forward
 
 
-def graphs_of(llm: LLM, device: torch.device, recorder: object = None, max_context: int = 64) -> GraphForward:
+def graphs_of(llm: LLM, device: torch.device, recorder: Recorder | None = None, max_context: int = 64) -> GraphForward:
     eager = eager_of(llm)
     by = recorder or (CudaRecorder(device) if device.type == "cuda" else Rerun())
-    return GraphForward(eager.run, eager, llm.engine.parts.kv, device, GraphLimits(4, max_context), by)  # type: ignore[arg-type]
+    vocab_size = llm.tokenizer.vocab_size
+    return GraphForward(eager.run, eager, llm.engine.parts.kv, vocab_size, GraphLimits(4, max_context), by)
 
 
 def test_logits_and_caches_are_those_of_the_step_alone(llm: LLM, device: torch.device) -> None:
@@ -118,10 +128,39 @@ def test_other_steps_run_as_they_are(llm: LLM, device: torch.device, monkeypatch
 
 
 def test_an_engine_without_capture_goes_on(llm: LLM, device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
-    graphs = graphs_of(llm, device, Broken())
-    assert "CUDA graphs are not used, steps are slower: RuntimeError: operation not permitted" in caplog.text
+    graphs = graphs_of(llm, device, Broken(0))
+    assert "(RuntimeError: operation not permitted" in caplog.text
+    assert "CUDA graphs are not used" in caplog.text
     batch = decode([3])
     assert torch.equal(graphs(batch), eager_of(llm)(batch))
+    assert graphs.num_graphs == 0
+
+
+def test_one_graph_that_fails_leaves_the_others(
+    llm: LLM, device: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest, and the three shortest, are recorded at the start; one in between fails when a step needs it."""
+    monkeypatch.setattr(graph_forward, "SHORTEST_CONTEXT", 16)
+    graphs = graphs_of(llm, device, Broken(4), max_context=256)
+    assert graphs.num_graphs == 4
+    between, short = decode([40]), decode([5])
+    for _ in range(2):
+        assert torch.equal(graphs(between), eager_of(llm)(between))
+    assert caplog.text.count("no CUDA graph for 1 requests of 64 tokens") == 1
+    monkeypatch.setattr(graphs, "_run_eagerly", None)
+    assert graphs(short).shape == (1, llm.tokenizer.vocab_size)
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_runs_graphs() -> None:
+    case = json.loads((FOLDER / "golden_greedy.json").read_text())["cases"][0]
+    ids = case.get("generated_ids") or case["greedy_ids"]
+    with LLM(str(FOLDER / "stories260K-F32.gguf"), dtype="f32", config=EngineConfig(device="cuda")) as llm:
+        forward = llm.engine.parts.runner._forward  # type: ignore[attr-defined]
+        assert isinstance(forward, GraphForward)
+        assert forward.num_graphs > 1
+        [result] = llm.generate(case["prompt_ids"], SamplingParams(temperature=0.0, max_tokens=len(ids)))
+    assert result.token_ids == ids
 
 
 def test_a_golden_text_through_graphs(llm: LLM, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

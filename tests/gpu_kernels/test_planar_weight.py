@@ -1,5 +1,6 @@
 """Weights in planes, as layers use them and as loaders make them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -8,6 +9,7 @@ import torch
 from block_data import usual_blocks
 from planar_cases import matrix_and_weights
 
+from kernels import dispatch
 from kernels.dispatch import triton_computes
 from kernels.formats import BY_NAME
 from kernels.gpu.planar import PlanarMatrix
@@ -61,9 +63,10 @@ TYPES = {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "output": "IQ4_XS", "norm": "F32
 
 
 @pytest.fixture
-def source(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> CheckpointSource:
+def source(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointSource]:
     """Over a file of five matrices; CPU tensors are only multiplied by Triton where it is asked to."""
     monkeypatch.setenv("SIROCCO_TRITON", "1")
+    dispatch.native.cache_clear()
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     for key, value in {"attention.head_count": 4, "attention.head_count_kv": 4}.items():
         writer.add_uint32(f"llama.{key}", value)
@@ -76,7 +79,8 @@ def source(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
     writer.write_tensors_to_file()
     writer.close()
     checkpoint = GgufCheckpoint(open_gguf((str(tmp_path / "m.gguf"),), with_texts=False))
-    return CheckpointSource(checkpoint, torch.float32, device)
+    yield CheckpointSource(checkpoint, torch.float32, device)
+    dispatch.native.cache_clear()
 
 
 def attention(*names: str) -> list[str]:
@@ -121,6 +125,7 @@ def test_nothing_is_planar_without_triton(
 ) -> None:
     monkeypatch.setenv("SIROCCO_TRITON", "0")
     monkeypatch.setenv("SIROCCO_NATIVE", "0")
+    dispatch.native.cache_clear()
     assert triton_computes(device) == (False, "turned off by SIROCCO_TRITON=0")
     other = CheckpointSource(source._checkpoint, torch.float32, device)
     assert isinstance(other.weight(attention("q"), [32], COLUMNS), PackedWeight | DenseWeight)

@@ -11,6 +11,7 @@ from tiny_llama import Piece, TinyPool, full_logits, hf_llama, make_batch, our_l
 import kernels
 from kernels import dispatch
 from kernels.cpu import _native
+from kernels.gpu import support
 from kernels.gpu.support import TritonSupport
 from kernels.reference import sampling
 from serve_app.attention.choose import choose_backend, list_backends, usual_needs
@@ -122,6 +123,7 @@ def test_triton_computes_on_a_cpu_only_where_it_is_asked_to(monkeypatch: pytest.
         dispatch.triton_computes("cpu")
     monkeypatch.setattr(dispatch, "triton_support", lambda device: TritonSupport(True, True, "interpreted"))
     assert dispatch.triton_computes("cpu") == (True, "interpreted")
+    monkeypatch.setattr(dispatch, "triton_support", support.triton_support)
     monkeypatch.setenv("SIROCCO_TRITON", "0")
     assert dispatch.triton_computes("cuda") == (False, "turned off by SIROCCO_TRITON=0")
 
