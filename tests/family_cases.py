@@ -48,6 +48,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, short window": ("Mistral", {"sliding_window": 9}),
     "mistral, window of the prompt": ("Mistral", {"sliding_window": 70}),
     "mistral, every head its own, tied": ("Mistral", MHA | {"sliding_window": 20, "tie_word_embeddings": True}),
+    "mistral, longrope": (
+        "Mistral",
+        {"rope_parameters": LONG | {"original_max_position_embeddings": 32, "factor": 16.0}},
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, window": ("Qwen2", QWEN_WINDOW),
@@ -60,6 +64,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma, one KV head": ("Gemma", GEMMA | {"num_key_value_heads": 1}),
     "gemma, every head its own": ("Gemma", GEMMA | MHA),
     "gemma, own head": ("Gemma", GEMMA | {"tie_word_embeddings": False, "head_dim": 12}),
+    "gemma, biases": ("Gemma", GEMMA | {"attention_bias": True}),
+    "gemma2, biases": ("Gemma2", GEMMA | {"attention_bias": True}),
     "gemma2": ("Gemma2", GEMMA | {"sliding_window": 8, "query_pre_attn_scalar": 30}),
     "gemma2, long window": ("Gemma2", GEMMA | {"sliding_window": 200, "query_pre_attn_scalar": 16}),
     "gemma2, tight caps": ("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
@@ -71,6 +77,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         GEMMA | {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "sliding_window": 8},
     ),
+    "gemma3, biases": ("Gemma3", GEMMA | GEMMA3_LAYERS | {"attention_bias": True}),
     "gemma3, scaled": (
         "Gemma3",
         GEMMA | GEMMA3_LAYERS | MHA | {
@@ -92,6 +99,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi2, deep": ("Phi", PHI2 | {"num_hidden_layers": 4, "layer_norm_eps": 1e-3}),
     "granite": ("Granite", GRANITE),
     "granite, tied": ("Granite", GRANITE | MHA | {"tie_word_embeddings": True}),
+    "granite, biases": ("Granite", GRANITE | {"attention_bias": True, "mlp_bias": True}),
     "starcoder2": ("Starcoder2", {}),
     "starcoder2, window": ("Starcoder2", {"sliding_window": 10}),
     "starcoder2, no biases": ("Starcoder2", {"use_bias": False, "sliding_window": 100}),

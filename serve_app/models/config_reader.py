@@ -53,6 +53,12 @@ class ConfigReader:
             raise self.fail(key, f"is {value!r}, not a number above 0")
         return float(value)
 
+    def number_or_none(self, key: str, default: float = 0.0) -> float:
+        """A finite number above 0, or 0 where it is null or 0: none. default: where it is missing."""
+        if key not in self._values:
+            return default
+        return self.number(key) if self._values[key] else 0.0
+
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of finite numbers above 0."""
         values = self._values.get(key)

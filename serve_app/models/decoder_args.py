@@ -43,8 +43,10 @@ class DecoderArgs:
         return self.windows[layer] if self.windows else 0
 
 
-def common_from_hf(reader: ConfigReader, *, eps_key: str = "rms_norm_eps", is_tied: bool = False) -> dict[str, Any]:
-    """DecoderArgs' fields of a config.json, without rope and windows. is_tied: the head, where the file is silent."""
+def common_from_hf(
+    reader: ConfigReader, *, eps_key: str = "rms_norm_eps", eps: float = 1e-6, is_tied: bool = False
+) -> dict[str, Any]:
+    """DecoderArgs' fields of a config.json, without rope and windows. eps, is_tied: where the file is silent."""
     n_heads = reader.count("num_attention_heads")
     hidden_size = reader.count("hidden_size")
     fields = {
@@ -56,7 +58,7 @@ def common_from_hf(reader: ConfigReader, *, eps_key: str = "rms_norm_eps", is_ti
         "intermediate_size": reader.count("intermediate_size"),
         "vocab_size": reader.count("vocab_size"),
         "max_position_embeddings": reader.count("max_position_embeddings", 2048),
-        "norm_eps": reader.number(eps_key, 1e-6),
+        "norm_eps": reader.number(eps_key, eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", is_tied),
     }
     _check_groups(fields, reader, "num_key_value_heads")
@@ -84,9 +86,13 @@ def common_from_gguf(reader: ConfigReader, prefix: str, *, eps_key: str = "layer
 
 
 def check_rotary(args: DecoderArgs, reader: ConfigReader, key: str) -> None:
-    """ModelFileError where so many elements of a head cannot be rotated."""
+    """ModelFileError where so many elements of a head cannot be rotated, or not with so many divisors."""
     if args.rotary_dim % 2 or not 0 < args.rotary_dim <= args.head_dim:
         raise reader.fail(key, f"is {args.head_dim}, of which {args.rotary_dim} elements cannot be rotated")
+    for name in ("short_factor", "long_factor"):
+        count = len(getattr(args.rope.scaling, name))
+        if count and count != args.rotary_dim // 2:
+            raise reader.fail(name, f"has {count} numbers, the heads need {args.rotary_dim // 2}")
 
 
 def _check_groups(fields: dict[str, Any], reader: ConfigReader, key: str) -> None:

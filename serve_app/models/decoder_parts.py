@@ -33,13 +33,34 @@ def head(args: DecoderArgs, weights: WeightSource, embedding: Embedding) -> Outp
     return OutputHead(weights.weight(["lm_head.weight"], [args.vocab_size], args.hidden_size), bias)
 
 
-def rotary(args: DecoderArgs, weights: WeightSource, device: torch.device, rope: RopeConfig | None = None) -> Rotary:
-    """The angles of args.rope, or of another rope of the same width. GGUF's divisors are applied where it has them."""
+def rotary(
+    args: DecoderArgs,
+    weights: WeightSource,
+    device: torch.device,
+    rope: RopeConfig | None = None,
+    *,
+    magnitudes: tuple[float, float] | None = None,
+) -> Rotary:
+    """The angles of args.rope, or of another rope of the same width. GGUF's divisors are applied where it has them.
+
+    longrope has two sets of divisors, here one for every request: the short one where the context that is served stays
+    within the original length, else the long one. magnitudes: of the two, None = the scaling's for both.
+    """
     rope = args.rope if rope is None else rope
-    frequencies = inverse_frequencies(args.rotary_dim, rope.theta, rope.scaling).to(device)
-    if weights.has("rope_freqs.weight"):
-        frequencies = frequencies / weights.tensor("rope_freqs.weight", (args.rotary_dim // 2,))
-    return Rotary(frequencies, args.max_position_embeddings, rope.scaling.magnitude)
+    scaling, half = rope.scaling, args.rotary_dim // 2
+    frequencies = inverse_frequencies(args.rotary_dim, rope.theta, scaling).to(device)
+    magnitude = scaling.magnitude
+    if scaling.kind == "longrope":
+        is_long = args.max_position_embeddings > scaling.original_max_position_embeddings
+        sets = [
+            torch.tensor(stated) if stated else weights.tensor(f"rope_factors_{name}.weight", (half,))
+            for name, stated in (("short", scaling.short_factor), ("long", scaling.long_factor))
+        ]
+        frequencies = frequencies / sets[is_long].to(device)
+        magnitude = magnitude if magnitudes is None else magnitudes[is_long]
+    elif weights.has("rope_freqs.weight"):
+        frequencies = frequencies / weights.tensor("rope_freqs.weight", (half,))
+    return Rotary(frequencies, args.max_position_embeddings, magnitude)
 
 
 def attention_shape(args: DecoderArgs, layer: int, scale: float | None = None, softcap: float = 0.0) -> AttentionShape:
@@ -54,8 +75,8 @@ def attention(
     rotary: Rotary,
     shape: AttentionShape,
     *,
-    qkv_bias: bool | None = False,
-    out_bias: bool | None = False,
+    qkv_bias: bool | None = None,
+    out_bias: bool | None = None,
     head_norms: tuple[NormWeights, NormWeights] | None = None,
 ) -> Attention:
     """Over `self_attn.{q,k,v,o}_proj`. Biases: None = as the file's tensors show."""
@@ -69,7 +90,7 @@ def attention(
 
 
 def gated_mlp(
-    args: DecoderArgs, weights: LayerWeights, activation: Activation = "silu", *, has_bias: bool | None = False
+    args: DecoderArgs, weights: LayerWeights, activation: Activation = "silu", *, has_bias: bool | None = None
 ) -> GatedMLP:
     """Over `mlp.{gate,up,down}_proj`. Biases: None = as the file's tensors show."""
     names, sizes = ["mlp.gate_proj", "mlp.up_proj"], [args.intermediate_size] * 2
@@ -77,6 +98,6 @@ def gated_mlp(
     return GatedMLP(gate_up, down(args, weights, has_bias=has_bias), activation)
 
 
-def down(args: DecoderArgs, weights: LayerWeights, *, has_bias: bool | None = False) -> Linear:
+def down(args: DecoderArgs, weights: LayerWeights, *, has_bias: bool | None = None) -> Linear:
     """`mlp.down_proj`. Bias: None = as the file's tensors show."""
     return weights.linear(["mlp.down_proj"], [args.hidden_size], args.intermediate_size, has_bias)

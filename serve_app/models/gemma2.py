@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.layers.decoder import Decoder, SandwichBlock
-from serve_app.layers.step import Rows, Step
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -35,10 +34,10 @@ class Gemma2Args(DecoderArgs):
         args = cls(
             **common,
             rope=rope_from_hf(reader, common["head_dim"]),
-            windows=windows_from_hf(reader, common["n_layers"], _is_sliding),
+            windows=windows_from_hf(reader, common["n_layers"], _is_sliding, default=4096),
             query_pre_attn_scalar=reader.number("query_pre_attn_scalar", 256.0),
-            attn_logit_softcapping=_cap(reader, "attn_logit_softcapping"),
-            final_logit_softcapping=_cap(reader, "final_logit_softcapping"),
+            attn_logit_softcapping=reader.number_or_none("attn_logit_softcapping", 50.0),
+            final_logit_softcapping=reader.number_or_none("final_logit_softcapping", 30.0),
             norm_offset=1.0,
         )
         check_rotary(args, reader, "head_dim")
@@ -55,8 +54,8 @@ class Gemma2Args(DecoderArgs):
             rope=rope_from_gguf(reader, "gemma2"),
             windows=windows_from_gguf(reader, "gemma2", common["n_layers"], _is_sliding, default=4096),
             query_pre_attn_scalar=common["hidden_size"] / common["n_heads"] if is_27b else common["head_dim"],
-            attn_logit_softcapping=_cap(reader, "gemma2.attn_logit_softcapping"),
-            final_logit_softcapping=_cap(reader, "gemma2.final_logit_softcapping"),
+            attn_logit_softcapping=reader.number_or_none("gemma2.attn_logit_softcapping"),
+            final_logit_softcapping=reader.number_or_none("gemma2.final_logit_softcapping"),
         )
         check_rotary(args, reader, "gemma2.attention.key_length")
         return args
@@ -66,11 +65,7 @@ def _is_sliding(layer: int) -> bool:
     return layer % 2 == 0
 
 
-def _cap(reader: ConfigReader, key: str) -> float:
-    return reader.number(key) if reader.get(key) else 0.0
-
-
-class Gemma2ForCausalLM:
+class Gemma2ForCausalLM(Decoder):
     """See CausalLM."""
 
     def __init__(self, args: Gemma2Args, weights: WeightSource) -> None:
@@ -96,12 +91,4 @@ class Gemma2ForCausalLM:
                 )
             )
         head = parts.head(args, weights, embedding)
-        self._decoder = Decoder(embedding, blocks, norm, head, args.final_logit_softcapping)
-
-    def forward(self, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.forward(step)
-
-    def logits(self, hidden: Rows, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.logits(hidden, step)
+        super().__init__(embedding, blocks, norm, head, args.final_logit_softcapping)

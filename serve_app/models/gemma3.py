@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.layers.decoder import Decoder, SandwichBlock
-from serve_app.layers.step import Rows, Step
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -43,10 +42,10 @@ class Gemma3Args(DecoderArgs):
             **common,
             rope=rope,
             local_rope=local_rope,
-            windows=windows_from_hf(reader, common["n_layers"], lambda layer: (layer + 1) % pattern != 0),
+            windows=windows_from_hf(reader, common["n_layers"], lambda layer: (layer + 1) % pattern != 0, default=4096),
             query_pre_attn_scalar=reader.number("query_pre_attn_scalar", 256.0),
-            attn_logit_softcapping=_cap(reader, "attn_logit_softcapping"),
-            final_logit_softcapping=_cap(reader, "final_logit_softcapping"),
+            attn_logit_softcapping=reader.number_or_none("attn_logit_softcapping"),
+            final_logit_softcapping=reader.number_or_none("final_logit_softcapping"),
             norm_offset=1.0,
         )
         check_rotary(args, reader, "head_dim")
@@ -66,7 +65,7 @@ class Gemma3Args(DecoderArgs):
             local_rope=unscaled(rope, reader.number("gemma3.rope.freq_base_swa", 10000.0)),
             windows=windows_from_gguf(reader, "gemma3", common["n_layers"], lambda layer: (layer + 1) % pattern != 0),
             query_pre_attn_scalar=common["hidden_size"] // common["n_heads"] if is_27b else common["head_dim"],
-            final_logit_softcapping=_cap(reader, "gemma3.final_logit_softcapping"),
+            final_logit_softcapping=reader.number_or_none("gemma3.final_logit_softcapping"),
         )
         check_rotary(args, reader, "gemma3.attention.key_length")
         return args
@@ -87,11 +86,7 @@ def _ropes_from_hf(reader: ConfigReader) -> tuple[RopeConfig, RopeConfig]:
     return rope, unscaled(rope, reader.number("rope_local_base_freq", 1e4))
 
 
-def _cap(reader: ConfigReader, key: str) -> float:
-    return reader.number(key) if reader.get(key) else 0.0
-
-
-class Gemma3ForCausalLM:
+class Gemma3ForCausalLM(Decoder):
     """See CausalLM."""
 
     def __init__(self, args: Gemma3Args, weights: WeightSource) -> None:
@@ -128,12 +123,4 @@ class Gemma3ForCausalLM:
                 )
             )
         head = parts.head(args, weights, embedding)
-        self._decoder = Decoder(embedding, blocks, norm, head, args.final_logit_softcapping)
-
-    def forward(self, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.forward(step)
-
-    def logits(self, hidden: Rows, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.logits(hidden, step)
+        super().__init__(embedding, blocks, norm, head, args.final_logit_softcapping)

@@ -55,7 +55,7 @@ class GraniteArgs(DecoderArgs):
         return args
 
 
-class GraniteForCausalLM:
+class GraniteForCausalLM(Decoder):
     """See CausalLM."""
 
     def __init__(self, args: GraniteArgs, weights: WeightSource) -> None:
@@ -76,7 +76,7 @@ class GraniteForCausalLM:
                     self._scaled(parts.gated_mlp(args, of_layer)),
                 )
             )
-        self._decoder = Decoder(embedding, blocks, norm, parts.head(args, weights, embedding))
+        super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
     def _scaled(self, sublayer: Sublayer) -> Sublayer:
         def call(x: Rows, step: Step) -> Rows:
@@ -86,12 +86,8 @@ class GraniteForCausalLM:
 
         return call
 
-    def forward(self, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.forward(step)
-
     def logits(self, hidden: Rows, step: Step) -> Rows:
         """See CausalLM."""
-        logits = self._decoder.logits(hidden, step)
+        logits = super().logits(hidden, step)
         step.scale(logits, 1 / self.args.logits_scaling)
         return logits

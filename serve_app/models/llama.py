@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
-from serve_app.layers.step import Rows, Step
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -30,7 +29,8 @@ class LlamaArgs(DecoderArgs):
             **common, rope=rope_from_hf(reader, common["head_dim"]),
             attention_bias=reader.flag("attention_bias", False), mlp_bias=reader.flag("mlp_bias", False),
         )  # fmt: skip
-        return args._checked(reader, "head_dim")
+        check_rotary(args, reader, "head_dim")
+        return args
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "LlamaArgs":
@@ -39,16 +39,11 @@ class LlamaArgs(DecoderArgs):
         if reader.get("llama.expert_count"):
             raise reader.fail("llama.expert_count", "is set: mixtures of experts are not supported")
         args = cls(**common_from_gguf(reader, "llama"), rope=rope_from_gguf(reader, "llama"))
-        return args._checked(reader, "llama.attention.key_length")
-
-    def _checked(self, reader: ConfigReader, head_key: str) -> "LlamaArgs":
-        if self.rope.scaling.kind == "longrope":
-            raise reader.fail("rope_type", "is 'longrope', which Llamas do not have")
-        check_rotary(self, reader, head_key)
-        return self
+        check_rotary(args, reader, "llama.attention.key_length")
+        return args
 
 
-class LlamaForCausalLM:
+class LlamaForCausalLM(Decoder):
     """See CausalLM."""
 
     def __init__(self, args: LlamaArgs, weights: WeightSource) -> None:
@@ -71,12 +66,4 @@ class LlamaForCausalLM:
                     parts.gated_mlp(args, of_layer, has_bias=args.mlp_bias),
                 )
             )  # fmt: skip
-        self._decoder = Decoder(embedding, blocks, norm, parts.head(args, weights, embedding))
-
-    def forward(self, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.forward(step)
-
-    def logits(self, hidden: Rows, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.logits(hidden, step)
+        super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))

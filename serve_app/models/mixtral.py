@@ -28,7 +28,7 @@ class MixtralArgs(DecoderArgs):
         """See ModelArgs."""
         reader = ConfigReader(config, file)
         reader.choice("hidden_act", "silu", ("silu",))
-        common = common_from_hf(reader, eps_key="rms_norm_eps")
+        common = common_from_hf(reader, eps=1e-5)
         num_experts, top_k = expert_counts(reader, "num_local_experts", "num_experts_per_tok")
         args = cls(
             **common,

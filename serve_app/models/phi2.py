@@ -7,7 +7,6 @@ from serve_app.layers.attention import Attention
 from serve_app.layers.decoder import Decoder, ParallelBlock
 from serve_app.layers.mlp import PlainMLP
 from serve_app.layers.rotary import Rotary
-from serve_app.layers.step import Rows, Step
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -29,7 +28,7 @@ class Phi2Args(DecoderArgs):
         reader.choice("hidden_act", "gelu_new", ("gelu_new",))
         if reader.get("qk_layernorm"):
             raise reader.fail("qk_layernorm", "is set, which no published model has")
-        common = common_from_hf(reader, eps_key="layer_norm_eps")
+        common = common_from_hf(reader, eps_key="layer_norm_eps", eps=1e-5)
         args = cls(**common, rope=rope_from_hf(reader, common["head_dim"], share=0.5))
         check_rotary(args, reader, "head_dim")
         return args
@@ -45,7 +44,7 @@ class Phi2Args(DecoderArgs):
         return args
 
 
-class PhiForCausalLM:
+class PhiForCausalLM(Decoder):
     """See CausalLM."""
 
     def __init__(self, args: Phi2Args, weights: WeightSource) -> None:
@@ -55,7 +54,7 @@ class PhiForCausalLM:
         rotary = parts.rotary(args, weights, norm.device)
         embedding = parts.embedding(args, weights)
         blocks = [self._block(layer, weights, rotary) for layer in range(args.n_layers)]
-        self._decoder = Decoder(embedding, blocks, norm, parts.head(args, weights, embedding))
+        super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
     def _block(self, layer: int, weights: WeightSource, rotary: Rotary) -> ParallelBlock:
         args, of_layer = self.args, LayerWeights(weights, f"model.layers.{layer}.")
@@ -78,11 +77,3 @@ class PhiForCausalLM:
                 "gelu_tanh",
             ),
         )
-
-    def forward(self, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.forward(step)
-
-    def logits(self, hidden: Rows, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.logits(hidden, step)

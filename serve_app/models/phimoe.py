@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from serve_app.layers.decoder import Decoder, PreNormBlock
-from serve_app.layers.rotary import Rotary, inverse_frequencies
+from serve_app.layers.rotary import Rotary
 from serve_app.layers.step import Routing
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
@@ -33,7 +31,7 @@ class PhimoeArgs(DecoderArgs):
         """See ModelArgs."""
         reader = ConfigReader(config, file)
         reader.choice("hidden_act", "silu", ("silu",))
-        common = common_from_hf(reader)
+        common = common_from_hf(reader, eps=1e-5)
         rope, mscales = _rope(reader, common["head_dim"])
         args = cls(
             **common,
@@ -69,7 +67,10 @@ class PhimoeForCausalLM(Decoder):
         """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
         self.args = args
         norm = LayerWeights(weights).layer_norm("model.norm", args.hidden_size, args.norm_eps)
-        embedding, rotary = parts.embedding(args, weights), _rotary(args, weights, norm.device)
+        embedding, rotary = (
+            parts.embedding(args, weights),
+            parts.rotary(args, weights, norm.device, magnitudes=args.mscales),
+        )
         blocks = [_block(args, weights, layer, rotary) for layer in range(args.n_layers)]
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
@@ -95,23 +96,6 @@ def _rope(reader: ConfigReader, head_dim: int) -> tuple[RopeConfig, tuple[float,
     nested = reader.section("rope_parameters") or reader.section("rope_scaling")
     assert nested is not None
     return rope, (nested.number("short_mscale"), nested.number("long_mscale"))
-
-
-def _rotary(args: PhimoeArgs, weights: WeightSource, device: torch.device) -> Rotary:
-    """One of longrope's two sets for every request, as Phi-3's: the long one where the context that is served goes
-    beyond the original length."""
-    scaling = args.rope.scaling
-    if scaling.kind != "longrope":
-        return parts.rotary(args, weights, device)
-    sets = {}
-    for name, stated in (("short", scaling.short_factor), ("long", scaling.long_factor)):
-        in_file = f"rope_factors_{name}.weight"
-        sets[name] = torch.tensor(stated) if stated else weights.tensor(in_file, (args.rotary_dim // 2,))
-    is_long = args.max_position_embeddings > scaling.original_max_position_embeddings
-    frequencies = inverse_frequencies(args.rotary_dim, args.rope.theta, scaling).to(device)
-    divisors = sets["long" if is_long else "short"].to(device)
-    magnitude = scaling.magnitude if args.mscales is None else args.mscales[is_long]
-    return Rotary(frequencies / divisors, args.max_position_embeddings, magnitude)
 
 
 def _num_experts(reader: ConfigReader, count_key: str, used_key: str) -> int:

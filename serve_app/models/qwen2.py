@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
-from serve_app.layers.step import Rows, Step
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -38,7 +37,7 @@ class Qwen2Args(DecoderArgs):
         return args
 
 
-class Qwen2ForCausalLM:
+class Qwen2ForCausalLM(Decoder):
     """See CausalLM."""
 
     def __init__(self, args: Qwen2Args, weights: WeightSource) -> None:
@@ -58,12 +57,4 @@ class Qwen2ForCausalLM:
                     parts.gated_mlp(args, of_layer),
                 )
             )
-        self._decoder = Decoder(embedding, blocks, norm, parts.head(args, weights, embedding))
-
-    def forward(self, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.forward(step)
-
-    def logits(self, hidden: Rows, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.logits(hidden, step)
+        super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))

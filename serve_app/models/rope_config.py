@@ -59,7 +59,7 @@ def scaling_from_hf(config: ConfigReader, nested: ConfigReader) -> RopeScaling:
 def _yarn(nested: ConfigReader, longest: int) -> RopeScaling:
     original = nested.count("original_max_position_embeddings", longest)
     factor = nested.number("factor", longest / original)
-    weights = [nested.number(key) if nested.get(key) else 0.0 for key in ("mscale", "mscale_all_dim")]
+    weights = [nested.number_or_none(key) for key in ("mscale", "mscale_all_dim")]
     magnitude = yarn_magnitude(factor)
     if all(weights):
         magnitude = yarn_magnitude(factor, weights[0]) / yarn_magnitude(factor, weights[1])

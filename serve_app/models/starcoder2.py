@@ -6,7 +6,6 @@ from typing import Any
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.layers.mlp import PlainMLP
 from serve_app.layers.rotary import Rotary
-from serve_app.layers.step import Rows, Step
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -27,7 +26,7 @@ class Starcoder2Args(DecoderArgs):
         """See ModelArgs."""
         reader = ConfigReader(config, file)
         reader.choice("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-        common = common_from_hf(reader, eps_key="norm_epsilon", is_tied=True)
+        common = common_from_hf(reader, eps_key="norm_epsilon", eps=1e-5, is_tied=True)
         args = cls(
             **common,
             rope=rope_from_hf(reader, common["head_dim"]),
@@ -51,7 +50,7 @@ class Starcoder2Args(DecoderArgs):
         return args
 
 
-class Starcoder2ForCausalLM:
+class Starcoder2ForCausalLM(Decoder):
     """See CausalLM."""
 
     def __init__(self, args: Starcoder2Args, weights: WeightSource) -> None:
@@ -61,7 +60,7 @@ class Starcoder2ForCausalLM:
         rotary = parts.rotary(args, weights, norm.device)
         embedding = parts.embedding(args, weights)
         blocks = [self._block(layer, weights, rotary) for layer in range(args.n_layers)]
-        self._decoder = Decoder(embedding, blocks, norm, parts.head(args, weights, embedding))
+        super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
     def _block(self, layer: int, weights: WeightSource, rotary: Rotary) -> PreNormBlock:
         args, of_layer = self.args, LayerWeights(weights, f"model.layers.{layer}.")
@@ -77,11 +76,3 @@ class Starcoder2ForCausalLM:
                 "gelu_tanh",
             ),
         )
-
-    def forward(self, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.forward(step)
-
-    def logits(self, hidden: Rows, step: Step) -> Rows:
-        """See CausalLM."""
-        return self._decoder.logits(hidden, step)

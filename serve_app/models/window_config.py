@@ -7,11 +7,16 @@ from serve_app.models.config_reader import ConfigReader
 _KINDS = ("full_attention", "sliding_attention")
 
 
-def windows_from_hf(reader: ConfigReader, n_layers: int, is_sliding: Callable[[int], bool]) -> tuple[int, ...]:
-    """DecoderArgs.windows: `sliding_window` in the layers that `layer_types` names; is_sliding where it is missing."""
-    if reader.get("sliding_window") is None:
+def windows_from_hf(
+    reader: ConfigReader, n_layers: int, is_sliding: Callable[[int], bool], *, default: int = 0
+) -> tuple[int, ...]:
+    """DecoderArgs.windows: `sliding_window` in the layers that `layer_types` names; is_sliding where it is missing.
+
+    default: the window of a file that is silent about it, 0 = none.
+    """
+    window = int(reader.number_or_none("sliding_window", default))
+    if not window:
         return ()
-    window = reader.count("sliding_window")
     kinds = reader.get("layer_types")
     if kinds is None:
         return alternating(window, n_layers, is_sliding)

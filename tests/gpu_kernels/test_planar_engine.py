@@ -41,7 +41,7 @@ def texts(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[list[int]
 def matrices(llm: LLM) -> set[type]:
     model = llm.engine.parts.runner._forward._model  # type: ignore[attr-defined]
     assert isinstance(model, LlamaForCausalLM)
-    return {type(model._decoder.head.weight), type(model._decoder.embedding.weight)}
+    return {type(model.head.weight), type(model.embedding.weight)}
 
 
 def test_a_golden_text_of_plain_weights(triton_multiplies: None, device: torch.device) -> None:

@@ -129,5 +129,5 @@ def test_files_without_keys_for_it_are_tied_and_biased_as_their_tensors_show() -
     known = LlamaArgs.from_hf(hf.config.to_dict())
     args = replace(known, tie_word_embeddings=None)
     model = LlamaForCausalLM(args, DictSource(tensors))
-    assert model._decoder.head.weight is model._decoder.embedding.weight
-    assert our_llama(hf)._decoder.head.weight is not None
+    assert model.head.weight is model.embedding.weight
+    assert our_llama(hf).head.weight is not None
