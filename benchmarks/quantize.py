@@ -31,15 +31,17 @@ def anonymous_bytes(pid: int) -> int:
 def timed(command: Sequence[str]) -> tuple[float, int]:
     """Seconds from start to end, and the peak of anonymous memory."""
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.01)
-    seconds = time.monotonic() - started
-    assert process.stderr is not None
-    if process.returncode:
-        raise SystemExit(f"{command[0]} failed: {process.stderr.read().decode(errors='replace')[-2000:]}")
+    # A file: what a program says may be more than a pipe holds, and nobody reads meanwhile.
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=words)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.01)
+        seconds = time.monotonic() - started
+        if process.returncode:
+            words.seek(0)
+            raise SystemExit(f"{command[0]} failed: {words.read().decode(errors='replace')[-2000:]}")
     return seconds, peak
 
 

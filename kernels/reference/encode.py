@@ -33,6 +33,10 @@ _ENCODERS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 ENCODABLE = frozenset(_ENCODERS)
 """The types that there are encoders for."""
 
+HQQ_TYPES = frozenset({"HQQ4", "HQQ8"})
+HQQ_LIMIT = 2.0**126
+"""From here on the span of a group may be more than float32 holds."""
+
 _HALF_SCALES = ("d", "m", "dmin", "s", "value")
 
 
@@ -52,6 +56,10 @@ def encode(type_name: str, x: Tensor, importance: Tensor | None = None) -> Tenso
     bad = ~torch.isfinite(x).all(1)
     if bad.any():
         refuse(form, 1, int(bad.nonzero()[0, 0]))
+    if type_name in HQQ_TYPES:
+        bad = x.abs().amax(1) >= HQQ_LIMIT
+        if bad.any():
+            refuse(form, 2, int(bad.nonzero()[0, 0]))
     out = encoder(x.float(), None if importance is None else importance.float())
     blocks = out.view(rows, -1, form.block_bytes)
     for name, size in form.fields:
@@ -80,4 +88,5 @@ def refuse(form: BlockFormat, reason: int, row: int) -> None:
     if reason == 1:
         raise ValueError(f"row {row} has a value that is not finite")
     if reason == 2:
-        raise ValueError(f"row {row} has values too large for {form.name}: a float16 scale ends at 65504")
+        limit = "groups end at 2^126" if form.name in HQQ_TYPES else "a float16 scale ends at 65504"
+        raise ValueError(f"row {row} has values too large for {form.name}: {limit}")

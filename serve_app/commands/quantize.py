@@ -14,6 +14,7 @@ from serve_app.errors import LaunchError
 
 if TYPE_CHECKING:
     from serve_app.loaders.model_files import ModelFiles
+    from serve_app.loaders.quantized import Step
     from serve_app.quant.imatrix import Importance
     from serve_app.quant.mix import Recipe
 
@@ -36,20 +37,35 @@ def run(config: AppConfig, options: QuantizeOptions) -> int:
     targets = _targets(Path(options.output or "").expanduser(), [recipe.name for recipe in recipes])
     dispatch.set_num_threads(options.num_threads or num_physical_cores())
     files = resolve(config.model.to_source())
-    if any(target.resolve() in {p.resolve() for p in files.weight_files} for target in targets):
-        raise LaunchError(f"The option --output names the model's own file: {options.output}")
+    kept = {path.resolve() for path in files.weight_files} | {files.folder.resolve()}
+    if any(target.resolve() in kept for target in targets):
+        raise LaunchError(f"The option --output names the model's own files: {options.output}")
     importance = read_imatrix(Path(options.imatrix).expanduser()) if options.imatrix else None
-    for recipe, target in zip(recipes, targets, strict=True):
-        _quantize(files, recipe, target, importance)
+    # All are planned before the first is written: what is refused costs no time.
+    plans = [_plan(files, recipe, target, importance) for recipe, target in zip(recipes, targets, strict=True)]
+    for recipe, target, steps in zip(recipes, targets, plans, strict=True):
+        try:
+            _write(files, recipe, target, steps)
+        except OSError as error:
+            raise LaunchError(f"{target}: cannot be written ({error.strerror or error}).") from error
     return 0
 
 
-def _quantize(files: "ModelFiles", recipe: "Recipe", target: Path, importance: "Importance | None") -> None:
-    from serve_app.loaders.quantized_folder import plan_folder, write_folder
-    from serve_app.loaders.quantized_gguf import plan_gguf, write_gguf
+def _is_gguf(target: Path) -> bool:
+    return target.suffix == ".gguf"
 
-    is_gguf = target.suffix == ".gguf"
-    steps = plan_gguf(files, recipe, importance) if is_gguf else plan_folder(files, recipe, importance)
+
+def _plan(files: "ModelFiles", recipe: "Recipe", target: Path, importance: "Importance | None") -> "list[Step]":
+    from serve_app.loaders.quantized_folder import plan_folder
+    from serve_app.loaders.quantized_gguf import plan_gguf
+
+    return (plan_gguf if _is_gguf(target) else plan_folder)(files, recipe, importance)
+
+
+def _write(files: "ModelFiles", recipe: "Recipe", target: Path, steps: "Sequence[Step]") -> None:
+    from serve_app.loaders.quantized_folder import write_folder
+    from serve_app.loaders.quantized_gguf import write_gguf
+
     started = time.monotonic()
     console = Console(stderr=True)
     columns = (
@@ -65,11 +81,11 @@ def _quantize(files: "ModelFiles", recipe: "Recipe", target: Path, importance: "
         def progress(name: str, num_bytes: int) -> None:
             bar.update(task, advance=num_bytes, description=name)
 
-        if is_gguf:
-            write_gguf(target, files, recipe, steps, importance, progress)
+        if _is_gguf(target):
+            write_gguf(target, files, recipe, steps, progress)
         else:
-            write_folder(target, files, steps, importance, progress)
-    size = target.stat().st_size if is_gguf else (target / "model.safetensors").stat().st_size
+            write_folder(target, files, steps, progress)
+    size = target.stat().st_size if _is_gguf(target) else (target / "model.safetensors").stat().st_size
     print(f"{target}: {recipe.name}, {size / 2**20:.1f} MiB in {time.monotonic() - started:.1f} s")
 
 

@@ -6,46 +6,66 @@ from typing import Any
 
 from serve_app.errors import LaunchError
 from serve_app.loaders.gguf_writer import encoded
+from serve_app.loaders.load import find_args
+from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.weight_files import read_json
+from serve_app.models.decoder_args import DecoderArgs
 
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_LLAMA3_DIGITS = r"\p{N}{1,3}"
+# How Llama 3's tokenizer.json cuts texts (text.pre_tokenizers builds the same, for GGUF's name of it).
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
-def metadata_of_folder(folder: Path, config: Mapping[str, Any], name: str) -> dict[str, bytes]:
-    """Key → value's bytes. LaunchError, with the reason, for a model or a tokenizer that this cannot describe."""
-    architecture = (config.get("architectures") or [None])[0]
+def args_of_folder(files: ModelFiles) -> DecoderArgs:
+    """The model's arguments. LaunchError, with the reason, for one that a GGUF's llama cannot be."""
+    architecture = files.architecture
     if architecture not in _ARCHITECTURES:
-        raise LaunchError(f"{folder}: {architecture} cannot be written as .gguf; {', '.join(_ARCHITECTURES)} can.")
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+        raise LaunchError(
+            f"{files.folder}: {architecture} cannot be written as .gguf; {', '.join(_ARCHITECTURES)} can."
+        )
+    _, args = find_args(files)
+    assert isinstance(args, DecoderArgs)
+    kind = args.rope.scaling.kind
     if kind not in ("default", "llama3"):  # llama3's become a tensor of their own
-        raise LaunchError(f"{folder}: rotary frequencies scaled by the rule {kind!r} cannot be written as .gguf yet.")
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+        raise LaunchError(
+            f"{files.folder}: rotary frequencies scaled by the rule {kind!r} cannot be written as .gguf yet."
+        )
+    window = max(args.windows, default=0)
+    if 0 < window < args.max_position_embeddings:
+        raise LaunchError(
+            f"{files.folder}: its sliding window of {window} tokens cannot be written as .gguf, whose llama has none."
+        )
+    return args
+
+
+def metadata_of_folder(files: ModelFiles, args: DecoderArgs) -> dict[str, bytes]:
+    """Key → value's bytes. LaunchError, with the reason, for a tokenizer that this cannot describe."""
+    config = files.config or {}
     values: dict[str, Any] = {
         "general.architecture": "llama",
-        "general.name": name,
-        "llama.context_length": int(config["max_position_embeddings"]),
-        "llama.embedding_length": int(config["hidden_size"]),
-        "llama.block_count": int(config["num_hidden_layers"]),
-        "llama.feed_forward_length": int(config["intermediate_size"]),
-        "llama.attention.head_count": heads,
-        "llama.attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
-        "llama.attention.key_length": head_dim,
-        "llama.attention.value_length": head_dim,
-        "llama.rope.dimension_count": head_dim,
-        "llama.rope.freq_base": float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "llama.vocab_size": int(config["vocab_size"]),
+        "general.name": files.model_name,
+        "llama.context_length": args.max_position_embeddings,
+        "llama.embedding_length": args.hidden_size,
+        "llama.block_count": args.n_layers,
+        "llama.feed_forward_length": args.intermediate_size,
+        "llama.attention.head_count": args.n_heads,
+        "llama.attention.head_count_kv": args.n_kv_heads,
+        "llama.attention.key_length": args.head_dim,
+        "llama.attention.value_length": args.head_dim,
+        "llama.rope.dimension_count": args.rotary_dim,
+        "llama.rope.freq_base": args.rope.theta,
+        "llama.attention.layer_norm_rms_epsilon": args.norm_eps,
+        "llama.vocab_size": args.vocab_size,
     }
-    values |= _tokenizer(folder, int(config["vocab_size"]))
+    values |= _tokenizer(files.folder, args.vocab_size)
     for role in ("bos", "eos"):
         token = config.get(f"{role}_token_id")
-        token = token[0] if isinstance(token, list) else token
-        if isinstance(token, int):
+        token = token[0] if isinstance(token, list) and token else token
+        if isinstance(token, int) and 0 <= token < args.vocab_size:
             values[f"tokenizer.ggml.{role}_token_id"] = token
     return {key: encoded(value) for key, value in values.items()}
 
@@ -59,7 +79,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
     ids: dict[str, int] = dict(model["vocab"])
     ids |= {token["content"]: token["id"] for token in added}
     texts = [f"[PAD{i}]" for i in range(max(vocab_size, *(i + 1 for i in ids.values())))]
-    types = [_USER_DEFINED] * len(texts)
+    types = [_UNUSED] * len(texts)
     for text, index in ids.items():
         texts[index], types[index] = text, _NORMAL
     for token in added:
@@ -79,7 +99,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
                 types[index] = _BYTE
     else:
         values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": merges}
-        values["tokenizer.ggml.pre"] = _pre_tokenizer(folder, described.get("pre_tokenizer") or {})
+        values["tokenizer.ggml.pre"] = _pre_tokenizer(folder, model, described.get("pre_tokenizer") or {})
     return values | _behaviour(folder)
 
 
@@ -91,14 +111,14 @@ def _adds_space(described: Mapping[str, Any]) -> bool:
     return is_metaspace or any(p.get("type") == "Prepend" for p in parts)
 
 
-def _pre_tokenizer(folder: Path, described: Mapping[str, Any]) -> str:
-    """GGUF's name of a way to cut texts, for the two that are told by their description alone."""
+def _pre_tokenizer(folder: Path, model: Mapping[str, Any], described: Mapping[str, Any]) -> str:
+    """GGUF's name of a way to cut texts, for those that are told by their description alone."""
     if described.get("type") == "ByteLevel":
         return "gpt-2"
     parts = described.get("pretokenizers") or []
     patterns = [part["pattern"].get("Regex", "") for part in parts if part.get("type") == "Split"]
-    if len(patterns) == 1 and _LLAMA3_DIGITS in patterns[0]:
-        return "llama-bpe"
+    if patterns == [_LLAMA3_PATTERN]:
+        return "llama-bpe" if model.get("ignore_merges") else "dbrx"
     raise LaunchError(
         f"{folder}: the way its tokenizer cuts texts into words has no name in a GGUF that is known here."
     )
@@ -116,6 +136,8 @@ def _behaviour(folder: Path) -> dict[str, Any]:
     separate = folder / "chat_template.jinja"
     if separate.is_file():
         template = separate.read_text(encoding="utf-8")
+    if isinstance(template, list):  # several by name
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     if isinstance(template, str):
         values["tokenizer.chat_template"] = template
     return values

@@ -109,12 +109,10 @@ class GgufWriter:
         self._file.write(b"".join(header))
         self._pad()
 
-    def begin(self) -> TensorPlan:
+    def begin(self) -> None:
         """The next tensor, whose bytes must follow."""
         assert self._left == 0, "a tensor was not written to its end"
-        plan = next(self._plans)
-        self._left = plan.num_bytes
-        return plan
+        self._left = next(self._plans).num_bytes
 
     def write(self, data: Any) -> None:
         """A part of the tensor's bytes (anything with a buffer)."""

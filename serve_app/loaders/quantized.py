@@ -11,7 +11,10 @@ from torch import Tensor
 from kernels.formats import BY_NAME, BlockFormat
 from serve_app.errors import LaunchError, ModelFileError
 from serve_app.loaders.checkpoint import StoredTensor, num_elements
+from serve_app.loaders.load import open_checkpoint
+from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.pages import as_tensor, drop_pages, expect_pages
+from serve_app.loaders.safetensors import SafetensorsCheckpoint
 from serve_app.quant.encode import pieces, requantize
 from serve_app.quant.imatrix import Importance
 from serve_app.quant.mix import ModelFacts, Recipe
@@ -25,19 +28,22 @@ _WHOLE = (QuantType.HQQ4, QuantType.HQQ8)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor's way: stored as it is in the source; name and form as they will be; wanted: before any fallback."""
+    """One tensor's way: stored as it is in the source; name and form as they will be; wanted: before any fallback.
+
+    importance: float32 [columns], or [experts * columns]; None where all columns count alike.
+    """
 
     stored: StoredTensor
     name: str
-    gguf_name: str
     form: BlockFormat
     wanted: QuantType | None
+    importance: Tensor | None = None
 
 
 class Sink(Protocol):
     """Where quantised tensors go."""
 
-    def begin(self) -> Any:
+    def begin(self) -> None:
         """The next tensor begins."""
         ...
 
@@ -50,10 +56,26 @@ Progress = Callable[[str, int], None]
 """Called with a tensor's name and how many bytes of the source are done since the last call."""
 
 
+def stored_tensors(files: ModelFiles) -> list[StoredTensor]:
+    """All tensors of a model; ModelFileError where weights are among them that cannot be read."""
+    checkpoint = open_checkpoint(files)
+    if isinstance(checkpoint, SafetensorsCheckpoint):
+        checkpoint.require_readable_weights()
+    return list(checkpoint.stored())
+
+
 def plan_steps(
-    tensors: Sequence[tuple[StoredTensor, str, str]], recipe: Recipe, facts: ModelFacts, *, needs_gguf: bool
+    tensors: Sequence[tuple[StoredTensor, str, str]],
+    recipe: Recipe,
+    facts: ModelFacts,
+    importance: Importance | None,
+    *,
+    needs_gguf: bool,
 ) -> list[Step]:
-    """What becomes of each tensor (as stored, its new name, its GGUF name); what fell back is logged in one line."""
+    """What becomes of each tensor (as stored, its new name, its GGUF name); what fell back is logged in one line.
+
+    ModelFileError for a tensor that is no weight's, and an importance matrix of another model.
+    """
     steps = []
     for stored, name, gguf_name in tensors:
         if not stored.form.is_decodable:
@@ -62,9 +84,23 @@ def plan_steps(
         form = stored.form if chosen is None else chosen[1].form
         if needs_gguf and chosen is None and len(stored.shape) == 1:
             form = BY_NAME["F32"]  # as llama.cpp wants its norms
-        steps.append(Step(stored, name, gguf_name, form, None if chosen is None else chosen[0]))
+        counts = None
+        if importance is not None and chosen is not None and form.name != stored.form.name:
+            counts = importance_of(stored, gguf_name, importance)
+        steps.append(Step(stored, name, form, None if chosen is None else chosen[0], counts))
     _report(steps)
+    if importance is not None:
+        _report_importance(steps)
     return steps
+
+
+def _report_importance(steps: Sequence[Step]) -> None:
+    changed = [step for step in steps if step.wanted is not None and step.form.name != step.stored.form.name]
+    without = [step.name for step in changed if step.importance is None]
+    if changed and len(without) == len(changed):
+        raise ModelFileError("the importance matrix has no entry for any tensor of this model")
+    if without:
+        logger.warning("no entry in the importance matrix, all columns count alike: %s", ", ".join(without))
 
 
 def _report(steps: Sequence[Step]) -> None:
@@ -76,13 +112,13 @@ def _report(steps: Sequence[Step]) -> None:
         logger.warning("rows are no whole blocks, %s: %s", change, ", ".join(names))
 
 
-def run_steps(steps: Sequence[Step], sink: Sink, importance: Importance | None, progress: Progress) -> None:
+def run_steps(steps: Sequence[Step], sink: Sink, progress: Progress) -> None:
     """Writes every tensor. ModelFileError naming the tensor whose values cannot be encoded."""
     for step in steps:
         sink.begin()
         expect_pages(step.stored.data)
         try:
-            for data, source_bytes in _encoded(step, importance):
+            for data, source_bytes in _encoded(step):
                 sink.write(data.numpy())
                 progress(step.name, source_bytes)
         except ValueError as error:
@@ -90,18 +126,19 @@ def run_steps(steps: Sequence[Step], sink: Sink, importance: Importance | None, 
         drop_pages(step.stored.data)
 
 
-def _encoded(step: Step, importance: Importance | None) -> Iterator[tuple[Tensor, int]]:
+def _encoded(step: Step) -> Iterator[tuple[Tensor, int]]:
     """The tensor's new bytes in pieces, and how many of the source each came from."""
     stored, form = step.stored, step.form
-    columns = stored.shape[-1]
-    num_rows = num_elements(stored.shape[:-1])
+    # A bias in another order is a column of rows, a number by itself a row of one.
+    is_column = len(stored.shape) == 0 or (len(stored.shape) == 1 and stored.row_order is not None)
+    columns = 1 if is_column else stored.shape[-1]
+    num_rows = num_elements(stored.shape) // max(1, columns)
     rows = as_tensor(stored.data).view(num_rows, -1)
     row_bytes = rows.shape[1]
     is_same = form.name == stored.form.name
-    counts = None if is_same else importance_of(step, importance, columns)
-    whole = stored.row_order is None and form.name in _WHOLE
+    whole = form.name in _WHOLE
     out = torch.empty(0, dtype=torch.uint8)
-    for expert_rows, weights in _experts(num_rows, columns, counts):
+    for expert_rows, weights in _experts(num_rows, columns, step.importance):
         for piece in pieces(len(expert_rows), row_bytes, stored.data.size if whole else PIECE_BYTES):
             part = slice(expert_rows.start + piece.start, expert_rows.start + piece.stop)
             source = rows[part] if stored.row_order is None else rows[stored.row_order[part]]
@@ -124,15 +161,16 @@ def _experts(num_rows: int, columns: int, counts: Tensor | None) -> Iterator[tup
         yield range(e * each, (e + 1) * each), None if counts is None else counts[e * columns : (e + 1) * columns]
 
 
-def importance_of(step: Step, importance: Importance | None, columns: int) -> Tensor | None:
-    """The importance of a tensor's columns; ModelFileError for one of another size."""
-    values = None if importance is None else importance.get(step.gguf_name)
+def importance_of(stored: StoredTensor, gguf_name: str, importance: Importance) -> Tensor | None:
+    """The importance of a matrix's columns, None without an entry; ModelFileError for one of another size."""
+    values = importance.get(gguf_name)
     if values is None:
         return None
-    experts = step.stored.shape[0] if len(step.stored.shape) == 3 else 1
+    columns = stored.shape[-1]
+    experts = stored.shape[0] if len(stored.shape) == 3 else 1
     if values.size not in (columns, experts * columns):
         raise ModelFileError(
-            f"the importance matrix has {values.size} values for {step.gguf_name!r}, whose rows have {columns} weights"
+            f"the importance matrix has {values.size} values for {gguf_name!r}, whose rows have {columns} weights"
         )
     return torch.from_numpy(values)
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve_app.errors import LaunchError
-from serve_app.loaders.load import open_checkpoint
+from serve_app.loaders.load import find_args
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name
-from serve_app.loaders.quantized import Progress, Step, plan_steps, run_steps
+from serve_app.loaders.quantized import Progress, Step, plan_steps, run_steps, stored_tensors
 from serve_app.loaders.safetensors import QUANTISED
 from serve_app.quant.imatrix import Importance
 from serve_app.quant.mix import ModelFacts, Recipe
 
 _PLAIN = ("F32", "F16", "BF16")
 _WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _NOT_COPIED = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json")
 
 
@@ -31,39 +32,38 @@ def plan_folder(files: ModelFiles, recipe: Recipe, importance: Importance | None
             "give -o a name that ends in .gguf."
         )
     config: Mapping[str, Any] = files.config
-    stored = list(open_checkpoint(files).stored())
-    heads = int(config.get("num_attention_heads", 1))
+    stored = stored_tensors(files)
+    _, args = find_args(files)
     has_head = any(tensor.name == "lm_head.weight" for tensor in stored)
     facts = ModelFacts(
         str(config.get("model_type", "")),
-        int(config.get("num_hidden_layers", 1)),
-        heads,
-        int(config.get("num_key_value_heads") or heads),
-        int(config.get("num_local_experts") or 0),
+        args.n_layers,
+        args.n_heads,
+        args.n_kv_heads,
+        int(config.get("num_local_experts") or config.get("num_experts") or 0),
         not has_head or bool(config.get("tie_word_embeddings", False)),
-        importance is not None,
     )
     tensors = [(tensor, tensor.name, gguf_name(tensor.name)) for tensor in stored]
-    return plan_steps(tensors, recipe, facts, needs_gguf=False)
+    return plan_steps(tensors, recipe, facts, importance, needs_gguf=False)
 
 
-def write_folder(
-    folder: Path, files: ModelFiles, steps: Sequence[Step], importance: Importance | None, progress: Progress
-) -> None:
-    """Writes the weights, then copies what else the model's folder has."""
+def write_folder(folder: Path, files: ModelFiles, steps: Sequence[Step], progress: Progress) -> None:
+    """Copies what the model's folder has besides weights, then writes those under their name, once they are whole."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(files.folder.iterdir()):
+        if path.is_file() and not path.name.endswith(_NOT_COPIED):
+            shutil.copy(path, folder / path.name)
     part = folder / (_WEIGHTS + ".part")
     try:
         with part.open("wb") as file:
             file.write(_header(steps))
-            run_steps(steps, _File(file), importance, progress)
+            run_steps(steps, _File(file), progress)
+        # One of an earlier model there would send readers to other weights.
+        (folder / _INDEX).unlink(missing_ok=True)
         part.replace(folder / _WEIGHTS)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    for path in sorted(files.folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_NOT_COPIED) and not (folder / path.name).exists():
-            shutil.copy(path, folder / path.name)
 
 
 class _File:

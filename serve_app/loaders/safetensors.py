@@ -57,6 +57,12 @@ class SafetensorsCheckpoint:
         for name in sorted(self._tensors):
             yield self._tensors[name]
 
+    def require_readable_weights(self) -> None:
+        """ModelFileError for the first weight of a type that is none: who goes through stored() does not see it."""
+        for name, sentence in self._of_other_types.items():
+            if name.endswith("weight"):  # GPTQ's are called qweight
+                raise ModelFileError(sentence)
+
     def _read(self, path: Path) -> None:
         data = map_file(path)
         header, begin = _read_header(path, data)

@@ -33,7 +33,7 @@ def quantize(
         raise ValueError(f"a matrix is needed, not {values.ndim} dimensions")
     values = values.to("cpu", torch.float32).contiguous()
     counts = None if importance is None else torch.as_tensor(importance).to("cpu", torch.float32).contiguous()
-    blocks = requantize("F32", values.view(torch.uint8).view(len(values), -1), wanted, counts)
+    blocks = requantize("F32", values.view(torch.uint8).view(len(values), 4 * values.shape[1]), wanted, counts)
     return blocks.numpy() if isinstance(x, np.ndarray) else blocks
 
 
@@ -75,7 +75,7 @@ def encodable(name: QuantType | str | int) -> QuantType:
     return wanted
 
 
-def pieces(num_rows: int, row_bytes: int, piece_bytes: int = 16 << 20) -> Iterator[slice]:
+def pieces(num_rows: int, row_bytes: int, piece_bytes: int) -> Iterator[slice]:
     """Ranges of rows of about piece_bytes each."""
     step = max(1, piece_bytes // max(1, row_bytes))
     for first in range(0, num_rows, step):

@@ -56,7 +56,6 @@ class ModelFacts:
     n_kv_heads: int
     n_experts: int = 0
     is_tied: bool = False
-    has_importance: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +74,17 @@ class Recipe:
 
     @staticmethod
     def parse(name: str, *, promotes: bool = True) -> "Recipe":
-        """From the name of a mix (Q4_K_M, q4km) or of a type, ValueError for an unknown one."""
+        """From the name of a mix (Q4_K_M, q4km) or of a type. Q2_K is both: the mix, if it promotes.
+
+        ValueError for an unknown name, or a mix that shall not promote.
+        """
         key = name.upper().replace("_", "").replace("-", "").strip()
         for mix, base in _MIXES.items():
-            if mix.replace("_", "") == key or (mix == "Q2_K" and key == "2"):
-                return Recipe(mix, base, is_mix=True)
+            if key in (mix.replace("_", ""), "2" if mix == "Q2_K" else ""):
+                if promotes:
+                    return Recipe(mix, base, is_mix=True)
+                if mix != base:
+                    raise ValueError(f"{mix} is a mix of types: it cannot be pure")
         try:
             base = encodable(name)
         except ValueError as error:

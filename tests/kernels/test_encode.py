@@ -1,5 +1,6 @@
 """Encoders: natively and in torch, against ggml's own bytes, the gguf package, and each other."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -17,7 +18,8 @@ from kernels.formats import BY_NAME
 from kernels.reference.encode import ENCODABLE, encode
 from kernels.reference.quant import dequantize
 
-GOLDEN = np.load(Path(__file__).parents[1] / "data" / "quantization" / "ggml_quantize_golden.npz")
+DATA = Path(__file__).parents[1] / "data" / "quantization"
+GOLDEN = np.load(DATA / "ggml_quantize_golden.npz")
 PLAIN = {"F32", "F16", "BF16"}
 HQQ = {"HQQ4", "HQQ8"}
 NATIVE = sorted(ENCODABLE - PLAIN)
@@ -165,11 +167,25 @@ def test_hqq_codes_are_the_solvers(name: str, each_isa: str) -> None:
     assert errors[0] <= 1.001 * errors[1]
 
 
-def test_hqq_shrinks_large_errors() -> None:
-    """With weights of about one the solver does more than centre its zeros, natively as in torch."""
-    x = torch.from_numpy(np.random.default_rng(4).standard_t(3, (64, 256)).astype(np.float32) * 4)
-    ours, theirs = (dequantize("HQQ4", b) for b in (native("HQQ4", x), encode("HQQ4", x)))
-    assert float((ours - theirs).norm() / x.norm()) < 1e-3
+@pytest.mark.parametrize("encoder", [native, encode])
+@pytest.mark.parametrize("kind", ["small", "heavy"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_hqq_is_that_of_its_authors(bits: int, kind: str, encoder: Callable[..., torch.Tensor]) -> None:
+    """Heavy weights are lost by more than the solver shrinks away, so that its norm and the growth of beta count."""
+    golden = np.load(DATA / "hqq_golden.npz")
+    x = torch.from_numpy(golden[kind])
+    step, zero, codes = (torch.from_numpy(golden[f"{kind}_{bits}_{part}"]) for part in ("step", "zero", "codes"))
+    theirs = (codes.float() - zero) * step
+    blocks = encoder(f"HQQ{bits}", x)
+    ours = dequantize(f"HQQ{bits}", blocks).view(-1, 64)
+    numbers = blocks.view(-1, BY_NAME[f"HQQ{bits}"].block_bytes)[:, :8].contiguous().view(torch.float32)
+    found = (ours / numbers[:, :1] + numbers[:, 1:]).round()
+    difference = (found - codes).abs()
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).float().mean()) <= 1e-3
+    weights = x.view(-1, 64)
+    assert float((ours - weights).norm()) <= 1.001 * float((theirs - weights).norm())
+    torch.testing.assert_close(numbers[:, 1:], zero, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -183,10 +199,11 @@ def test_values_that_are_not_finite_are_refused(name: str, value: float) -> None
         encode(name, x)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "HQQ4", "HQQ8"])
 def test_scales_too_large_for_float16_are_refused(name: str) -> None:
     x = torch.zeros(5, 256)
     x[3, 7] = 1e30
+    x[3, 8] = -3e38
     for make in (native, encode):
         with pytest.raises(ValueError, match=rf"row 3 has values too large for {name}"):
             make(name, x)

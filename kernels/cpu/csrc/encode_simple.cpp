@@ -88,7 +88,8 @@ void affine(const float* x, uint8_t* out, bool* is_too_large) {
     float least, most, inverse;
     range_of(x, least, most);
     const float d = (most - least) / float(top);
-    if (inverse_of(d, inverse)) round_up_codes(x, least, inverse, 0.5f, top, codes);
+    // A span that no float holds has no codes either; its scale is refused below.
+    if (std::isfinite(d) && inverse_of(d, inverse)) round_up_codes(x, least, inverse, 0.5f, top, codes);
     put_half(out, d, *is_too_large);
     put_half(out + 2, least, *is_too_large);
     put_codes(codes, bits == 5 ? out + 4 : nullptr, out + (bits == 5 ? 8 : 4));

@@ -15,6 +15,16 @@ constexpr double kBeta = 10.0, kKappa = 1.01, kNorm = 0.7;
 constexpr double kFirstError = 1e4;
 constexpr int64_t kCostOfWeight = 12;
 
+constexpr float kLimit = 0x1p126f;  // from here on the span of a group may be more than a float holds
+
+// Why a row cannot be encoded, as Refusal has it.
+int reason_against(const float* x, int64_t count) {
+    if (!all_finite(x, count)) return 1;
+    bool is_too_large = false;
+    for (int64_t i = 0; i < count; ++i) is_too_large |= std::fabs(x[i]) >= kLimit;
+    return is_too_large ? 2 : 0;
+}
+
 int64_t group_bytes(int bits) { return 8 + kHqqGroup * bits / 8; }
 
 }  // namespace
@@ -41,9 +51,9 @@ Refusal hqq_rows(int bits, const SourceRows& source, uint8_t* out) {
     for_pieces([&](const float* x, int64_t group, int64_t groups, int64_t piece) {
         const int64_t first = piece * per_piece;
         for (int64_t r = 0; r < groups / std::max<int64_t>(1, row_groups); ++r)
-            if (!all_finite(x + r * source.columns, source.columns)) {
+            if (const int reason = reason_against(x + r * source.columns, source.columns)) {
                 const std::lock_guard<std::mutex> guard(lock);
-                if (refusal.reason == 0 || first + r < refusal.row) refusal = {1, first + r};
+                if (refusal.reason == 0 || first + r < refusal.row) refusal = {reason, first + r};
                 return;
             }
         kernels.hqq_start(x, top, inverse.data() + group, zeros.data() + group, groups);
