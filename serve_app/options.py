@@ -54,12 +54,29 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class IsqOptions:
+    """In-situ quantization: what the weights become while they are loaded.
+
+    type: the name of a type or of a mix of types (quant.mix.Recipe). is_pure: embedding and head get the type itself,
+    not one a class better. imatrix: a file of importances. calibration_file: a text to compute them from. topology: a
+    file that says which layers get which type. cache: a folder that keeps the results for the next start.
+    """
+
+    type: str | None = None
+    is_pure: bool = False
+    imatrix: str | None = None
+    calibration_file: str | None = None
+    topology: str | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """Which model, and from where.
 
     model is a hub id, a folder or a file; None is the embedded model. files are the names given with -f (kind gguf),
     already split at ';' but not yet globbed. tokenizer is another hub id, folder or file to take the tokenizer from.
-    token_source: 'cache', 'none', 'literal:…', 'env:…' or 'path:…'.
+    token_source: 'cache', 'none', 'literal:…', 'env:…' or 'path:…'. isq None: weights are served in the files' types.
     """
 
     model: str | None = None
@@ -74,6 +91,7 @@ class ModelSource:
     jinja_explicit: str | None = None
     dtype: DType = "auto"
     max_seq_len: int | None = None
+    isq: IsqOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from serve_app.errors import ModelFileError
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders import generation_config
 from serve_app.loaders.weight_files import Weights, find_weights, locate_tokenizer, read_json
-from serve_app.options import DType, ModelSource, SamplingParams
+from serve_app.options import DType, IsqOptions, ModelSource, SamplingParams
 
 # What transformers takes for a Llama whose configuration does not say.
 _HF_CONTEXT = 2048
@@ -25,7 +25,7 @@ class ModelFiles:
     folder: where the weights lie, perhaps with chat templates beside them; config: of config.json (plain), metadata of
     a GGUF; exactly one of the two is set. tokenizer_source: what text.tokenizer.open_tokenizer takes. max_seq_len:
     tokens of prompt and output together. eos_ids: as the model's configuration has them, first the main one.
-    dtype, jinja_explicit, chat_template: the user's options as given.
+    dtype, jinja_explicit, chat_template, isq: the user's options as given.
     """
 
     kind: Literal["gguf", "plain"]
@@ -41,6 +41,7 @@ class ModelFiles:
     dtype: DType = "auto"
     jinja_explicit: str | None = None
     chat_template: str | None = None
+    isq: IsqOptions | None = None
 
     @property
     def architecture(self) -> Any:
@@ -96,6 +97,7 @@ def resolve(source: ModelSource) -> ModelFiles:
         dtype=source.dtype,
         jinja_explicit=source.jinja_explicit,
         chat_template=source.chat_template,
+        isq=source.isq,
     )
 
 
