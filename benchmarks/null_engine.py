@@ -21,11 +21,13 @@ def null_engine(
     max_seq_len: int,
     num_blocks: int,
     on_deltas: OnDeltas = lambda deltas: None,
+    *,
+    overlaps: bool = False,
 ) -> Engine:
     """No model: ids in the range of the tokenizer's text tokens come from seed and position."""
     tokenizer = open_tokenizer(tokenizer_folder)
     kv = KvPool.create(PosixShmArena.create, num_blocks, config.block_size, 1, 1, 1, torch.float32)
-    runner = NullRunner(config.max_seqs, FIRST_TEXT_ID, tokenizer.vocab_size - 1)
+    runner = NullRunner(config.max_seqs, FIRST_TEXT_ID, tokenizer.vocab_size - 1, overlaps=overlaps)
     pool = ledger(config, num_blocks, b"null")
     eos_ids = frozenset(tokenizer.eos_ids)
     parts = assemble(runner, pool, kv, tokenizer, config, max_seq_len, eos_ids, SamplingParams())

@@ -182,6 +182,7 @@ def _config(kind: Kind | None, groups: dict[type, Any], log: LogLevel) -> AppCon
         engine = sections["engine"]
         engine["paged_attention"] = not engine.pop("no_paged_attn")
         engine["cuda_graphs"] = not engine.pop("no_cuda_graphs")
+        engine["overlap"] = not engine.pop("no_overlap")
     if "http" in sections:
         sections["http"]["api_keys"] = sections["http"]["api_keys"] or ()
     try:

@@ -179,6 +179,14 @@ class EngineOptions:
             help="On a GPU, run decode steps kernel by kernel: slower, starts sooner, takes less memory.",
         ),
     ] = not _ENGINE.cuda_graphs
+    no_overlap: Annotated[
+        bool,
+        _engine_option(
+            "--no-overlap",
+            metavar=_FLAG,
+            help="On a GPU, begin a step only when the last one's tokens have been looked at: slower.",
+        ),
+    ] = not _ENGINE.overlap
     seed: Annotated[
         int | None,
         _engine_option(

@@ -101,6 +101,7 @@ class EngineSettings(Section):
     shares_cores: bool = False
     attention_backend: Text = "auto"
     cuda_graphs: bool = True
+    overlap: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
 
     @model_validator(mode="after")

@@ -107,7 +107,7 @@ class EngineConfig:
     (loaders.load.kv_dtype); pa_cache_type, the name that users of mistral.rs know, says the same with fewer choices.
     cpu_exact: on the CPU no product rounds its input. num_threads 0: the physical cores of cgroup and affinity;
     shares_cores: others use them too, so that threads sleep at once after each step. cuda_graphs: on a CUDA device,
-    record decode steps as graphs.
+    record decode steps as graphs. overlap: on a CUDA device, begin a step before the host knows the tokens of the last.
     """
 
     max_seqs: int = 32
@@ -129,6 +129,7 @@ class EngineConfig:
     shares_cores: bool = False
     attention_backend: str = "auto"
     cuda_graphs: bool = True
+    overlap: bool = True
     seed: int | None = None
 
     @property

@@ -97,7 +97,7 @@ def test_quantize_has_options_of_its_own() -> None:
 
 def test_every_option_reaches_the_configuration() -> None:
     """Each option of serve, given a value other than its default, changes the configuration."""
-    flags = {"--offline", "--no-paged-attn", "--strict-model-name", "--cpu-exact", "--no-cuda-graphs"}
+    flags = {"--offline", "--no-paged-attn", "--strict-model-name", "--cpu-exact", "--no-cuda-graphs", "--no-overlap"}
     values = {
         "--dtype": "f16",
         "--kv-cache-dtype": "q8",

@@ -84,7 +84,7 @@ class EngineUnderTest:
         # On the CPU, where this is only tried out, the native kernels know no planes.
         attention = "auto" if device.type == "cuda" else "triton"
         graphs = GraphLimits(max_seqs, longest) if has_graphs else None
-        runner = ModelRunner(self.model, sampler, kv, device, attention, graphs=graphs)
+        runner = ModelRunner(self.model, sampler, kv, device, attention, graphs=graphs, overlaps=True)
         parts = assemble(
             runner, ledger(config, most, b"measured"), kv, tokenizer, config, longest, frozenset(), SamplingParams()
         )

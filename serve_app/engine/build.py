@@ -49,7 +49,14 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     longest = min(files.max_seq_len, kv.num_blocks * kv.block_size)
     graphs = GraphLimits(config.max_seqs, longest) if config.cuda_graphs else None
     runner = ModelRunner(
-        loaded.model, sampler, kv, config.device, config.attention_backend, is_exact=config.cpu_exact, graphs=graphs
+        loaded.model,
+        sampler,
+        kv,
+        config.device,
+        config.attention_backend,
+        is_exact=config.cpu_exact,
+        graphs=graphs,
+        overlaps=config.overlap,
     )
     log.info(
         "%s: %d KV blocks of %d tokens (%.0f MB, %s), context %d",

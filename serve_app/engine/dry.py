@@ -10,23 +10,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.engine.row_tables import Ints, widened
+from serve_app.engine.logits_ops import Floats, HostLogits, Ints
+from serve_app.engine.row_tables import widened
 from serve_app.options import DryParams
 
 MAX_MATCH = 50
 MAX_PENALTY = 1e30
 
 
+def penalty_table(params: DryParams) -> NDArray[np.float32]:
+    """What a repetition of 0 to MAX_MATCH tokens costs [MAX_MATCH + 1]; nothing below the allowed length."""
+    matched = np.arange(MAX_MATCH + 1)
+    excess = np.maximum(matched - params.allowed_length, 0)
+    with np.errstate(over="ignore"):
+        amounts = params.multiplier * np.float64(params.base) ** excess
+    counts = (matched > 0) & (matched >= params.allowed_length)
+    return np.where(counts, np.minimum(amounts, MAX_PENALTY), 0.0).astype(np.float32)
+
+
 class DryHistory:
     """Prompt and output of the rows that use DRY, on the host."""
 
-    def __init__(self, max_rows: int, vocab_size: int) -> None:
+    def __init__(self, ops: HostLogits, max_rows: int, vocab_size: int) -> None:
+        self._ops = ops
         self._vocab_size = vocab_size
         self._max_rows = max_rows
         self._lengths = np.zeros(max_rows, np.int64)
-        self._multiplier = np.zeros(max_rows)
-        self._base = np.ones(max_rows)
-        self._allowed = np.zeros(max_rows, np.int64)
+        self._costs = np.zeros((max_rows, MAX_MATCH + 1), np.float32)
         self._tokens: NDArray[np.int32] = np.zeros((max_rows, 0), np.int32)
         self._is_breaker: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
 
@@ -39,15 +49,11 @@ class DryHistory:
         self._lengths[row] = len(token_ids)
         self._is_breaker[row] = False
         self._is_breaker[row, list(breaker_ids)] = True
-        self._multiplier[row] = params.multiplier
-        self._base[row] = params.base
-        self._allowed[row] = params.allowed_length
+        self._costs[row] = penalty_table(params)
 
     def copy_row(self, src: int, dst: int) -> None:
         """For a fork."""
-        arrays: tuple[NDArray[Any], ...] = (
-            self._tokens, self._lengths, self._is_breaker, self._multiplier, self._base, self._allowed
-        )  # fmt: skip
+        arrays: tuple[NDArray[Any], ...] = (self._tokens, self._lengths, self._is_breaker, self._costs)
         for array in arrays:
             array[dst] = array[src]
 
@@ -56,6 +62,11 @@ class DryHistory:
         self._tokens = widened(self._tokens, int(self._lengths[rows].max()) + 1)
         self._tokens[rows, self._lengths[rows]] = token_ids
         self._lengths[rows] += 1
+
+    def change(self, logits: Floats, who: Ints, rows: Ints) -> None:
+        """Subtracts from the rows who of logits, which are `rows` here."""
+        which, tokens, amounts = self.penalties(rows)
+        self._ops.add(logits, who[which], tokens, -amounts)
 
     def penalties(self, rows: Ints) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """What to subtract from the rows' logits: indexes into rows, token ids, amounts; no pair twice."""
@@ -75,11 +86,9 @@ class DryHistory:
         longest = np.zeros(len(pairs), np.int64)
         np.maximum.at(longest, group, lengths_of_match)
         which, following = np.divmod(pairs, self._vocab_size)
-        excess = longest - self._allowed[rows[which]]
-        with np.errstate(over="ignore"):
-            amounts = self._multiplier[rows[which]] * self._base[rows[which]] ** excess
-        counts = excess >= 0
-        return which[counts], following[counts], np.minimum(amounts[counts], MAX_PENALTY).astype(np.float32)
+        amounts = self._costs[rows[which], longest]
+        counts = amounts != 0
+        return which[counts], following[counts], amounts[counts]
 
     def _match(self, rows: Ints, tokens: Ints, lengths: Ints, which: Ints, ends: Ints) -> Ints:
         """How many tokens before and at each end equal the row's last tokens; all candidates a token at a time."""

@@ -13,7 +13,7 @@ from serve_app.batch import ForwardBatch
 from serve_app.engine.batch_builder import BatchBuilder
 from serve_app.engine.model_runner import StepResult
 from serve_app.engine.outputs import OutputCollector
-from serve_app.engine.request import Request, RequestState
+from serve_app.engine.request import UNKNOWN, Request, RequestState
 from serve_app.engine.request_factory import RequestFactory
 from serve_app.engine.scheduler import Schedule, Scheduler
 from serve_app.engine.stats import EngineStats
@@ -43,12 +43,30 @@ class SamplerRows(Protocol):
     def clear_row(self, row: int) -> None: ...
 
 
+class Pending(Protocol):
+    """A step under way; see engine.model_runner."""
+
+    def wait(self) -> StepResult: ...
+
+
 class Runner(Protocol):
     """What executes a step; see engine.model_runner. Benchmarks of the host side put a null one in its place."""
 
     @property
     def sampler(self) -> SamplerRows: ...
-    def execute(self, batch: ForwardBatch) -> StepResult: ...
+    @property
+    def overlaps(self) -> bool: ...
+    def execute(self, batch: ForwardBatch) -> Pending: ...
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step that the runner has begun: what it computes, for whom it draws tokens, where its results come from."""
+
+    schedule: Schedule
+    sampled: list[Request]
+    wanted: list[tuple[int, range]]
+    pending: Pending
 
 
 @dataclass(slots=True)
@@ -75,6 +93,11 @@ class Engine:
 
     add, abort, pause, resume and stats may be called from any thread; step only from one: the engine's own after
     start(), or the caller's. on_deltas is called on the stepping thread, once a step, with everything it brought.
+
+    Where the runner overlaps, the device has a step to do at all times: each step is given to it before the tokens of
+    the one before are known, and these are looked at while it runs. A request that turns out to have ended is then in
+    one step too many, whose token is dropped; what that step writes into blocks that are free by now comes before
+    anything that a later step writes there.
     """
 
     def __init__(self, parts: EngineParts, config: EngineConfig, on_deltas: OnDeltas) -> None:
@@ -89,6 +112,8 @@ class Engine:
         self._sending = threading.Lock()
         self._wake = threading.Event()
         self._live: dict[str, list[Request]] = {}
+        # Begun, not yet looked at; one where the runner overlaps, and else none between two steps.
+        self._under_way: deque[_Launched] = deque()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._is_idle = True
@@ -180,6 +205,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._under_way.clear()
         deltas = self._fail_all(Unavailable("the server is shutting down"))
         if deltas:
             self._on_deltas(deltas)
@@ -207,24 +233,44 @@ class Engine:
         return bool(self._live or self._inbox)
 
     def step(self) -> list[TokenDelta]:
-        """One step: schedule → forward and sample → update. Returns what it brought, possibly nothing."""
+        """One step: schedule → forward and sample → update. Returns what came of it, or of the one before: possibly
+        nothing."""
         deltas = self._take_inbox()
         self._expire(deltas)
-        schedule = self._scheduler.schedule()
-        self._is_idle = schedule.is_empty
+        is_launched = False
         try:
-            self._set_up(schedule)
-            if not schedule.is_empty:
-                wanted = self.parts.collector.wanted_logits(schedule)
-                batch = self.parts.builder.build(schedule, wanted)
-                result = self.parts.runner.execute(batch)
-                self._steps += 1
-                self.parts.collector.begin(schedule, result, wanted)
-                self._update(schedule, deltas)
-                self._failures = 0
+            is_launched = self._launch()
+            self._collect(deltas, leave=1 if is_launched and self.parts.runner.overlaps else 0)
         except Exception as error:
             self._recover(error, deltas)
+        self._is_idle = not is_launched and not self._under_way
         return deltas
+
+    def _launch(self) -> bool:
+        """Begins a step; False where there is nothing to compute."""
+        schedule = self._scheduler.schedule()
+        self._set_up(schedule)
+        if schedule.is_empty:
+            return False
+        wanted = self.parts.collector.wanted_logits(schedule)
+        batch = self.parts.builder.build(schedule, wanted)
+        pending = self.parts.runner.execute(batch)
+        self._steps += 1
+        self._under_way.append(_Launched(schedule, self._advance(schedule), wanted, pending))
+        return True
+
+    def _collect(self, deltas: list[TokenDelta], *, leave: int = 0) -> None:
+        """Waits for steps under way, until only `leave` are left, and turns their tokens into deltas."""
+        while len(self._under_way) > leave:
+            launched = self._under_way[0]
+            result = launched.pending.wait()
+            self._under_way.popleft()
+            if self.parts.runner.overlaps:
+                self._mark(launched.schedule, False)
+                for later in self._under_way:
+                    self._mark(later.schedule, True)
+            self._update(launched, result, deltas)
+            self._failures = 0
 
     def _take_inbox(self) -> list[TokenDelta]:
         deltas: list[TokenDelta] = []
@@ -248,26 +294,49 @@ class Engine:
             request.output_ids,
         )
 
-    def _update(self, schedule: Schedule, deltas: list[TokenDelta]) -> None:
-        """Counts what was computed, starts forks, and turns sampled tokens into deltas."""
-        scheduler, collector = self._scheduler, self.parts.collector
+    def _advance(self, schedule: Schedule) -> list[Request]:
+        """Counts what the step computes, takes the places of the tokens it draws, and starts forks; returns for whom
+        tokens are drawn."""
+        advance = self._scheduler.advance
+        sampled = list(schedule.decode)
         for request in schedule.decode:
-            scheduler.advance(request, 1)
+            advance(request, 1)
+        for request, num_tokens in schedule.prefill:
+            advance(request, num_tokens)
+            if request.num_computed == len(request.token_ids):
+                sampled.append(request)
+                if request.siblings:
+                    self._fork(request)
+        for request in sampled:
+            request.token_ids.append(UNKNOWN - request.row)
+        if self.parts.runner.overlaps:
+            self._mark(schedule, True)
+        return sampled
+
+    @staticmethod
+    def _mark(schedule: Schedule, is_under_way: bool) -> None:
+        for request in schedule.decode:
+            request.is_under_way = is_under_way
+        for request, _ in schedule.prefill:
+            request.is_under_way = is_under_way
+
+    def _update(self, launched: _Launched, result: StepResult, deltas: list[TokenDelta]) -> None:
+        """Turns sampled tokens into deltas, and lets others find the blocks that are full."""
+        publish, collector = self._scheduler.publish, self.parts.collector
+        collector.begin(launched.schedule, result, launched.wanted)
+        for request, _ in launched.schedule.prefill:
+            if not request.is_finished:
+                collector.collect_prompt(request)
+                publish(request)
+        for request in launched.sampled:
+            if request.is_finished:
+                collector.skip()
+                continue
             delta = collector.collect(request)
+            publish(request)
             deltas.append(delta)
             if delta.finish is not None:
                 self._finish(request)
-        for request, num_tokens in schedule.prefill:
-            is_sampled = request.num_computed + num_tokens == len(request.token_ids)
-            scheduler.advance(request, num_tokens)
-            collector.collect_prompt(request)
-            if is_sampled:
-                if request.siblings:
-                    self._fork(request)
-                delta = collector.collect(request)
-                deltas.append(delta)
-                if delta.finish is not None:
-                    self._finish(request)
 
     def _fork(self, leader: Request) -> None:
         started, copies = self._scheduler.fork(leader)
@@ -327,10 +396,17 @@ class Engine:
     def _recover(self, error: Exception, deltas: list[TokenDelta]) -> None:
         """A step broke: what ran is lost and told so, what waits goes on."""
         log.exception("a step failed")
+        if self.parts.runner.overlaps:
+            # What was never computed may be in blocks that others can find.
+            for launched in self._under_way:
+                self._mark(launched.schedule, False)
+            self._under_way.clear()
+            self._scheduler.pool.flush()
         self._failures += 1
         self.is_failed = self._failures >= MAX_FAILURES_IN_A_ROW
         failure = EngineFailed(f"the engine failed in a step ({type(error).__name__})")
-        for request in list(self._scheduler.running):
+        waiting = [r for r in self._scheduler.waiting if r.num_known < r.num_tokens]
+        for request in [*self._scheduler.running, *waiting]:
             self._end(self._live.get(request.request_id, ()), "error", failure, deltas)
         if self.is_failed:
             deltas += self._fail_all(failure)

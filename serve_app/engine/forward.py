@@ -1,5 +1,6 @@
 """The two ways to run a model's forward over a step: as one native program, and operation by operation."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from serve_app.attention.choose import architecture_of, choose_backend
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.batch import ForwardBatch
 from serve_app.engine.graph_forward import CudaRecorder, GraphForward, GraphLimits
+from serve_app.engine.last_tokens import LastTokens
 from serve_app.engine.logits_ops import Logits
 from serve_app.layers.shape_probe import ShapeProbe
 from serve_app.layers.step_choice import step_type
@@ -37,10 +39,12 @@ def choose_forward(
     *,
     is_exact: bool = False,
     graphs: GraphLimits | None = None,
+    drawn: LastTokens | None = None,
 ) -> Forward:
     """The native program where the attention backend is the CPU's, else operations one by one. See choose_backend.
 
     graphs: decode steps are recorded as CUDA graphs where the model is on such a device and the backend allows it.
+    drawn: where tokens come from that the host does not know yet; not used by the native program.
     """
     device = torch.device(device)
     wants_graphs = graphs is not None and device.type == "cuda"
@@ -49,7 +53,7 @@ def choose_forward(
     backend = choose_backend(needs, attention)
     if backend is None:
         return NativeForward(model, kv, is_exact=is_exact)
-    forward = TorchForward(model, kv, device, backend)
+    forward = TorchForward(model, kv, device, backend, drawn)
     if graphs is None or not wants_graphs or not forward.is_graph_safe:
         return forward
     return GraphForward(forward.run, forward, kv, model.args.vocab_size, graphs, CudaRecorder(device))
@@ -69,7 +73,16 @@ def attention_needs(
 class TorchForward:
     """See Forward: one operator after the other, torch's or, where they can run, Triton's."""
 
-    def __init__(self, model: CausalLM, kv: "KvPool", device: torch.device, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        kv: "KvPool",
+        device: torch.device,
+        backend: AttentionBackend,
+        drawn: LastTokens | None = None,
+    ) -> None:
+        """drawn: see choose_forward."""
+        self._drawn = drawn
         self._model = model
         self._kv = kv
         self._device = device
@@ -88,6 +101,8 @@ class TorchForward:
     def run(self, batch: DeviceBatch) -> Tensor:
         """The same for a step that is on the device already; logits in the compute dtype."""
         with torch.no_grad():
+            if self._drawn is not None:
+                batch = replace(batch, token_ids=self._drawn.resolve(batch.token_ids))
             step = self._step_type(batch, self._backend)
             hidden = step.wanted(self._model.forward(step))
             logits: Tensor = self._model.logits(hidden, step)

@@ -12,11 +12,16 @@ from serve_app.batch import ForwardBatch
 from serve_app.engine.device_choice import on_device
 from serve_app.engine.forward import choose_forward
 from serve_app.engine.graph_forward import GraphLimits
-from serve_app.engine.sampler import Sampler, StepLogprobs
+from serve_app.engine.last_tokens import LastTokens
+from serve_app.engine.sampler import Draw, Sampler, StepLogprobs
 from serve_app.models.base import CausalLM
 
 if TYPE_CHECKING:
     from serve_app.kv_cache.kv_pool import KvPool
+
+
+OVERLAPPING = ("cuda",)
+"""Devices that compute while the host does something else."""
 
 
 @dataclass(slots=True)
@@ -32,6 +37,23 @@ class StepResult:
     logprobs: StepLogprobs | None
     extra_logits: Tensor | None
 
+    def wait(self) -> "StepResult":
+        """See PendingStep: this one is done."""
+        return self
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A step that the device has been given."""
+
+    draw: Draw
+    extra_logits: Tensor | None
+
+    def wait(self) -> StepResult:
+        """What it computed, when it is done."""
+        sampled = self.draw.wait()
+        return StepResult(sampled.token_ids, sampled.logprobs, self.extra_logits)
+
 
 class ModelRunner:
     """Owns the model, the KV tensors and the sampler of one engine."""
@@ -46,18 +68,29 @@ class ModelRunner:
         *,
         is_exact: bool = False,
         graphs: GraphLimits | None = None,
+        overlaps: bool = False,
     ) -> None:
         """attention: name of an attention backend, 'auto' = the first of the order that can run here (LaunchError
-        where the named one cannot). is_exact: native products take their input as it is. graphs: see choose_forward."""
+        where the named one cannot). is_exact: native products take their input as it is. graphs: see choose_forward.
+        overlaps: on a CUDA device a step may be begun before the host knows the tokens of the last one."""
         self.model = model
         self.sampler = sampler
         self.kv_pool = kv_pool
         self._place = on_device(device)
         with self._place:
-            self._forward = choose_forward(model, kv_pool, device, attention, is_exact=is_exact, graphs=graphs)
+            can_overlap = torch.device(device).type in OVERLAPPING
+            self._drawn = LastTokens(sampler.max_rows, device) if overlaps and can_overlap else None
+            self._forward = choose_forward(
+                model, kv_pool, device, attention, is_exact=is_exact, graphs=graphs, drawn=self._drawn
+            )
 
-    def execute(self, batch: ForwardBatch) -> StepResult:
-        """Runs the step: one forward, logits where wanted, one draw per sampled row.
+    @property
+    def overlaps(self) -> bool:
+        """Whether token_ids of a batch may be UNKNOWN - row: what that row drew in the step before."""
+        return self._drawn is not None
+
+    def execute(self, batch: ForwardBatch) -> StepResult | PendingStep:
+        """Begins the step: one forward, logits where wanted, one draw per sampled row.
 
         After an error (a broken batch, a failing kernel) the rows' states are those from before the step, and KV slots
         of the step may hold anything.
@@ -65,7 +98,7 @@ class ModelRunner:
         with self._place:
             return self._execute(batch)
 
-    def _execute(self, batch: ForwardBatch) -> StepResult:
+    def _execute(self, batch: ForwardBatch) -> StepResult | PendingStep:
         logits = self._forward(batch)
         num_sampled, num_wanted = len(batch.sample_rows), len(batch.logit_index)
         extra = None
@@ -74,5 +107,8 @@ class ModelRunner:
             extra = torch.as_tensor(logits[num_sampled:]).clone()
         if not num_sampled:
             return StepResult(batch.sample_rows, None, extra)
-        sampled = self.sampler.sample(logits[:num_sampled], batch.sample_rows, batch.sample_positions)
-        return StepResult(sampled.token_ids, sampled.logprobs, extra)
+        draw = self.sampler.sample(logits[:num_sampled], batch.sample_rows, batch.sample_positions)
+        if self._drawn is not None:
+            assert isinstance(draw.token_ids, Tensor)
+            self._drawn.keep(batch.sample_rows, draw.token_ids)
+        return PendingStep(draw, extra)

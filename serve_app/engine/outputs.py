@@ -59,13 +59,13 @@ class OutputCollector:
             row += len(span)
 
     def collect(self, request: Request) -> TokenDelta:
-        """Appends the next sampled token to its request and says what came of it."""
+        """Puts the next sampled token in its place and says what came of it."""
         sample = self._next
         self._next = sample + 1
         token_id = self._ids[sample]
         index = request.num_output
         request.num_output = index + 1
-        request.token_ids.append(token_id)
+        request.token_ids[request.num_prompt + index] = token_id
         self.num_output_tokens += 1
         detokenizer = request.detokenizer
         finish: Finish | None = None
@@ -76,7 +76,7 @@ class OutputCollector:
             text = detokenizer.push(token_id, may_stop=index >= request.params.min_tokens)
             if detokenizer.stopped_by is not None:
                 finish = self._finish(request, "stop", detokenizer.stopped_by)
-            elif len(request.token_ids) >= request.max_total_tokens:
+            elif request.num_known >= request.max_total_tokens:
                 text += detokenizer.flush()
                 finish = self._finish(request, "length", None)
         delta = TokenDelta(request.request_id, request.choice, index, [token_id], text, None, finish)
@@ -86,6 +86,10 @@ class OutputCollector:
         if index == 0 and request.prompt_logprobs is not None and request.choice == 0:
             delta.prompt_logprobs = request.prompt_logprobs
         return delta
+
+    def skip(self) -> None:
+        """Drops the next sampled token: its request ended before it was drawn."""
+        self._next += 1
 
     def collect_prompt(self, request: Request) -> None:
         """Scores the prompt tokens whose logits this step computed, if the request wants that."""

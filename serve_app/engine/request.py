@@ -7,6 +7,9 @@ from serve_app.messages import GenerateRequest, TokenLogprob
 from serve_app.options import SamplingParams
 from serve_app.text.detokenizer import Detokenizer
 
+UNKNOWN = -1
+"""Stands for a token that row 0 will have drawn, -2 for one of row 1, and so on."""
+
 
 class RequestState(Enum):
     """Where a request stands. FORK_PENDING: waits for choice 0 of the same client request to compute the prompt."""
@@ -21,9 +24,11 @@ class RequestState(Enum):
 class Request:
     """Ids, counters and blocks of one choice.
 
-    token_ids are the prompt's and the output's. num_computed of them have their K and V in the cache, in `blocks`;
-    block_hashes holds the hash chain as far as it has been needed; row is the request's place in the persistent
-    per-request arrays of batch builder and sampler, -1 while it does not run.
+    token_ids are the prompt's and the output's; UNKNOWN - row takes the place of one that a step under way will draw,
+    and num_output counts those that are known. num_computed of all have their K and V in the cache, in `blocks`, when
+    the steps under way are done; is_under_way: one of these is its own, where the engine overlaps. block_hashes holds
+    the hash chain as far as it has been needed; row is the request's place in the persistent per-request arrays of
+    batch builder and sampler, -1 while it does not run.
     """
 
     __slots__ = (
@@ -34,6 +39,7 @@ class Request:
         "choice",
         "detokenizer",
         "is_paused",
+        "is_under_way",
         "max_total_tokens",
         "num_cached",
         "num_computed",
@@ -77,6 +83,7 @@ class Request:
         self.row = -1
         self.state = RequestState.WAITING
         self.is_paused = False
+        self.is_under_way = False
         self.seed = seed
         self.stop_ids = stop_ids
         self.max_total_tokens = max_total_tokens
@@ -88,12 +95,17 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens known so far."""
+        """Prompt and output tokens, with one that is being drawn."""
         return len(self.token_ids)
 
     @property
+    def num_known(self) -> int:
+        """Prompt and output tokens without one that is being drawn."""
+        return self.num_prompt + self.num_output
+
+    @property
     def num_pending(self) -> int:
-        """Known tokens whose K and V are still to be computed; the last one's logits give the next token."""
+        """Tokens whose K and V are still to be computed; the last one's logits give the next token."""
         return len(self.token_ids) - self.num_computed
 
     @property

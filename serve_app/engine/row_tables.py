@@ -7,11 +7,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.engine.logits_ops import Floats, HostLogits, Ints
 from serve_app.options import SamplingParams
 
 ArrayType = TypeVar("ArrayType", bound=np.generic)
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
 
 
 class SparseRows:
@@ -47,7 +46,8 @@ class SparseRows:
 class PenaltyRows:
     """Which tokens a row's prompt and output hold, and how often each was put out: for the OpenAI-style penalties."""
 
-    def __init__(self, max_rows: int, vocab_size: int) -> None:
+    def __init__(self, ops: HostLogits, max_rows: int, vocab_size: int) -> None:
+        self._ops = ops
         self._lengths = np.zeros(max_rows, np.int64)
         self._seen = np.zeros((max_rows, 0), np.int64)
         # 0: not seen, 1: in the prompt only, k + 1: put out k times. Rows without penalties never touch their pages.
@@ -86,6 +86,10 @@ class PenaltyRows:
             self._seen = widened(self._seen, int(self._lengths[some].max()) + 1)
             self._seen[some, self._lengths[some]] = token_ids[is_new]
             self._lengths[some] += 1
+
+    def change(self, logits: Floats, who: Ints, rows: Ints) -> None:
+        """Subtracts and divides, in the rows who of logits, which are `rows` here."""
+        self._ops.penalise(logits, who, *self.lists(rows))
 
     def lists(self, rows: Ints) -> tuple[Ints, Floats, Floats]:
         """ids [s, longest] of the tokens seen, what to subtract from their logits [s, longest], and the repetition

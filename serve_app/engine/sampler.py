@@ -3,15 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from kernels import dispatch
+from serve_app.engine.device_rows import DeviceDry, DevicePenalties
 from serve_app.engine.dry import DryHistory
-from serve_app.engine.logits_ops import HostLogits, Logits, LogitsOps, TorchLogits
-from serve_app.engine.row_tables import Ints, PenaltyRows, SparseRows, needs_penalties
+from serve_app.engine.logits_ops import Fetch, Fetched, HostLogits, Ids, Ints, Logits, LogitsOps, TorchLogits
+from serve_app.engine.row_tables import PenaltyRows, SparseRows, needs_penalties
 from serve_app.engine.token_mask import TokenMask
 from serve_app.options import SamplingParams
 
@@ -53,8 +55,44 @@ class Sampled:
     logprobs: StepLogprobs | None
 
 
+class Draw:
+    """What a call of the sampler drew: token_ids [S] int64, where the logits were, and on the host when they are there.
+
+    token_ids may be read by the next step at once; wait() blocks until they have come to the host.
+    """
+
+    def __init__(self, token_ids: Ids, fetch: Fetch, asked: Ints) -> None:
+        """fetch: of token_ids, and of the log-probabilities of the rows `asked` if there are any."""
+        self.token_ids = token_ids
+        self._fetch = fetch
+        self._asked = asked
+
+    def wait(self) -> Sampled:
+        """See Sampled."""
+        token_ids, *logprobs = self._fetch.wait()
+        return Sampled(token_ids, self._logprobs(len(token_ids), *logprobs) if logprobs else None)
+
+    def _logprobs(
+        self, count: int, chosen: NDArray[np.float32], top_ids: Ints, top_logprobs: NDArray[np.float32]
+    ) -> StepLogprobs:
+        k = top_ids.shape[1]
+        result = StepLogprobs(
+            np.full(count, np.nan, np.float32),
+            np.full((count, k), -1, np.int64),
+            np.full((count, k), np.nan, np.float32),
+        )
+        result.chosen[self._asked] = chosen
+        result.top_ids[self._asked] = top_ids
+        result.top_logprobs[self._asked] = top_logprobs
+        return result
+
+
 class Sampler:
     """Persistent per-row parameters and one vectorised draw for all rows of a step.
+
+    On the CPU, with native kernels, all of it are arrays of the host; elsewhere logits, ids and what is remembered of
+    them are tensors of the device, and nothing waits for it, except for masks: an automaton on the host must know the
+    last token before it can tell which may follow.
 
     The order is: DRY, presence and frequency and repetition penalties, logit bias, min_tokens and token mask,
     temperature, top-k, top-p, min-p, draw. A temperature below 1e-7 takes the likeliest token.
@@ -67,16 +105,20 @@ class Sampler:
         device: str | torch.device = "cpu",
         eos_ids: Sequence[int] = (),
         breaker_ids: Callable[[str], Sequence[int]] = lambda text: (),
+        *,
+        is_native: bool = True,
     ) -> None:
         """eos_ids are what min_tokens forbids (with params.stop_token_ids).
 
         breaker_ids gives the token ids that a DRY sequence breaker string stands for (those whose text contains it).
+        is_native: on the CPU native kernels do the work, where there are any, and else plain torch.
         """
         self.vocab_size = vocab_size
+        self.max_rows = max_rows
         self._eos_ids = tuple(eos_ids)
         self._breaker_ids = breaker_ids
-        self._torch_ops = TorchLogits(torch.device(device))
-        self._host_ops: HostLogits | None = None
+        device = torch.device(device)
+        has_native = is_native and device.type == "cpu" and dispatch.native().ops is not None
         self._needs = np.zeros(max_rows, np.int64)
         self._temperature = np.zeros(max_rows, np.float32)
         self._top_k = np.zeros(max_rows, np.int64)
@@ -85,11 +127,23 @@ class Sampler:
         self._seed = np.zeros(max_rows, np.uint64)
         self._min_until = np.zeros(max_rows, np.int64)
         self._num_logprobs = np.zeros(max_rows, np.int64)
-        self._penalties = PenaltyRows(max_rows, vocab_size)
+        self._ops: LogitsOps
+        self._penalties: PenaltyRows | DevicePenalties
+        self._dry: DryHistory | DeviceDry
+        if has_native:
+            self._ops = host = HostLogits()
+            self._penalties = PenaltyRows(host, max_rows, vocab_size)
+            self._dry = DryHistory(host, max_rows, vocab_size)
+        else:
+            self._ops = there = TorchLogits(device)
+            self._penalties = DevicePenalties(there, max_rows, vocab_size)
+            self._dry = DeviceDry(there, max_rows, vocab_size)
         self._bias = SparseRows(max_rows)
         self._too_early = SparseRows(max_rows)
-        self._dry = DryHistory(max_rows, vocab_size)
         self._masks: dict[int, TokenMask] = {}
+        # Masks that still have to hear of the token drawn last: row, automaton, index into that draw.
+        self._unheard: list[tuple[int, TokenMask, int]] = []
+        self._last_draw: Fetch | None = None
         self._mask_bits: NDArray[np.int32] = np.zeros((max_rows, -(-vocab_size // 32)), np.int32)
 
     def set_row(
@@ -151,87 +205,90 @@ class Sampler:
         for array in arrays:
             array[dst] = array[src]
         self._seed[dst] = seed & 0xFFFFFFFFFFFFFFFF
-        self._penalties.copy_row(src, dst)
         self._bias.copy_row(src, dst)
         self._too_early.copy_row(src, dst)
+        if self._needs[src] & Need.PENALTY:
+            self._penalties.copy_row(src, dst)
         if self._needs[src] & Need.DRY:
             self._dry.copy_row(src, dst)
+        self._tell_masks()
         self._masks.pop(dst, None)
         if src in self._masks:
             self._masks[dst] = self._masks[src].fork()
 
-    def sample(self, logits: Logits, rows: Ints, positions: Ints) -> Sampled:
+    def sample(self, logits: Logits, rows: Ints, positions: Ints) -> Draw:
         """Draws one token for each row and updates the rows' states with it.
 
         logits [S, vocab_size] float32, an array of the host or a tensor on the device (overwritten), rows [S] without
         repetition, positions [S] of the tokens to be drawn: the random number is a function of the row's seed and the
         position alone.
         """
-        ops = self._ops_for(logits)
+        ops = self._ops
+        logits = ops.own(logits)
         needs = self._needs[rows]
         if not needs.any():
-            return Sampled(ops.likeliest(logits), None)
+            token_ids = ops.likeliest(logits)
+            return Draw(token_ids, ops.fetch([token_ids]), rows)
         asked = np.flatnonzero(needs & Need.LOGPROBS)
         # A copy, as logits change from here on.
         raw = ops.copy(logits, asked) if len(asked) else None
         if (needs & Need.CHANGES).any():
-            self._change_logits(ops, logits, rows, positions, needs)
-        token_ids = self._draw(ops, logits, rows, positions, needs)
+            self._change_logits(logits, rows, positions, needs)
+        token_ids = self._draw(logits, rows, positions, needs)
+        results = [token_ids]
+        if raw is not None:
+            results += ops.logprobs(raw, ops.pick(token_ids, asked), int(self._num_logprobs[rows[asked]].max()))
+        fetch = ops.fetch(results)
         if (needs & Need.MEMORY).any():
-            self._advance(rows, token_ids, needs)
-        logprobs = None if raw is None else self._logprobs(ops, raw, token_ids, asked, rows)
-        return Sampled(token_ids, logprobs)
+            self._advance(rows, token_ids, needs, fetch)
+        return Draw(token_ids, fetch, asked)
 
-    def _ops_for(self, logits: Logits) -> LogitsOps:
-        if isinstance(logits, Tensor):
-            return self._torch_ops
-        if self._host_ops is None:
-            self._host_ops = HostLogits()
-        return self._host_ops
-
-    def _change_logits(self, ops: LogitsOps, logits: Logits, rows: Ints, positions: Ints, needs: Ints) -> None:
+    def _change_logits(self, logits: Any, rows: Ints, positions: Ints, needs: Ints) -> None:
         """Everything before the temperature, in place, each on the rows that asked for it."""
+        ops = self._ops
         if len(who := np.flatnonzero(needs & Need.DRY)):
-            which, tokens, amounts = self._dry.penalties(rows[who])
-            ops.add(logits, who[which], tokens, -amounts)
+            self._dry.change(logits, who, rows[who])
         if len(who := np.flatnonzero(needs & Need.PENALTY)):
-            ops.penalise(logits, who, *self._penalties.lists(rows[who]))
+            self._penalties.change(logits, who, rows[who])
         if len(who := np.flatnonzero(needs & Need.BIAS)):
             ops.add(logits, who[:, None], *self._bias.lists(rows[who]))
         is_early = (needs & Need.MIN_TOKENS > 0) & (positions < self._min_until[rows])
         if len(who := np.flatnonzero(is_early)):
             ops.add(logits, who[:, None], *self._too_early.lists(rows[who]))
         if len(who := np.flatnonzero(needs & Need.MASK)):
+            self._tell_masks()
             # Each automaton fills its own words: the only loop over rows.
             for row in rows[who].tolist():
                 self._masks[row].fill(self._mask_bits[row])
             ops.forbid(logits, who, self._mask_bits[rows[who]])
 
-    def _draw(self, ops: LogitsOps, logits: Logits, rows: Ints, positions: Ints, needs: Ints) -> Ints:
+    def _draw(self, logits: Any, rows: Ints, positions: Ints, needs: Ints) -> Any:
         if not (needs & Need.RANDOM).any():
-            return ops.likeliest(logits)
+            return self._ops.likeliest(logits)
         parameters = (self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows])
-        return ops.draw(logits, self._seed[rows], positions, parameters)
+        return self._ops.draw(logits, self._seed[rows], positions, parameters)
 
-    def _advance(self, rows: Ints, token_ids: Ints, needs: Ints) -> None:
+    def _advance(self, rows: Ints, token_ids: Any, needs: Ints, fetch: Fetch) -> None:
         """Tells what remembers tokens which were drawn."""
         if len(who := np.flatnonzero(needs & Need.PENALTY)):
-            self._penalties.add(rows[who], token_ids[who])
+            self._penalties.add(rows[who], self._ops.pick(token_ids, who))
         if len(who := np.flatnonzero(needs & Need.DRY)):
-            self._dry.add(rows[who], token_ids[who])
+            self._dry.add(rows[who], self._ops.pick(token_ids, who))
         if len(who := np.flatnonzero(needs & Need.MASK)):
-            for row, token_id in zip(rows[who].tolist(), token_ids[who].tolist(), strict=True):
-                self._masks[row].advance(token_id)
+            self._tell_masks()
+            self._unheard = [
+                (row, self._masks[row], i) for row, i in zip(rows[who].tolist(), who.tolist(), strict=True)
+            ]
+            self._last_draw = fetch
+            if isinstance(fetch, Fetched):
+                self._tell_masks()
 
-    def _logprobs(self, ops: LogitsOps, raw: Logits, ids: Ints, asked: Ints, rows: Ints) -> StepLogprobs:
-        k = int(self._num_logprobs[rows[asked]].max())
-        result = StepLogprobs(
-            np.full(len(rows), np.nan, np.float32),
-            np.full((len(rows), k), -1, np.int64),
-            np.full((len(rows), k), np.nan, np.float32),
-        )
-        chosen, top_ids, top_logprobs = ops.logprobs(raw, ids[asked], k)
-        result.chosen[asked] = chosen
-        result.top_ids[asked] = top_ids
-        result.top_logprobs[asked] = top_logprobs
-        return result
+    def _tell_masks(self) -> None:
+        """Waits for the last draw where masks have not heard of it: by now the device has the next forward to do."""
+        if self._last_draw is None:
+            return
+        token_ids = self._last_draw.wait()[0]
+        for row, mask, i in self._unheard:
+            if self._masks.get(row) is mask:
+                mask.advance(int(token_ids[i]))
+        self._unheard, self._last_draw = [], None

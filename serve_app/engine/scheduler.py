@@ -74,8 +74,11 @@ class Scheduler:
         while i < len(self.running):
             request = self.running[i]
             i += 1
-            if request.is_paused or not request.num_output or request.num_pending != 1:
+            num_tokens = len(request.token_ids)
+            if num_tokens - request.num_computed != 1 or num_tokens == request.num_prompt or request.is_paused:
                 continue
+            if num_tokens >= request.max_total_tokens:
+                continue  # its last token is being drawn
             if request.num_computed == len(request.blocks) * block_size:
                 if not self._take_block(request):
                     continue
@@ -98,7 +101,7 @@ class Scheduler:
     def _schedule_prefills(self, step: Schedule, budget: int) -> int:
         for request in self.running:
             pending = request.num_pending
-            is_prompt = pending > 1 or not request.num_output
+            is_prompt = pending > 1 or len(request.token_ids) == request.num_prompt
             if is_prompt and budget > 0 and not request.is_paused:
                 tokens = min(pending, budget, self._config.prefill_chunk_tokens)
                 step.prefill.append((request, tokens))
@@ -112,6 +115,8 @@ class Scheduler:
             if request.is_paused:
                 skipped.append(self.waiting.popleft())
                 continue
+            if request.is_under_way:
+                break  # preempted since its step began, whose results it still has to get
             if self.pool.num_free == self._blocked_at or not self._take_prompt_blocks(request):
                 self._blocked_at = self.pool.num_free
                 break
@@ -177,9 +182,12 @@ class Scheduler:
         bisect.insort(self.running, request, key=_by_arrival)
 
     def advance(self, request: Request, num_tokens: int) -> None:
-        """Records that a step computed num_tokens of a request; its blocks that are now full are published."""
+        """Records that a step under way computes num_tokens of a request."""
         request.num_computed += num_tokens
-        num_full = request.num_computed // self._block_size
+
+    def publish(self, request: Request) -> None:
+        """Lets others find a running request's blocks that are now full of known tokens."""
+        num_full = min(request.num_computed, request.num_known) // self._block_size
         if num_full > request.num_published and self.pool.is_caching:
             self._extend_hashes(request, num_full)
             blocks = request.blocks
@@ -211,7 +219,7 @@ class Scheduler:
             sibling.blocks = leader.blocks[:num_full] + own
             sibling.num_computed = num_shared
             sibling.num_published = min(leader.num_published, num_full)
-            sibling.block_hashes = leader.block_hashes[: sibling.num_published]
+            sibling.block_hashes = leader.block_hashes[:num_full]
             if tail:
                 copies.append(tail)
             self._start(sibling)

@@ -7,7 +7,7 @@ from serve_app.cli_grammar import COMMANDS, GROUPS, KINDS, LATER_KINDS, Command,
 MODEL = """--chat-template -c --dtype --hf-cache-path --jinja-explicit -j --max-seq-len --model-id -m --offline
 --quantized-filename -f --revision --token-source --tokenizer -t"""
 ENGINE = """--attention-backend --cpu-exact --device --kv-cache-dtype --max-batched-tokens --max-seqs --max-waiting
---no-cuda-graphs --no-paged-attn --pa-blk-size --pa-cache-type
+--no-cuda-graphs --no-overlap --no-paged-attn --pa-blk-size --pa-cache-type
 --pa-ctxt-len --pa-gpu-mem --pa-gpu-mem-usage --prefill-chunk-tokens --prefix-cache-n --queue-timeout --seed -s
 --threads"""
 HTTP = """--api-key --first-token-timeout --host --idle-stream-timeout --max-body-bytes --max-choices

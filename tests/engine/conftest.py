@@ -10,13 +10,16 @@ from serve_app.options import EngineConfig
 TOKENIZER = Path(__file__).parents[1] / "data" / "models" / "stories260K" / "hf"
 
 
-@pytest.fixture
-def make_engine() -> Iterator[Callable[..., Engine]]:
-    """Engines without a model; when the test ends, each must have given back every block."""
+@pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
+def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
+    """Engines without a model, which look at a step before the next one begins, or one later.
+
+    When the test ends, each must have given back every block.
+    """
     engines: list[Engine] = []
 
     def make(config: EngineConfig, max_seq_len: int = 512, num_blocks: int = 64) -> Engine:
-        engines.append(null_engine(TOKENIZER, config, max_seq_len, num_blocks))
+        engines.append(null_engine(TOKENIZER, config, max_seq_len, num_blocks, overlaps=request.param))
         return engines[-1]
 
     yield make

@@ -74,7 +74,7 @@ def test_a_step_runs_the_recorded_forward(model: LlamaForCausalLM, requests: int
     runner = runner_for(counting, requests)
     fill_pool(runner)
     batch = make_batch(runner.kv_pool, pieces_for(requests, prefills), rows=list(range(requests)))
-    result = runner.execute(batch)
+    result = runner.execute(batch).wait()
     # Both before the step: what attention it needs was read off it, and the program recorded.
     assert counting.forwards == 2
     assert result.token_ids.shape == (requests,)
@@ -140,7 +140,7 @@ def test_wanted_logits_come_back_and_the_sampled_ones_do_not(model: LlamaForCaus
     runner = runner_for(model, 1)
     batch = make_batch(runner.kv_pool, [Piece(ids, 0, 20, [1, 0])], rows=[0])
     batch.logit_index = torch.tensor([19, 4, 11])
-    result: StepResult = runner.execute(batch)
+    result: StepResult = runner.execute(batch).wait()
     assert result.token_ids.tolist() == [int(expected[19].argmax())]
     assert result.extra_logits is not None
     assert not result.extra_logits.is_inference()
@@ -152,7 +152,7 @@ def test_a_chunk_that_ends_no_prompt_wants_nothing(model: LlamaForCausalLM) -> N
     batch = make_batch(runner.kv_pool, [Piece([1] * 20, 0, 16, [1, 0])], rows=[])
     batch.logit_index = torch.tensor([], dtype=torch.int64)
     batch.sample_positions = torch.tensor([], dtype=torch.int64)
-    result = runner.execute(batch)
+    result = runner.execute(batch).wait()
     assert result.token_ids.shape == (0,)
     assert result.logprobs is None
     assert result.extra_logits is None
@@ -165,5 +165,5 @@ def test_a_broken_batch_is_refused_and_the_next_one_works(model: LlamaForCausalL
         runner.execute(broken)
     fine = make_batch(runner.kv_pool, [Piece([1] * 5, 0, 5, [1])], rows=[0])
     expected = full_logits(model, [1] * 5)[-1].argmax()
-    assert runner.execute(fine).token_ids.tolist() == [int(expected)]
-    assert isinstance(runner.execute(fine).token_ids, np.ndarray)
+    assert runner.execute(fine).wait().token_ids.tolist() == [int(expected)]
+    assert isinstance(runner.execute(fine).wait().token_ids, np.ndarray)

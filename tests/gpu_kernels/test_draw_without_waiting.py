@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from kernels.reference.sampling import draw_tokens, uniform
+from serve_app.engine.device_rows import DeviceDry, DevicePenalties
+from serve_app.engine.last_tokens import LastTokens
 from serve_app.engine.logits_ops import TorchLogits
+from serve_app.options import DryParams, SamplingParams
 
 VOCAB = 61
 PARAMETERS = (
@@ -23,10 +26,21 @@ def test_cuda_is_not_waited_for() -> None:
     u = uniform(torch.arange(5), torch.arange(5))
     expected = draw_tokens(logits.cpu(), *PARAMETERS, u)
     who, tokens = np.array([1, 3]), np.array([[0, 7], [2, 60]])
+    params = SamplingParams(presence_penalty=0.1, repetition_penalty=1.1, dry=DryParams(multiplier=1.0))
+    penalties, dry, drawn = DevicePenalties(ops, 4, VOCAB), DeviceDry(ops, 4, VOCAB), LastTokens(4, device)
     torch.cuda.set_sync_debug_mode("error")
     try:
         ids = draw_tokens(logits, *PARAMETERS, u)
         ops.add(logits, who[:, None], tokens, np.ones((2, 2), np.float32))
+        for row in who.tolist():
+            penalties.set_row(row, params, [1, 2, 2], [3])
+            dry.set_row(row, params.dry, [1, 2, 2, 3], [5])
+        for memory in (penalties, dry):
+            memory.add(who, ids[:2])
+            memory.change(logits, who, who)
+        drawn.keep(who, ids[:2])
+        drawn.resolve(ids)
+        fetch = ops.fetch([ids])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert ids.tolist() == expected.tolist()
+    assert fetch.wait()[0].tolist() == ids.tolist() == expected.tolist()

@@ -40,7 +40,7 @@ def generate(num_tokens: int) -> list[int]:
     ids = [3, 1, 4]
     start = 0
     for _ in range(num_tokens):
-        result = runner.execute(make_batch(pool, [Piece(ids, start, len(ids), [5, 2])], rows=[0]))
+        result = runner.execute(make_batch(pool, [Piece(ids, start, len(ids), [5, 2])], rows=[0])).wait()
         start = len(ids)
         ids += result.token_ids.tolist()
     return ids
