@@ -396,11 +396,11 @@ class Engine:
     def _recover(self, error: Exception, deltas: list[TokenDelta]) -> None:
         """A step broke: what ran is lost and told so, what waits goes on."""
         log.exception("a step failed")
+        for launched in self._under_way:
+            self._mark(launched.schedule, False)
+        self._under_way.clear()
         if self.parts.runner.overlaps:
             # What was never computed may be in blocks that others can find.
-            for launched in self._under_way:
-                self._mark(launched.schedule, False)
-            self._under_way.clear()
             self._scheduler.pool.flush()
         self._failures += 1
         self.is_failed = self._failures >= MAX_FAILURES_IN_A_ROW

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from serve_app.engine.engine import Engine
+from serve_app.engine.model_runner import StepResult
 from serve_app.errors import ContextTooLong, EngineFailed, InvalidRequest, QueueFull, Unavailable
 from serve_app.messages import GenerateRequest, TokenDelta
 from serve_app.options import EngineConfig, SamplingParams
@@ -214,6 +215,35 @@ def test_a_failing_step_ends_what_ran_and_nothing_else(
     monkeypatch.undo()
     assert len(ids(run(engine)["c", 0])) == 20
     assert not engine.is_failed
+
+
+class Broken:
+    """A step that the device finds to have failed when somebody waits for it."""
+
+    def wait(self) -> StepResult:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_what_a_step_failed_to_compute_is_found_by_nobody(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(CONFIG)
+    runner = engine.parts.runner
+    prompt = [1, *range(260, 300)]
+    engine.add(request("a", prompt))
+    engine.step()
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runner), "execute", lambda self, batch: Broken())
+        failed = [d for _ in range(2) for d in engine.step() if d.finish]
+    assert [type(d.finish.error) for d in failed if d.finish] == [EngineFailed]
+    assert engine.stats().blocks_free == engine.stats().blocks_total
+    engine.add(request("b", prompt))
+    finish = run(engine)["b", 0][-1].finish
+    assert finish is not None
+    assert finish.reason == "length"
+    if runner.overlaps:
+        assert finish.usage.cached_tokens == 0
 
 
 def test_three_failures_in_a_row_end_the_engine(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

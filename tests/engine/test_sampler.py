@@ -294,6 +294,36 @@ def test_masks_are_filled_obeyed_and_advanced(params: SamplingParams) -> None:
     assert sample(sampler, random_logits(1), [0]).token_ids[0] == random_logits(1).argmax()
 
 
+class Late:
+    """See Fetch: results that have not come yet."""
+
+    def __init__(self, results: list[torch.Tensor]) -> None:
+        self._results, self.waits = results, 0
+
+    def wait(self) -> list[np.ndarray[Any, Any]]:
+        self.waits += 1
+        return [result.numpy() for result in self._results]
+
+
+def test_masks_hear_of_a_token_when_the_next_one_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, fetches = Sampler(VOCAB, 2, is_native=False), []
+
+    def fetch(results: list[torch.Tensor]) -> Late:
+        fetches.append(Late(results))
+        return fetches[-1]
+
+    monkeypatch.setattr(sampler._ops, "fetch", fetch)
+    sampler.set_row(0, GREEDY, 0, [1], mask=Countdown(30))
+    sampler.set_row(1, SamplingParams(), 0, [1])
+    draws = [sampler.sample(random_logits(2, seed=s), np.arange(2), np.full(2, s)) for s in range(3)]
+    assert [fetch.waits for fetch in fetches] == [1, 1, 0]
+    assert [int(draw.wait().token_ids[0]) for draw in draws] == [30, 31, 32]
+    # One that is gone is not told.
+    sampler.clear_row(0)
+    sampler.set_row(0, GREEDY, 0, [1], mask=Countdown(50))
+    assert int(sampler.sample(random_logits(2), np.arange(2), np.full(2, 3)).wait().token_ids[0]) == 50
+
+
 def test_a_fork_has_its_leaders_state_and_its_own_seed() -> None:
     params = replace(EVERYTHING, logprobs=None)
     sampler, other = new_sampler(VOCAB, 2), new_sampler(VOCAB, 2)
