@@ -19,7 +19,7 @@ def write_folder(folder: Path, shape: Shape, vocabulary: BpeVocabulary, dtype: D
     """config.json, tokenizer.json and one model.safetensors, all values of the dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", _config(shape, vocabulary, dtype))
-    _write_tokenizer(folder, shape, vocabulary)
+    write_tokenizer(folder, shape.context, vocabulary)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shape.tensors():
@@ -67,7 +67,8 @@ def _config(shape: Shape, vocabulary: BpeVocabulary, dtype: DType) -> dict[str, 
     }
 
 
-def _write_tokenizer(folder: Path, shape: Shape, vocabulary: BpeVocabulary) -> None:
+def write_tokenizer(folder: Path, context: int, vocabulary: BpeVocabulary) -> None:
+    """tokenizer.json and tokenizer_config.json."""
     backend = vocabulary_from_gguf(vocabulary.metadata()).make_backend()
     bos, eos = vocabulary.tokens[vocabulary.bos_id], vocabulary.tokens[vocabulary.eos_id]
     backend.decoder = decoders.ByteLevel()
@@ -79,7 +80,7 @@ def _write_tokenizer(folder: Path, shape: Shape, vocabulary: BpeVocabulary) -> N
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
-        "model_max_length": shape.context,
+        "model_max_length": context,
         "chat_template": CHAT_TEMPLATE,
     }
     _write_json(folder / "tokenizer_config.json", config)
