@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from serve_app.layers.angle_sets import AngleSet
 from serve_app.messages import GenerateRequest, TokenLogprob
 from serve_app.options import SamplingParams
 from serve_app.text.detokenizer import Detokenizer
@@ -21,15 +22,17 @@ class RequestState(Enum):
 class Request:
     """Ids, counters and blocks of one choice.
 
-    token_ids are the prompt's and the output's. num_computed of them have their K and V in the cache, in `blocks`;
-    block_hashes holds the hash chain as far as it has been needed; row is the request's place in the persistent
+    token_ids are the prompt's and the output's. num_computed of them have their K and V in the cache, in `tables`: for
+    each group of layers the blocks in the order of the tokens, the first num_given_up of which are NO_BLOCK.
+    prompt_number: with it the ledger knows that blocks given up one by one are of the same prompt, 0 = none were yet.
+    angles: the rotary set that K and V are computed with. block_hashes holds the hash chain as far as it has been needed; row is the request's place in the persistent
     per-request arrays of batch builder and sampler, -1 while it does not run.
     """
 
     __slots__ = (
+        "angles",
         "arrival_s",
         "block_hashes",
-        "blocks",
         "cache_salt",
         "choice",
         "detokenizer",
@@ -37,17 +40,20 @@ class Request:
         "max_total_tokens",
         "num_cached",
         "num_computed",
+        "num_given_up",
         "num_output",
         "num_prompt",
         "num_published",
         "params",
         "prompt_logprobs",
+        "prompt_number",
         "request_id",
         "row",
         "seed",
         "siblings",
         "state",
         "stop_ids",
+        "tables",
         "token_ids",
     )
 
@@ -72,7 +78,10 @@ class Request:
         self.num_computed = 0
         self.num_cached = 0
         self.num_published = 0
-        self.blocks: list[int] = []
+        self.tables: list[list[int]] = []
+        self.num_given_up: list[int] = []
+        self.prompt_number = 0
+        self.angles = AngleSet()
         self.block_hashes: list[bytes] = []
         self.row = -1
         self.state = RequestState.WAITING

@@ -302,7 +302,7 @@ class EngineMachine(RuleBasedStateMachine):
         rows = [r.row for r in scheduler.running]
         assert len(set(rows)) == len(rows)
         for r in scheduler.running:
-            assert r.num_computed <= len(r.blocks) * 16
+            assert r.num_computed <= len(r.tables[0]) * 16
             assert r.num_computed < r.num_tokens
 
     def teardown(self) -> None:
