@@ -52,6 +52,11 @@ class ForwardBatch:
     further_groups: tuple[GroupTables, ...] = ()
 
     @property
+    def groups(self) -> tuple[GroupTables, ...]:
+        """Of all groups of layers."""
+        return (GroupTables(self.slot_mapping, self.block_tables), *self.further_groups)
+
+    @property
     def num_tokens(self) -> int:
         """T."""
         return len(self.token_ids)

@@ -25,8 +25,9 @@ class Request:
     token_ids are the prompt's and the output's. num_computed of them have their K and V in the cache, in `tables`: for
     each group of layers the blocks in the order of the tokens, the first num_given_up of which are NO_BLOCK.
     prompt_number: with it the ledger knows that blocks given up one by one are of the same prompt, 0 = none were yet.
-    angles: the rotary set that K and V are computed with. block_hashes holds the hash chain as far as it has been needed; row is the request's place in the persistent
-    per-request arrays of batch builder and sampler, -1 while it does not run.
+    angles: the rotary set that K and V are computed with. block_hashes holds the hash chain as far as it has been
+    needed; row is the request's place in the persistent per-request arrays of batch builder and sampler, -1 while it
+    does not run.
     """
 
     __slots__ = (

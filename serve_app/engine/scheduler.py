@@ -37,21 +37,21 @@ class Scheduler:
 
     First in, first out: nothing overtakes the head of the queue, so nothing starves; a preempted request goes back to
     the head. Blocks for a whole prompt, or what a window leaves of it at a time, are taken at admission. A request that
-    then runs out of them, by decoding or because it shared blocks that it gave up, gets those of the youngest one, which
-    is preempted and later recomputed.
+    then runs out of them, by decoding or because it shared blocks that it gave up, gets those of the youngest one,
+    which is preempted and later recomputed.
     """
 
     def __init__(
         self,
         pool: BlockLedger,
         config: EngineConfig,
-        windows: Sequence[KvWindow] = (),
+        windows: Sequence[KvWindow],
         angles: AngleSets | None = None,
     ) -> None:
-        """windows: of each group of layers, none = one group without a window. angles: None = one set for all."""
+        """windows: of each group of layers. angles: None = one set for all."""
         assert config.max_seqs <= config.max_batched_tokens, "every running request must fit a decode step"
         self.pool = pool
-        self.tables = BlockTables(pool, windows or (KvWindow(0, config.block_size, config.prefill_chunk_tokens),))
+        self.tables = BlockTables(pool, windows)
         self.waiting: deque[Request] = deque()
         # In order of arrival: the last is the youngest, the first to be preempted.
         self.running: list[Request] = []

@@ -79,9 +79,7 @@ class BlockPool:
             self.num_hits += len(blocks)
         return matched
 
-    def _look_up(
-        self, hashes: Sequence[bytes], lookbacks: Sequence[int]
-    ) -> tuple[int, list[list[tuple[int, int]]]]:
+    def _look_up(self, hashes: Sequence[bytes], lookbacks: Sequence[int]) -> tuple[int, list[list[tuple[int, int]]]]:
         """The longest prefix that all groups can use, and each group's blocks of it with their generations."""
         owner, client, num_groups = self._owner, self._client, len(lookbacks)
         length, agreeing, group = len(hashes), 0, 0

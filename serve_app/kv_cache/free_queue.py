@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-
 PromptKey: TypeAlias = tuple[int, int]
 """A client, and its number for a request."""
 

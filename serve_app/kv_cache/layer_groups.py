@@ -70,5 +70,39 @@ class KvWindow:
         blocks = -(-num_tokens // self.block_size)
         if not self.tokens:
             return blocks
-        # So many neighbouring tokens, wherever they begin in a block.
-        return min(blocks, (self.tokens + self.chunk_tokens + self.block_size - 3) // self.block_size + 1)
+        # So many neighbouring tokens, wherever they begin in a block: what a chunk sees, and one token before it, since
+        # further choices compute the last prompt token again.
+        return min(blocks, (self.tokens + self.chunk_tokens + self.block_size - 2) // self.block_size + 1)
+
+
+def longest_request(windows: Sequence[KvWindow], num_blocks: int, max_tokens: int) -> int:
+    """Tokens of the longest request that a pool of num_blocks can hold at all, in whole blocks; no more than what
+    max_tokens need. windows: of each group."""
+    block_size = windows[0].block_size
+    least, most = 0, -(-max_tokens // block_size)
+    while least < most:
+        middle = (least + most + 1) // 2
+        if sum(window.most_blocks(middle * block_size) for window in windows) <= num_blocks:
+            least = middle
+        else:
+            most = middle - 1
+    return least * block_size
+
+
+def fit_windows(
+    groups: Sequence[LayerGroup], block_size: int, chunk_tokens: int, num_blocks: int, max_tokens: int
+) -> tuple[KvWindow, ...]:
+    """What each group's tables must cover over a pool of num_blocks.
+
+    Where the pool would hold no request of max_tokens because a chunk takes too much of it, chunks are made shorter.
+    """
+    fitting: tuple[KvWindow, ...] = ()
+    longest = -1
+    while longest < max_tokens:
+        windows = tuple(KvWindow(group.window, block_size, chunk_tokens) for group in groups)
+        if longest_request(windows, num_blocks, max_tokens) > longest:
+            fitting, longest = windows, longest_request(windows, num_blocks, max_tokens)
+        if chunk_tokens <= block_size or not any(group.window for group in groups):
+            break
+        chunk_tokens = max(block_size, chunk_tokens // 2)
+    return fitting

@@ -99,9 +99,7 @@ class SetsByLength:
 
     are_several = True
 
-    def __init__(
-        self, original: int, num_places: int, place_rows: int, fill: Callable[[int, int, int], None]
-    ) -> None:
+    def __init__(self, original: int, num_places: int, place_rows: int, fill: Callable[[int, int, int], None]) -> None:
         """original: the length, and the rows of the first set, which the places of place_rows each follow.
 
         fill(row, length, count): writes the first count rows of the set for a length from a row of the table on.

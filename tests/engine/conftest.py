@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,10 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
     """Engines without a model; when the test ends, each must have given back every block."""
     engines: list[Engine] = []
 
-    def make(config: EngineConfig, max_seq_len: int = 512, num_blocks: int = 64) -> Engine:
-        engines.append(null_engine(TOKENIZER, config, max_seq_len, num_blocks))
+    def make(
+        config: EngineConfig, max_seq_len: int = 512, num_blocks: int = 64, windows: Sequence[int] = (0,)
+    ) -> Engine:
+        engines.append(null_engine(TOKENIZER, config, max_seq_len, num_blocks, windows=windows))
         return engines[-1]
 
     yield make
