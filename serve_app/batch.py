@@ -11,16 +11,30 @@ if TYPE_CHECKING:
     Counts = NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True)
+class GroupTables:
+    """Where a further group of layers has the step's tokens and contexts, see ForwardBatch.
+
+    slot_mapping [T] int64, block_tables [R, max_blocks] int32, contiguous.
+    """
+
+    slot_mapping: "Ids"
+    block_tables: "Counts"
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """One step's work, on the host. T tokens of R requests; request r owns query_start[r] : query_start[r + 1].
 
-    token_ids [T] int64, positions [T] int64, slot_mapping [T] int64 (slot = block id * block size + offset),
-    block_tables [R, max_blocks] int32 (entries past a request's last block are 0), query_start [R + 1] int32,
+    token_ids [T] int64, positions [T] int64 (rows of the rotary tables: where a request's set of angles begins there,
+    plus the token's place in its text), slot_mapping [T] int64 (slot = block id * block size + offset),
+    block_tables [R, max_blocks] int32 (what stands past a request's last block, or before its window, is some valid id
+    and is not read), query_start [R + 1] int32,
     context_lens [R] int32: tokens of each request once this step is done, those of this step included.
     logit_index [L] int64: the tokens whose logits are wanted; the first S = len(sample_rows) of them are sampled, the
     others (prompt log-probabilities) are returned as they are. sample_rows [S] int64: the sampler's row of each sampled
     request; sample_positions [S] int64: the position of the token to be drawn (its random number depends on it).
+    further_groups: of layers that have slots and tables of their own; slot_mapping and block_tables are the first's.
     All are contiguous.
     """
 
@@ -35,6 +49,12 @@ class ForwardBatch:
     sample_positions: "Ids"
     max_query_len: int
     max_context_len: int
+    further_groups: tuple[GroupTables, ...] = ()
+
+    @property
+    def groups(self) -> tuple[GroupTables, ...]:
+        """Of all groups of layers."""
+        return (GroupTables(self.slot_mapping, self.block_tables), *self.further_groups)
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from serve_app.batch import ForwardBatch
 from serve_app.engine.forward import choose_forward
 from serve_app.kv_cache.kv_pool import row_elements
+from serve_app.layers.shape_probe import ShapeProbe
 from serve_app.models.base import CausalLM
 from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
 from serve_app.quant.experts import DenseExperts, Experts
@@ -91,6 +92,7 @@ class TinyPool:
         self.block_size = block_size
         self.dtype = dtype
         self.device = torch.device(device)
+        self.groups = [0] * args.n_layers
         filler = 0xFF if dtype == torch.uint8 else torch.nan
         self.k = [torch.full(shape, filler, dtype=dtype, device=device) for _ in range(args.n_layers)]
         self.v = [torch.full(shape, filler, dtype=dtype, device=device) for _ in range(args.n_layers)]
@@ -137,9 +139,16 @@ def make_batch(pool: Any, pieces: Sequence[Piece], rows: Sequence[int] | None = 
 def step_logits(
     model: CausalLM, pool: Any, pieces: Sequence[Piece], backend: str = "auto", *, is_exact: bool = True
 ) -> list[Tensor]:
-    """Runs one step; the logits of every token, piece by piece."""
+    """Runs one step; the logits of every token, piece by piece. Rotary sets are those of each piece's whole text."""
     forward = choose_forward(model, pool, getattr(pool, "device", "cpu"), backend, is_exact=is_exact)
-    logits = torch.as_tensor(forward(make_batch(pool, pieces))).clone()
+    batch = make_batch(pool, pieces)
+    probe = ShapeProbe()
+    model.forward(probe)
+    for sets in [rotary.sets for rotary in probe.rotaries if rotary.sets.are_several]:
+        taken = [sets.take(len(p.ids), len(p.ids), len(p.ids)) for p in pieces]
+        counts = [p.stop - p.start for p in pieces]
+        batch.positions += np.repeat([angles.first_row for angles in taken if angles], counts)
+    logits = torch.as_tensor(forward(batch)).clone()
     return list(logits.split([p.stop - p.start for p in pieces]))
 
 

@@ -255,6 +255,7 @@ class Program:
         head_dim: int,
         rotary_dim: int,
         table: int,
+        group: int,
         k_cache: int,
         v_cache: int,
         kv_type: int,
@@ -266,6 +267,7 @@ class Program:
         n_heads: int,
         n_kv_heads: int,
         head_dim: int,
+        group: int,
         k_cache: int,
         v_cache: int,
         kv_type: int,
@@ -282,11 +284,10 @@ class Program:
         self,
         token_ids: NDArray[np.int64],
         positions: NDArray[np.int64],
-        slots: NDArray[np.int64],
         wanted: NDArray[np.int64],
-        block_tables: NDArray[np.int32],
         query_start: NDArray[np.int32],
         context_lens: NDArray[np.int32],
+        groups: list[tuple[NDArray[np.int64], NDArray[np.int32]]],
     ) -> NDArray[np.float32]: ...
     @property
     def num_ops(self) -> int: ...

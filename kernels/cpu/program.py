@@ -67,11 +67,13 @@ class Recording:
         self._operations: list[Operation] = []
         self._kept: list[Any] = []
         self._tables: list[Covering] = []
+        self._rows_ahead: list[int] = []
 
-    def table(self, covering: Covering) -> int:
-        """The number of a rotary table in the native program."""
+    def table(self, covering: Covering, rows_ahead: int = 0) -> int:
+        """The number of a rotary table in the native program; it has rows_ahead more rows than positions."""
         if covering not in self._tables:
             self._tables.append(covering)
+            self._rows_ahead.append(rows_ahead)
         return self._tables.index(covering)
 
     def keep(self, tensor: Tensor | None) -> int:
@@ -125,7 +127,7 @@ class Recording:
         for table in tables:
             native.table(table.ctypes.data, len(table))
         _Writer(native, self._operations).write(result)
-        return RecordedProgram(native, self._tables, tables, self._kept)
+        return RecordedProgram(native, self._tables, self._rows_ahead, tables, self._kept)
 
 
 class _Writer:
@@ -176,13 +178,23 @@ class RecordedProgram:
     """A step as one native call. Holds all that the call reads besides its arguments and the KV cache."""
 
     def __init__(
-        self, native: _native.Program, growing: list[Covering], tables: list[NDArray[np.float32]], kept: list[Any]
+        self,
+        native: _native.Program,
+        growing: list[Covering],
+        rows_ahead: list[int],
+        tables: list[NDArray[np.float32]],
+        kept: list[Any],
     ) -> None:
         self._native = native
         self._growing = growing
+        self._rows_ahead = rows_ahead
         self._tables = tables
-        self._num_positions = min((len(table) for table in tables), default=0)
+        self._num_positions = self._num_covered()
         self._kept = kept
+
+    def _num_covered(self) -> int:
+        counts = [len(table) - ahead for table, ahead in zip(self._tables, self._rows_ahead, strict=True)]
+        return min(counts, default=0)
 
     @property
     def num_operations(self) -> int:
@@ -198,24 +210,24 @@ class RecordedProgram:
         self,
         token_ids: NDArray[np.int64],
         positions: NDArray[np.int64],
-        slots: NDArray[np.int64],
         wanted: NDArray[np.int64],
-        block_tables: NDArray[np.int32],
         query_start: NDArray[np.int32],
         context_lens: NDArray[np.int32],
+        groups: Sequence[tuple[NDArray[np.int64], NDArray[np.int32]]],
         max_context_len: int,
     ) -> NDArray[np.float32]:
-        """Runs a step on all threads, without the GIL: see ForwardBatch for the arrays.
+        """Runs a step on all threads, without the GIL: see ForwardBatch for the arrays. groups: of layers, slots and
+        block tables.
 
         Returns the result's rows [len(wanted), width], memory of the program that its next run overwrites. IndexError
         for an id, position, slot or block out of range, before anything is computed.
         """
         if self._tables and max_context_len > self._num_positions:
             self._grow(max_context_len)
-        return self._native.run(token_ids, positions, slots, wanted, block_tables, query_start, context_lens)
+        return self._native.run(token_ids, positions, wanted, query_start, context_lens, list(groups))
 
     def _grow(self, num_positions: int) -> None:
         self._tables = [covering(num_positions) for covering in self._growing]
         for number, table in enumerate(self._tables):
             self._native.set_table(number, table.ctypes.data, len(table))
-        self._num_positions = min(len(table) for table in self._tables)
+        self._num_positions = self._num_covered()

@@ -100,8 +100,11 @@ def _attend(
     # Keys that some row of the tile sees, in whole tiles counted from the context's begin, and this part's of them.
     last_key = tl.minimum(context - num_queries + tl.minimum(first_query + QUERIES, num_queries), context)
     first_tile = 0
+    first_key = 0
     if HAS_WINDOW:
-        first_tile = tl.maximum(context - num_queries + first_query - window + 1, 0) // KEYS
+        # Blocks wholly before it were given up: others may be writing them.
+        first_key = tl.maximum(context - num_queries + first_query - window + 1, 0)
+        first_tile = first_key // KEYS
     end_tile = tl.cdiv(last_key, KEYS)
     if IS_SPLIT:
         share = tl.cdiv(end_tile - first_tile, num_parts)
@@ -117,7 +120,7 @@ def _attend(
     table = block_tables + request.to(tl.int64) * table_stride
     for key_tile in range(first_tile, end_tile):
         key = key_tile * KEYS + tl.arange(0, KEYS)
-        is_key = key < last_key
+        is_key = (key >= first_key) & (key < last_key)
         block = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
         slot = block * block_stride + (key % BLOCK_SIZE) * slot_stride + kv_head * HEAD_DIM
         k_tile = tl.load(

@@ -35,12 +35,15 @@ def paged_attention(
         begin, end = query_start[r], query_start[r + 1]
         if begin == end:
             continue
-        num_blocks = -(-context // k_cache.shape[1])
-        blocks = block_tables_RB[r, :num_blocks].long()
-        k_CKD = _scaled(k_cache[blocks].flatten(0, 1)[:context], k_scale)
-        v_CKD = _scaled(v_cache[blocks].flatten(0, 1)[:context], v_scale)
+        block_size = k_cache.shape[1]
+        # What no query sees is not read: those blocks may be another request's.
+        first = max(0, context - (end - begin) - window + 1) if window else 0
+        blocks = block_tables_RB[r, first // block_size : -(-context // block_size)].long()
+        span = slice(first % block_size, first % block_size + context - first)
+        k_CKD = _scaled(k_cache[blocks].flatten(0, 1)[span], k_scale)
+        v_CKD = _scaled(v_cache[blocks].flatten(0, 1)[span], v_scale)
         rows = torch.arange(context - (end - begin), context, device=q_TND.device)
-        keys = torch.arange(context, device=q_TND.device)
+        keys = torch.arange(first, context, device=q_TND.device)
         visible_QC = keys <= rows.unsqueeze(1)
         if window:
             visible_QC &= keys > rows.unsqueeze(1) - window

@@ -55,7 +55,7 @@ class Flash3Plan:
             k_cache=batch.k[shape.layer],
             v_cache=batch.v[shape.layer],
             cache_seqlens=batch.context_lens,
-            page_table=batch.block_tables,
+            page_table=batch.tables(shape.layer),
             cu_seqlens_q=batch.query_start,
             max_seqlen_q=batch.host.max_query_len,
             softmax_scale=shape.scale,

@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 import inspect
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serve_app.attention.backend import AttentionNeeds, AttentionShape
@@ -15,7 +17,6 @@ from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.gpu_limits import Limits
 from serve_app.attention.report import BackendReport
 from serve_app.attention.slot_write import write_slots
-from serve_app.batch import ForwardBatch
 
 NAME = "flashinfer"
 WORKSPACE_BYTES = 128 << 20
@@ -24,6 +25,10 @@ PLAN_ARGUMENTS = frozenset(
     ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "num_qo_heads", "num_kv_heads",
      "head_dim_qk", "page_size", "causal", "sm_scale", "window_left", "logits_soft_cap", "q_data_type", "kv_data_type")
 )  # fmt: skip
+
+
+Kind: TypeAlias = tuple[int, AttentionShape]
+"""A group of layers, and a shape without the layer's own number."""
 
 
 class FlashinferAttention:
@@ -36,13 +41,13 @@ class FlashinferAttention:
         """wrapper_class: flashinfer.BatchPrefillWithPagedKVCacheWrapper."""
         self._class = wrapper_class
         self._device = device
-        self._wrappers: dict[AttentionShape, Any] = {}
+        self._wrappers: dict[Kind, Any] = {}
 
     def plan(self, batch: DeviceBatch) -> "FlashinferPlan":
         """See AttentionBackend."""
         return FlashinferPlan(self, batch)
 
-    def wrapper(self, kind: AttentionShape) -> Any:
+    def wrapper(self, kind: Kind) -> Any:
         """One for each kind of layer: a plan lies in its memory until the step is done."""
         if kind not in self._wrappers:
             workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
@@ -56,58 +61,57 @@ class FlashinferPlan:
     def __init__(self, backend: FlashinferAttention, batch: DeviceBatch) -> None:
         self._backend = backend
         self._batch = batch
-        self._planned: dict[AttentionShape, Any] = {}
-        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+        self._planned: dict[Kind, Any] = {}
+        self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """See PlannedAttention."""
         batch = self._batch
         if k is not None and v is not None:
             write_slots(batch, shape.layer, k, v)
-        kind = AttentionShape(
-            0, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.scale, shape.softcap, shape.window
-        )
+        kind = (batch.groups[shape.layer], replace(shape, layer=0))
         if kind not in self._planned:
             self._planned[kind] = self._plan(kind, q.dtype)
         out: Tensor = self._planned[kind].run(q.contiguous(), (batch.k[shape.layer], batch.v[shape.layer]))
         return out.flatten(1)
 
-    def _plan(self, kind: AttentionShape, dtype: torch.dtype) -> Any:
-        batch = self._batch
-        block_size = batch.k[0].shape[1]
-        if self._tables is None:
-            self._tables = block_lists(batch.host, block_size)
-        starts, blocks, last = self._tables
+    def _plan(self, kind: Kind, dtype: torch.dtype) -> Any:
+        batch, (group, shape) = self._batch, kind
+        block_size, device = batch.k[0].shape[1], batch.block_tables[0].device
+        if group not in self._tables:
+            tables = batch.host.groups[group].block_tables
+            self._tables[group] = block_lists(tables, batch.host.context_lens, block_size)
+        starts, blocks, last = self._tables[group]
         wrapper = self._backend.wrapper(kind)
         wrapper.plan(
             qo_indptr=torch.from_numpy(batch.host.query_start),
             paged_kv_indptr=starts,
-            paged_kv_indices=blocks.to(batch.block_tables.device),
+            paged_kv_indices=blocks.to(device),
             paged_kv_last_page_len=last,
-            num_qo_heads=kind.n_heads,
-            num_kv_heads=kind.n_kv_heads,
-            head_dim_qk=kind.head_dim,
+            num_qo_heads=shape.n_heads,
+            num_kv_heads=shape.n_kv_heads,
+            head_dim_qk=shape.head_dim,
             page_size=block_size,
             causal=True,
-            sm_scale=kind.scale,
-            window_left=kind.window - 1 if kind.window else -1,
-            logits_soft_cap=kind.softcap or None,
+            sm_scale=shape.scale,
+            window_left=shape.window - 1 if shape.window else -1,
+            logits_soft_cap=shape.softcap or None,
             q_data_type=dtype,
             kv_data_type=batch.k[0].dtype,
         )
         return wrapper
 
 
-def block_lists(host: ForwardBatch, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The block tables as flashinfer takes them, int32 on the CPU: where each request's blocks begin [R + 1], the
-    blocks one after the other, and how many tokens the last one holds [R]."""
-    counts = -(-host.context_lens // block_size)
+def block_lists(
+    tables: NDArray[np.int32], context_lens: NDArray[np.int32], block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block tables [R, max_blocks] as flashinfer takes them, int32 on the CPU: where each request's blocks begin [R +
+    1], the blocks one after the other, and how many tokens the last one holds [R]."""
+    counts = -(-context_lens // block_size)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    is_used = np.arange(host.block_tables.shape[1]) < counts[:, None]
-    last = host.context_lens - np.maximum(counts - 1, 0) * block_size
-    return tuple(
-        torch.from_numpy(np.ascontiguousarray(a, np.int32)) for a in (starts, host.block_tables[is_used], last)
-    )  # type: ignore[return-value]
+    is_used = np.arange(tables.shape[1]) < counts[:, None]
+    last = context_lens - np.maximum(counts - 1, 0) * block_size
+    return tuple(torch.from_numpy(np.ascontiguousarray(a, np.int32)) for a in (starts, tables[is_used], last))  # type: ignore[return-value]
 
 
 @cache

@@ -24,6 +24,7 @@ class SmallCache:
     v: list[Tensor]
     k_scales: list[Tensor] | None
     v_scales: list[Tensor] | None
+    groups: tuple[int, ...] = (0,)
 
 
 def failure(backend: AttentionBackend, needs: AttentionNeeds) -> str | None:
@@ -66,7 +67,7 @@ def _error(backend: AttentionBackend, needs: AttentionNeeds, shape: AttentionSha
     k, v = draw(host.num_tokens, shape.n_kv_heads), draw(host.num_tokens, shape.n_kv_heads)
     out = backend.plan(batch).run(shape, q, k, v)
     right = paged_attention(
-        q.float(), k_cache, v_cache, batch.block_tables, host.query_start.tolist(), host.context_lens.tolist(),
+        q.float(), k_cache, v_cache, batch.tables(0), host.query_start.tolist(), host.context_lens.tolist(),
         shape.scale, shape.softcap, shape.window, *batch.scales(0),
     )  # fmt: skip
     return float((out.float() - right).abs().max())

@@ -35,11 +35,12 @@ class TorchPlan:
         batch = self._batch
         k_cache, v_cache, scales = batch.k[shape.layer], batch.v[shape.layer], batch.scales(shape.layer)
         if k is not None and v is not None:
-            kv_write(k, v, k_cache, v_cache, batch.slot_mapping, *scales)
+            kv_write(k, v, k_cache, v_cache, batch.slots(shape.layer), *scales)
         extra = (shape.scale, shape.softcap, shape.window, *scales)
+        tables = batch.tables(shape.layer)
         if self._is_decode:
-            return paged_decode(q, k_cache, v_cache, batch.block_tables, batch.context_lens, *extra)
-        return paged_attention(q, k_cache, v_cache, batch.block_tables, self._query_start, self._context_lens, *extra)
+            return paged_decode(q, k_cache, v_cache, tables, batch.context_lens, *extra)
+        return paged_attention(q, k_cache, v_cache, tables, self._query_start, self._context_lens, *extra)
 
 
 def look(needs: AttentionNeeds) -> BackendReport:

@@ -32,11 +32,11 @@ class TritonAttention:
 
 
 class TritonPlan:
-    """See PlannedAttention. Layers with the same head counts share one cut into programs."""
+    """See PlannedAttention. Layers of a group with the same head counts share one cut into programs."""
 
     def __init__(self, batch: DeviceBatch) -> None:
         self._batch = batch
-        self._plans: dict[tuple[int, int, int, int], AttentionPlan] = {}
+        self._plans: dict[tuple[int, int, int, int, int], AttentionPlan] = {}
 
     def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """See PlannedAttention."""
@@ -55,12 +55,13 @@ class TritonPlan:
 
         batch = self._batch
         heads = (shape.n_heads, shape.n_kv_heads, shape.head_dim, q.element_size())
-        if heads not in self._plans:
-            self._plans[heads] = AttentionPlan(
-                batch.block_tables, batch.query_start, batch.context_lens, len(q), batch.host.max_query_len,
+        key = (batch.groups[shape.layer], *heads)
+        if key not in self._plans:
+            self._plans[key] = AttentionPlan(
+                batch.tables(shape.layer), batch.query_start, batch.context_lens, len(q), batch.host.max_query_len,
                 batch.k[shape.layer].shape[1], *heads,
             )  # fmt: skip
-        return self._plans[heads]
+        return self._plans[key]
 
 
 def look(needs: AttentionNeeds) -> BackendReport:

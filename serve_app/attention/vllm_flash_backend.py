@@ -120,7 +120,6 @@ class VllmFlashPlan:
             "cu_seqlens_q": batch.query_start,
             "seqused_k": batch.context_lens,
             "max_seqlen_q": batch.host.max_query_len,
-            backend.version.table: batch.block_tables,
         }
         if "cu_seqlens_k" in backend.version.arguments:
             # Asked for and, with seqused_k, not read.
@@ -132,7 +131,7 @@ class VllmFlashPlan:
         if k is not None and v is not None:
             write_slots(batch, shape.layer, k, v)
         out = q.new_empty(q.shape)
-        k_cache = batch.k[shape.layer]
+        k_cache, tables = batch.k[shape.layer], batch.tables(shape.layer)
         self._backend.call(
             {
                 "q": q,
@@ -140,8 +139,9 @@ class VllmFlashPlan:
                 "v": batch.v[shape.layer],
                 "out": out,
                 **self._lengths,
+                self._backend.version.table: tables,
                 # What fits the tables, not the step's longest context: a graph is replayed with longer ones.
-                "max_seqlen_k": batch.block_tables.shape[1] * k_cache.shape[1],
+                "max_seqlen_k": tables.shape[1] * k_cache.shape[1],
                 "softmax_scale": shape.scale,
                 "is_causal": True,
                 "window_size_left": shape.window - 1 if shape.window else -1,

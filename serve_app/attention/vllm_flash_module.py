@@ -56,19 +56,19 @@ class ModuleFlashPlan:
         batch = self._batch
         if k is not None and v is not None:
             write_slots(batch, shape.layer, k, v)
-        k_cache = batch.k[shape.layer]
+        k_cache, tables = batch.k[shape.layer], batch.tables(shape.layer)
         out = self._backend.function(
             q=q,
             k=k_cache,
             v=batch.v[shape.layer],
             cu_seqlens_q=batch.query_start,
             max_seqlen_q=batch.host.max_query_len,
-            max_seqlen_k=batch.block_tables.shape[1] * k_cache.shape[1],
+            max_seqlen_k=tables.shape[1] * k_cache.shape[1],
             softmax_scale=shape.scale,
             causal=True,
             window_size=(shape.window - 1, 0) if shape.window else (-1, -1),
             softcap=shape.softcap,
-            block_table=batch.block_tables,
+            block_table=tables,
             **self._lengths,
         )
         return out.flatten(1)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serve_app.batch import ForwardBatch
+from serve_app.batch import ForwardBatch, GroupTables
 from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Schedule
 
@@ -15,21 +15,37 @@ class BatchBuilder:
     Keeps the block tables of running requests by row, so that a decode step only touches those that got a block.
     """
 
-    def __init__(self, max_seqs: int, max_blocks: int, block_size: int) -> None:
-        self._tables = np.zeros((max_seqs, max_blocks), np.int32)
+    def __init__(
+        self, max_seqs: int, max_blocks: int, block_size: int, num_groups: int = 1, *, has_angle_sets: bool = False
+    ) -> None:
+        """num_groups: of layers, each with a table of its own. has_angle_sets: requests differ in their rotary set."""
+        self._tables = [np.zeros((max_seqs, max_blocks), np.int32) for _ in range(num_groups)]
+        self._lengths = [[0] * max_seqs for _ in range(num_groups)]
         self._block_size = block_size
+        self._has_angle_sets = has_angle_sets
         # Of decodes alone: every request has one token, whose logits are wanted.
         self._starts = np.arange(max_seqs + 1, dtype=np.int32)
         self._index = np.arange(max_seqs)
 
     def set_blocks(self, request: Request) -> None:
-        """Takes over a running request's whole block list."""
-        self._tables[request.row, : len(request.blocks)] = request.blocks
+        """Takes over a running request's whole tables."""
+        for lengths in self._lengths:
+            lengths[request.row] = 0
+        self.append_block(request)
 
     def append_block(self, request: Request) -> None:
-        """Takes over the last block of a running request's list."""
-        last = len(request.blocks) - 1
-        self._tables[request.row, last] = request.blocks[last]
+        """Takes over the blocks that a running request's tables got since.
+
+        Blocks given up meanwhile stay in the row: nothing before a window is read, but every id must be a valid one.
+        """
+        row = request.row
+        for rows, lengths, table in zip(self._tables, self._lengths, request.tables, strict=True):
+            first, end = lengths[row], len(table)
+            if end > first:
+                rows[row, first:end] = table[first:]
+                if not first:
+                    np.maximum(rows[row, :end], 0, out=rows[row, :end])
+                lengths[row] = end
 
     def build(self, step: Schedule, wanted_logits: Sequence[tuple[int, range]] = ()) -> ForwardBatch:
         """The batch of a step: its decodes, then its prefills, in the schedule's order.
@@ -59,9 +75,11 @@ class BatchBuilder:
         owner = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(starts[-1]) - starts[owner] + computed[owner]
         width = -(-int(context.max()) // self._block_size)
-        tables = self._tables[rows, :width]
         block, offset = np.divmod(positions, self._block_size)
-        slots = tables[owner, block].astype(np.int64) * self._block_size + offset
+        tables = [table[rows, :width] for table in self._tables]
+        slots = [table[owner, block].astype(np.int64) * self._block_size + offset for table in tables]
+        if self._has_angle_sets:
+            positions += np.fromiter((r.angles.first_row for r in requests), np.int64, len(requests))[owner]
 
         # A request is sampled when this step computes its last known token.
         is_sampled = np.ones(len(counts), np.bool_)
@@ -74,8 +92,8 @@ class BatchBuilder:
         return ForwardBatch(
             token_ids=token_ids,
             positions=positions,
-            slot_mapping=slots,
-            block_tables=tables,
+            slot_mapping=slots[0],
+            block_tables=tables[0],
             query_start=starts.astype(np.int32),
             context_lens=context.astype(np.int32),
             logit_index=np.concatenate(logit_index),
@@ -83,22 +101,29 @@ class BatchBuilder:
             sample_positions=context[sampled],
             max_query_len=int(counts.max()),
             max_context_len=int(context.max()),
+            further_groups=tuple(map(GroupTables, slots[1:], tables[1:])),
         )
 
     def _decodes(self, requests: Sequence[Request]) -> ForwardBatch:
         """Most steps are of this kind. A list a number of each request: half of the time of an array a number."""
         size = self._block_size
         positions = [r.num_computed for r in requests]
-        slots = [r.blocks[n // size] * size + n % size for r, n in zip(requests, positions, strict=True)]
-        lists = [[r.token_ids[-1] for r in requests], positions, slots, [r.row for r in requests]]
-        token_ids, computed, slot_mapping, rows = np.array(lists, np.int64)
+        lists = [[r.token_ids[-1] for r in requests], positions, [r.row for r in requests]]
+        lists += [
+            [r.tables[group][n // size] * size + n % size for r, n in zip(requests, positions, strict=True)]
+            for group in range(len(self._tables))
+        ]
+        token_ids, computed, rows, *slots = np.array(lists, np.int64)
         longest, count = max(positions) + 1, len(requests)
         context = computed + 1
+        if self._has_angle_sets:
+            computed += [r.angles.first_row for r in requests]
+        tables = [table[rows, : -(-longest // size)] for table in self._tables]
         return ForwardBatch(
             token_ids=token_ids,
             positions=computed,
-            slot_mapping=slot_mapping,
-            block_tables=self._tables[rows, : -(-longest // size)],
+            slot_mapping=slots[0],
+            block_tables=tables[0],
             query_start=self._starts[: count + 1],
             context_lens=context.astype(np.int32),
             logit_index=self._index[:count],
@@ -106,4 +131,5 @@ class BatchBuilder:
             sample_positions=context,
             max_query_len=1,
             max_context_len=longest,
+            further_groups=tuple(map(GroupTables, slots[1:], tables[1:])),
         )

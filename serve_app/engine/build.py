@@ -10,6 +10,7 @@ from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.device_choice import choose_device
 from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.graph_forward import GraphLimits
+from serve_app.engine.kv_plan import KvPlan
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.no_collection import no_collection
 from serve_app.engine.sampler import Sampler
@@ -40,13 +41,19 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
             files, dtype=files.dtype, device=config.device, kv=config.kv_type, is_exact=config.cpu_exact
         )
         tokenizer = opening.result()
-    kv = _kv_pool(loaded, config, files.max_seq_len)
+    plan = KvPlan.of(loaded.model, config, files.max_seq_len)
+    kv = _kv_pool(loaded, config, plan)
+    windows, longest = plan.windows(kv.num_blocks), plan.longest(kv.num_blocks)
+    if not longest:
+        raise LaunchError(
+            f"the KV pool has {kv.num_blocks} blocks of {kv.block_size} tokens, too few for a request: each of the "
+            f"{len(plan.groups)} groups of layers needs its own"
+        )
     pool = ledger(config, kv.num_blocks, loaded.fingerprint)
     eos_ids = frozenset(files.eos_ids) | frozenset(tokenizer.eos_ids)
     sampler = Sampler(
         loaded.args.vocab_size, config.max_seqs, config.device, sorted(eos_ids), DryBreakers(tokenizer).ids
     )
-    longest = min(files.max_seq_len, kv.num_blocks * kv.block_size)
     graphs = GraphLimits(config.max_seqs, longest) if config.cuda_graphs else None
     runner = ModelRunner(
         loaded.model,
@@ -62,7 +69,15 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
         "%s: %d KV blocks of %d tokens (%.0f MB, %s), context %d",
         files.model_name, kv.num_blocks, kv.block_size, kv.num_bytes / 1e6, kv_dtype_name(kv.dtype), files.max_seq_len,
     )  # fmt: skip
-    parts = assemble(runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults())
+    if any(window.tokens for window in windows):
+        log.info(
+            "%s: a request of %d tokens holds up to %d blocks: layers with a window keep no more than it needs",
+            files.model_name, longest, sum(window.most_blocks(longest) for window in windows),
+        )  # fmt: skip
+    parts = assemble(
+        runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults(), windows,
+        plan.angles,
+    )  # fmt: skip
     return Engine(parts, config, on_deltas)
 
 
@@ -96,20 +111,24 @@ class DryBreakers:
         return self._found[breaker]
 
 
-def _kv_pool(loaded: LoadedModel, config: EngineConfig, max_seq_len: int) -> KvPool:
+def _kv_pool(loaded: LoadedModel, config: EngineConfig, plan: KvPlan) -> KvPool:
     if config.max_seqs > config.max_batched_tokens:
         raise LaunchError(
             f"--max-seqs {config.max_seqs} is over the {config.max_batched_tokens} tokens that a step may have"
         )
     args = loaded.args
-    shape = (config.block_size, args.n_layers, args.n_kv_heads, args.head_dim)
+    shape = (config.block_size, plan.layers_per_block, args.n_kv_heads, args.head_dim)
     bytes_per_block = KvPool.bytes_per_block(*shape, loaded.kv_dtype)
-    if (gpu := gpu_memory(config.device)) is not None:
-        num_blocks = num_pool_blocks(config, bytes_per_block, max_seq_len, gpu[0], gpu_bytes=gpu[1])
-        pool = KvPool.on_device(config.device, num_blocks, *shape, loaded.kv_dtype)
+    context = plan.most_blocks * config.block_size
+    gpu = gpu_memory(config.device)
+    free, gpu_bytes = (None, None) if gpu is None else gpu
+    num_blocks = num_pool_blocks(
+        config, bytes_per_block, context, free, gpu_bytes=gpu_bytes, num_tables=len(plan.groups)
+    )
+    if gpu is not None:
+        pool = KvPool.on_device(config.device, num_blocks, *shape, loaded.kv_dtype, plan.layers)
     else:
-        num_blocks = num_pool_blocks(config, bytes_per_block, max_seq_len)
-        pool = KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.kv_dtype)
+        pool = KvPool.create(PosixShmArena.create, num_blocks, *shape, loaded.kv_dtype, plan.layers)
     if loaded.kv_scales is not None:
         pool.k_scales, pool.v_scales = loaded.kv_scales
     return pool

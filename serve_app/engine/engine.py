@@ -321,21 +321,20 @@ class Engine:
             request.is_under_way = is_under_way
 
     def _update(self, launched: _Launched, result: StepResult, deltas: list[TokenDelta]) -> None:
-        """Turns sampled tokens into deltas, and lets others find the blocks that are full."""
-        publish, collector = self._scheduler.publish, self.parts.collector
+        """Turns sampled tokens into deltas."""
+        collector = self.parts.collector
         collector.begin(launched.schedule, result, launched.wanted)
         for request, _ in launched.schedule.prefill:
             if not request.is_finished:
                 collector.collect_prompt(request)
-                publish(request)
         for request in launched.sampled:
             if request.is_finished:
                 collector.skip()
                 continue
             delta = collector.collect(request)
-            publish(request)
             deltas.append(delta)
             if delta.finish is not None:
+                self._scheduler.publish(request)
                 self._finish(request)
 
     def _fork(self, leader: Request) -> None:

@@ -121,11 +121,10 @@ class NativeForward:
         return self.program.run(
             batch.token_ids,
             batch.positions,
-            batch.slot_mapping,
             batch.logit_index,
-            batch.block_tables,
             batch.query_start,
             batch.context_lens,
+            [(group.slot_mapping, group.block_tables) for group in batch.groups],
             batch.max_context_len,
         )
 
@@ -137,6 +136,6 @@ def record(model: CausalLM, kv: "KvPool", *, is_exact: bool) -> "RecordedProgram
 
     recording = Recording()
     k, v = ([layer.data_ptr() for layer in layers] for layers in (kv.k, kv.v))
-    step = NativeStep(recording, NativeCache(k, v, KV_TYPES[kv.dtype]), is_exact=is_exact)
+    step = NativeStep(recording, NativeCache(k, v, KV_TYPES[kv.dtype], kv.groups), is_exact=is_exact)
     result = model.logits(step.wanted(model.forward(step)), step)
     return recording.finish(result, kv.num_blocks, kv.block_size)

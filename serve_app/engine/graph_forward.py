@@ -16,7 +16,7 @@ from torch import Tensor
 
 from serve_app.attention.array_pack import ArrayPack
 from serve_app.attention.device_batch import Cache, DeviceBatch, step_arrays
-from serve_app.batch import ForwardBatch
+from serve_app.batch import ForwardBatch, GroupTables
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +100,13 @@ class _Graph:
         count, width = batch.block_tables.shape
         buffer = self._pack.host_buffer(self._inputs.device)
         buffer.copy_(self._idle)
-        token_ids, positions, slots, tables, _, context_lens, _ = self._pack.arrays(buffer)
+        token_ids, positions, _, context_lens, _, *of_groups = self._pack.arrays(buffer)
         token_ids[:count] = batch.token_ids
         positions[:count] = batch.positions
-        slots[:count] = batch.slot_mapping
-        tables[:count, :width] = batch.block_tables
         context_lens[:count] = batch.context_lens
+        for i, group in enumerate(batch.groups):
+            of_groups[2 * i][:count] = group.slot_mapping
+            of_groups[2 * i + 1][:count, :width] = group.block_tables
         self._inputs.copy_(buffer, non_blocking=True)
         self._replay()
         return self._logits[:count]
@@ -175,7 +176,7 @@ class GraphForward:
     def _record(self, count: int, width: int) -> _Graph | None:
         tokens = width * self._cache.block_size
         start, free = time.monotonic(), self._free_bytes()
-        host = _idle_step(count, width, self._cache.block_size)
+        host = _idle_step(count, width, self._cache.block_size, len(set(self._cache.groups)))
         try:
             graph = _Graph(host, self._cache, self._logits[:count], self._run, self._recorder)
         except Exception as error:  # an operation that cannot be captured, or no memory left: others may do
@@ -211,13 +212,14 @@ def table_widths(max_context: int, block_size: int) -> list[int]:
     return [*widths, longest]
 
 
-def _idle_step(count: int, width: int, block_size: int) -> ForwardBatch:
+def _idle_step(count: int, width: int, block_size: int, num_groups: int) -> ForwardBatch:
     """A decode of requests that have no context: what they compute is nowhere kept, and no slot is written."""
+    groups = [GroupTables(np.full(count, -1, np.int64), np.zeros((count, width), np.int32)) for _ in range(num_groups)]
     return ForwardBatch(
         token_ids=np.zeros(count, np.int64),
         positions=np.zeros(count, np.int64),
-        slot_mapping=np.full(count, -1, np.int64),
-        block_tables=np.zeros((count, width), np.int32),
+        slot_mapping=groups[0].slot_mapping,
+        block_tables=groups[0].block_tables,
         query_start=np.arange(count + 1, dtype=np.int32),
         context_lens=np.zeros(count, np.int32),
         logit_index=np.arange(count),
@@ -225,4 +227,5 @@ def _idle_step(count: int, width: int, block_size: int) -> ForwardBatch:
         sample_positions=np.zeros(0, np.int64),
         max_query_len=1,
         max_context_len=width * block_size,
+        further_groups=tuple(groups[1:]),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from serve_app.layers.angle_sets import AngleSet
 from serve_app.messages import GenerateRequest, TokenLogprob
 from serve_app.options import SamplingParams
 from serve_app.text.detokenizer import Detokenizer
@@ -25,16 +26,18 @@ class Request:
     """Ids, counters and blocks of one choice.
 
     token_ids are the prompt's and the output's; UNKNOWN - row takes the place of one that a step under way will draw,
-    and num_output counts those that are known. num_computed of all have their K and V in the cache, in `blocks`, when
-    the steps under way are done; is_under_way: one of these is its own, where the engine overlaps. block_hashes holds
-    the hash chain as far as it has been needed; row is the request's place in the persistent per-request arrays of
-    batch builder and sampler, -1 while it does not run.
+    and num_output counts those that are known. num_computed of all have their K and V in the cache when the steps under
+    way are done; is_under_way: one of these is its own, where the engine overlaps. The cache's blocks are in `tables`:
+    for each group of layers those of all tokens in order, the first num_given_up of which are NO_BLOCK. prompt_number:
+    with it the ledger knows that blocks given up one by one are of the same prompt, 0 = none were yet. angles: the
+    rotary set that K and V are computed with. block_hashes holds the hash chain as far as it has been needed; row is
+    the request's place in the persistent per-request arrays of batch builder and sampler, -1 while it does not run.
     """
 
     __slots__ = (
+        "angles",
         "arrival_s",
         "block_hashes",
-        "blocks",
         "cache_salt",
         "choice",
         "detokenizer",
@@ -43,17 +46,20 @@ class Request:
         "max_total_tokens",
         "num_cached",
         "num_computed",
+        "num_given_up",
         "num_output",
         "num_prompt",
         "num_published",
         "params",
         "prompt_logprobs",
+        "prompt_number",
         "request_id",
         "row",
         "seed",
         "siblings",
         "state",
         "stop_ids",
+        "tables",
         "token_ids",
     )
 
@@ -78,7 +84,10 @@ class Request:
         self.num_computed = 0
         self.num_cached = 0
         self.num_published = 0
-        self.blocks: list[int] = []
+        self.tables: list[list[int]] = []
+        self.num_given_up: list[int] = []
+        self.prompt_number = 0
+        self.angles = AngleSet()
         self.block_hashes: list[bytes] = []
         self.row = -1
         self.state = RequestState.WAITING

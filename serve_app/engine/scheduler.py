@@ -3,11 +3,14 @@
 import bisect
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from serve_app.engine.block_tables import BlockTables
 from serve_app.engine.request import Request, RequestState
-from serve_app.kv_cache.block_ledger import NO_BLOCK, BlockLedger
+from serve_app.kv_cache.block_ledger import BlockLedger
+from serve_app.kv_cache.layer_groups import KvWindow
+from serve_app.layers.angle_sets import AngleSets, OneSet
 from serve_app.options import EngineConfig
 
 
@@ -15,7 +18,7 @@ from serve_app.options import EngineConfig
 class Schedule:
     """One step's work. decode: requests that compute their last output token; prefill: (request, tokens now).
 
-    admitted started to run in this step (their rows are to be set up); new_blocks: requests whose block list grew.
+    admitted started to run in this step (their rows are to be set up); new_blocks: requests whose tables grew.
     """
 
     decode: list[Request] = field(default_factory=list)
@@ -33,26 +36,48 @@ class Scheduler:
     """Keeps the waiting queue and the running set, and holds every request's blocks.
 
     First in, first out: nothing overtakes the head of the queue, so nothing starves; a preempted request goes back to
-    the head. Blocks for a whole prompt are taken at admission, so only a decode can run out of them, and then the
-    youngest request is preempted and later recomputed.
+    the head. Blocks for a whole prompt, or what a window leaves of it at a time, are taken at admission. A request that
+    then runs out of them, by decoding or because it shared blocks that it gave up, gets those of the youngest one,
+    which is preempted and later recomputed.
     """
 
-    def __init__(self, pool: BlockLedger, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        pool: BlockLedger,
+        config: EngineConfig,
+        windows: Sequence[KvWindow],
+        angles: AngleSets | None = None,
+    ) -> None:
+        """windows: of each group of layers. angles: None = one set for all."""
         assert config.max_seqs <= config.max_batched_tokens, "every running request must fit a decode step"
         self.pool = pool
+        self.tables = BlockTables(pool, windows)
         self.waiting: deque[Request] = deque()
         # In order of arrival: the last is the youngest, the first to be preempted.
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
-        self.prefix_lookups = 0
-        self.prefix_hits = 0
+        # Requests computed again because they outgrew their rotary set.
+        self.num_outgrown = 0
         self._config = config
+        self._angles = OneSet() if angles is None else angles
+        self._has_windows = any(window.tokens for window in windows)
+        self._chunk_tokens = min([config.prefill_chunk_tokens, *(window.chunk_tokens for window in windows)])
         self._block_size = config.block_size
         self._free_rows = list(range(config.max_seqs - 1, -1, -1))
         # The free count at which the head of the queue did not fit: not tried again until it changes.
         self._blocked_at = -1
+
+    @property
+    def prefix_lookups(self) -> int:
+        """Admissions that asked the prefix cache."""
+        return self.tables.prefix_lookups
+
+    @property
+    def prefix_hits(self) -> int:
+        """Those that found something."""
+        return self.tables.prefix_hits
 
     def add(self, request: Request) -> None:
         """Puts a new request at the end of the queue."""
@@ -61,11 +86,19 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Chooses this step's work: running decodes first, then running prompts, then new requests."""
         step = Schedule()
+        if self._angles.are_several:
+            self._recompute_outgrown()
         self._schedule_decodes(step)
         budget = self._config.max_batched_tokens - len(step.decode)
         budget = self._schedule_prefills(step, budget)
         self._admit(step, budget)
         return step
+
+    def _recompute_outgrown(self) -> None:
+        """Requests whose tokens want another rotary set begin again, where they stand in the queue."""
+        for request in reversed([r for r in self.running if self._angles.is_outgrown(r.angles, r.num_tokens)]):
+            self._put_back(request)
+            self.num_outgrown += 1
 
     def _schedule_decodes(self, step: Schedule) -> None:
         block_size = self._block_size
@@ -79,31 +112,39 @@ class Scheduler:
                 continue
             if num_tokens >= request.max_total_tokens:
                 continue  # its last token is being drawn
-            if request.num_computed == len(request.blocks) * block_size:
-                if not self._take_block(request):
+            if request.num_computed == len(request.tables[0]) * block_size:
+                if not self._grow(request, 1, step):
                     continue
                 step.new_blocks.append(request)
             step.decode.append(request)
 
-    def _take_block(self, request: Request) -> bool:
-        """One more block for a decode, at the price of younger requests; False if it was preempted itself."""
-        while True:
-            block = self.pool.allocate(1)
-            if block is not None:
-                request.blocks += block
-                return True
+    def _grow(self, request: Request, num_tokens: int, step: Schedule) -> bool:
+        """Blocks for its next tokens, at the price of younger requests; False if it was preempted itself."""
+        while not self.tables.grow(request, num_tokens):
             victim = self.running[-1]
             assert victim is not request or len(self.running) > 1, "a request larger than the pool was admitted"
             self.preempt(victim)
             if victim is request:
                 return False
+            if victim in step.decode:
+                step.decode.remove(victim)
+            if victim in step.new_blocks:
+                step.new_blocks.remove(victim)
+        return True
 
     def _schedule_prefills(self, step: Schedule, budget: int) -> int:
-        for request in self.running:
+        i = 0
+        while i < len(self.running):
+            request = self.running[i]
+            i += 1
             pending = request.num_pending
             is_prompt = pending > 1 or len(request.token_ids) == request.num_prompt
             if is_prompt and budget > 0 and not request.is_paused:
-                tokens = min(pending, budget, self._config.prefill_chunk_tokens)
+                tokens = min(pending, budget, self._chunk_tokens)
+                if self._has_windows:
+                    if not self._grow(request, tokens, step):
+                        continue
+                    step.new_blocks.append(request)
                 step.prefill.append((request, tokens))
                 budget -= tokens
         return budget
@@ -117,59 +158,30 @@ class Scheduler:
                 continue
             if request.is_under_way:
                 break  # preempted since its step began, whose results it still has to get
-            if self.pool.num_free == self._blocked_at or not self._take_prompt_blocks(request):
+            if self.pool.num_free == self._blocked_at or not self._take_blocks(request):
                 self._blocked_at = self.pool.num_free
                 break
             self._blocked_at = -1
             self.waiting.popleft()
             self._start(request)
-            tokens = min(request.num_pending, budget, self._config.prefill_chunk_tokens)
+            tokens = min(request.num_pending, budget, self._chunk_tokens)
             budget -= tokens
             step.admitted.append(request)
             step.prefill.append((request, tokens))
         self.waiting.extendleft(reversed(skipped))
 
-    def _take_prompt_blocks(self, request: Request) -> bool:
-        """Blocks for all known tokens: what the prefix cache has, then new ones; all or none."""
-        if self.pool.is_contiguous:
-            blocks = self.pool.allocate(-(-request.max_total_tokens // self._block_size))
-            if blocks is None:
-                return False
-            request.blocks = blocks
+    def _take_blocks(self, request: Request) -> bool:
+        """A rotary set and blocks to begin with; all or none."""
+        taken = self._angles.take(request.num_prompt, request.num_tokens, request.max_total_tokens)
+        if taken is None:
+            return False
+        if taken != request.angles:
+            request.angles = taken
+            request.block_hashes = []
+        if self.tables.admit(request, min(len(self.running), self.pool.num_total // 16)):
             return True
-        hashes = self._prompt_hashes(request)
-        num_blocks = -(-request.num_tokens // self._block_size)
-        peek = self.pool.peek(hashes)
-        reserve = min(len(self.running), self.pool.num_total // 16)
-        if num_blocks - peek.num_matched + reserve > peek.num_free_after:
-            return False
-        matched = self.pool.match(hashes)
-        fresh = self.pool.allocate(num_blocks - len(matched))
-        if fresh is None:
-            self.pool.release(matched)
-            return False
-        request.blocks = matched + fresh
-        request.num_computed = len(matched) * self._block_size
-        request.num_published = len(matched)
-        if hashes:
-            self.prefix_lookups += 1
-            self.prefix_hits += bool(matched)
-        return True
-
-    def _prompt_hashes(self, request: Request) -> list[bytes]:
-        """What to look up at admission. The last token is always computed anew, so that there are logits."""
-        if not self.pool.is_caching or request.prompt_logprobs is not None:
-            return []
-        num_full = (request.num_tokens - 1) // self._block_size
-        self._extend_hashes(request, num_full)
-        return request.block_hashes[:num_full]
-
-    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
-        hashes, size, hasher = request.block_hashes, self._block_size, self.pool.hasher
-        while len(hashes) < num_blocks:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else hasher.root(request.cache_salt)
-            hashes.append(hasher.next(parent, request.token_ids[start : start + size]))
+        self._angles.give_back(taken)
+        return False
 
     def _start(self, request: Request) -> None:
         if request.state is not RequestState.PREEMPTED:
@@ -184,16 +196,12 @@ class Scheduler:
     def advance(self, request: Request, num_tokens: int) -> None:
         """Records that a step under way computes num_tokens of a request."""
         request.num_computed += num_tokens
+        self.tables.advance(request)
 
     def publish(self, request: Request) -> None:
-        """Lets others find a running request's blocks that are now full of known tokens."""
-        num_full = min(request.num_computed, request.num_known) // self._block_size
-        if num_full > request.num_published and self.pool.is_caching:
-            self._extend_hashes(request, num_full)
-            blocks = request.blocks
-            for i in range(request.num_published, num_full):
-                self.pool.publish(blocks[i], request.block_hashes[i], blocks[i - 1] if i else NO_BLOCK)
-            request.num_published = num_full
+        """Lets others find blocks whose last token has become known since the last step."""
+        if request.state is RequestState.RUNNING:
+            self.tables.publish(request)
 
     def fork(self, leader: Request) -> tuple[list[Request], list[tuple[int, int]]]:
         """Starts the siblings of a request whose prompt is computed, on its blocks.
@@ -204,24 +212,15 @@ class Scheduler:
         started: list[Request] = []
         copies: list[tuple[int, int]] = []
         waiting: list[Request] = []
-        # The last prompt token is computed once more by each choice: its logits are what they differ from.
-        num_shared = leader.num_prompt - 1
-        num_full, num_tail = divmod(num_shared, self._block_size)
         for sibling in leader.siblings:
-            can_run = self._free_rows and not self.pool.is_contiguous
-            own = self.pool.allocate(1) if can_run else None
-            if own is None:
+            copied = self.tables.fork(leader, sibling) if self._free_rows else None
+            if copied is None:
                 sibling.state = RequestState.WAITING
                 waiting.append(sibling)
                 continue
-            tail = (leader.blocks[num_full], own[0]) if num_tail else None
-            self.pool.fork(leader.blocks[:num_full], tail)
-            sibling.blocks = leader.blocks[:num_full] + own
-            sibling.num_computed = num_shared
-            sibling.num_published = min(leader.num_published, num_full)
-            sibling.block_hashes = leader.block_hashes[:num_full]
-            if tail:
-                copies.append(tail)
+            copies += copied
+            sibling.angles = leader.angles
+            self._angles.share(sibling.angles)
             self._start(sibling)
             started.append(sibling)
         self.waiting.extendleft(reversed(waiting))
@@ -230,12 +229,16 @@ class Scheduler:
 
     def preempt(self, request: Request) -> None:
         """Takes a running request's blocks; it waits at the head of the queue and is computed again."""
+        self._put_back(request)
+        self.num_preemptions += 1
+
+    def _put_back(self, request: Request) -> None:
         self._release(request)
         request.num_computed = request.num_published = 0
         request.state = RequestState.PREEMPTED
         self.running.remove(request)
         self.waiting.appendleft(request)
-        self.num_preemptions += 1
+        self._blocked_at = -1
 
     def finish(self, request: Request) -> None:
         """Forgets a request wherever it stands; its blocks are free at once."""
@@ -248,8 +251,8 @@ class Scheduler:
         self._blocked_at = -1
 
     def _release(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        request.blocks = []
+        self.tables.release(request)
+        self._angles.give_back(request.angles)
         self._free_rows.append(request.row)
         request.row = -1
 

@@ -22,10 +22,11 @@ class BlockHasher:
         self._root = hashlib.blake2b(_sized(fingerprint), digest_size=DIGEST_BYTES, key=key, person=b"kv-root")
         self._next = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key, person=b"kv-block")
 
-    def root(self, salt: bytes) -> bytes:
-        """The parent of a request's first block."""
+    def root(self, salt: bytes, extras: bytes = b"") -> bytes:
+        """The parent of a request's first block. extras: what the K and V of the whole request depend on besides its
+        tokens, such as its set of rotary angles."""
         state = self._root.copy()
-        state.update(salt)
+        state.update(_sized(salt) + extras)
         return state.digest()
 
     def next(self, parent: bytes, token_ids: Sequence[int], extras: bytes = b"") -> bytes:

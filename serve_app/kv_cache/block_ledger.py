@@ -5,12 +5,15 @@ from typing import NamedTuple, Protocol
 
 from serve_app.kv_cache.block_hash import BlockHasher
 
-# The parent of a request's first block.
 NO_BLOCK = -1
+"""The parent of a request's first block; in a block table: a block that was given up."""
+
+PLAIN = (0,)
+"""The lookbacks of a model without windows: one table, which needs all of a prefix."""
 
 
 class Peek(NamedTuple):
-    """What match() would find: the number of blocks, and what num_free would be afterwards."""
+    """What match_tables() would find: the blocks of the prefix, and what num_free would be afterwards."""
 
     num_matched: int
     num_free_after: int
@@ -59,12 +62,16 @@ class BlockLedger(Protocol):
     def num_evictions(self) -> int:
         """Blocks with a hash that were taken for something else, since the start, by all who share them."""
 
-    def peek(self, hashes: Sequence[bytes]) -> Peek:
-        """What match(hashes) would do, without doing it."""
+    def peek_tables(self, hashes: Sequence[bytes], lookbacks: Sequence[int] = PLAIN) -> Peek:
+        """What match_tables() would do, without doing it."""
 
-    def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest run of hashes, from the first on, that is cached; they are then held as allocated
-        ones are, but must not be written."""
+    def match_tables(self, hashes: Sequence[bytes], lookbacks: Sequence[int] = PLAIN) -> list[list[int]]:
+        """The beginning of a table for each group of layers, over the longest prefix of hashes that can be used.
+
+        lookbacks: by group, how many blocks before the next token must be cached; 0: all. The tables are equally long;
+        what lies before a lookback is NO_BLOCK. The other blocks are then held as allocated ones are, but must not be
+        written. A block of one of several groups is found under group_hash().
+        """
 
     def allocate(self, n: int) -> list[int] | None:
         """n blocks, or None (and nothing changed) when fewer are free."""
@@ -85,9 +92,15 @@ class BlockLedger(Protocol):
         from before a flush counts as such.
         """
 
-    def release(self, block_ids: Sequence[int]) -> None:
-        """Gives up a request's whole table, in chain order: it finished, was aborted or preempted. Its published
-        blocks stay findable as one released prompt until they are needed or too many prompts were released since."""
+    def release(self, block_ids: Sequence[int], prompt: int = 0) -> None:
+        """Gives up what a request holds, in chain order: it finished, was aborted or preempted. Its published
+        blocks stay findable as one released prompt until they are needed or too many prompts were released since.
+
+        prompt: a number of the request's own with which it gave up blocks before: they count as the same prompt.
+        """
+
+    def give_up(self, block_ids: Sequence[int], heir: int, prompt: int) -> None:
+        """Releases the first blocks of a table that goes on with heir: no query reads them any more."""
 
     def flush(self) -> None:
         """Forgets every hash: K and V of the same tokens have changed. Only between two steps. Running requests keep
@@ -98,3 +111,8 @@ class BlockLedger(Protocol):
 
     def close(self) -> None:
         """Gives everything back to the owner; no block may be held."""
+
+
+def group_hash(block_hash: bytes, group: int, num_groups: int) -> bytes:
+    """What a block of a group of layers is published under; block_hash stands for the tokens."""
+    return block_hash if num_groups == 1 else block_hash + bytes((group,))

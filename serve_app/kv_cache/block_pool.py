@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from serve_app.kv_cache.block_hash import BlockHasher
-from serve_app.kv_cache.block_ledger import Peek
+from serve_app.kv_cache.block_ledger import NO_BLOCK, PLAIN, Peek, group_hash
 from serve_app.kv_cache.owner import CacheOwner
 
 MAX_LEASE = 256
@@ -45,35 +45,69 @@ class BlockPool:
         return self._owner.num_evictions
 
     def peek(self, hashes: Sequence[bytes]) -> Peek:
-        if not self.is_caching:
-            return Peek(0, self.num_free)
-        found = self._owner.lookup(self._client, hashes)
-        refs, owner = self._refs, self._owner
-        leaving = sum(1 for block, _ in found if not refs[block] and owner.is_free(block))
-        return Peek(len(found), self.num_free - leaving)
+        """peek_tables() of a single table that needs all of a prefix."""
+        return self.peek_tables(hashes)
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """match_tables() of a single table that needs all of a prefix."""
+        return self.match_tables(hashes)[0]
+
+    def peek_tables(self, hashes: Sequence[bytes], lookbacks: Sequence[int] = PLAIN) -> Peek:
+        if not self.is_caching:
+            return Peek(0, self.num_free)
+        length, tables = self._look_up(hashes, lookbacks)
+        refs, owner = self._refs, self._owner
+        leaving = sum(1 for found in tables for block, _ in found if not refs[block] and owner.is_free(block))
+        return Peek(length, self.num_free - leaving)
+
+    def match_tables(self, hashes: Sequence[bytes], lookbacks: Sequence[int] = PLAIN) -> list[list[int]]:
         if not self.is_caching or not hashes:
-            return []
+            return [[] for _ in lookbacks]
         self._notice_flush()
-        refs, generation = self._refs, self._generation
-        found = self._owner.lookup(self._client, hashes)
-        fresh = [entry for entry in found if not refs[entry[0]]]
-        if fresh:
-            num_pinned = self._owner.pin(self._client, fresh)
-            if num_pinned < len(fresh):
-                found = found[: found.index(fresh[num_pinned])]
-                del fresh[num_pinned:]
-            for block, life in fresh:
-                generation[block] = life
-                self._is_published[block] = 1
-            self._num_held += len(fresh)
-        blocks = [block for block, _ in found]
-        for block in blocks:
-            refs[block] += 1
-        self.num_lookups += len(hashes)
-        self.num_hits += len(blocks)
-        return blocks
+        length, tables = self._look_up(hashes, lookbacks)
+        while not self._pin([entry for found in tables for entry in found]):
+            # Some went to others meanwhile: those before them may still do.
+            length, tables = self._look_up(hashes[: length - 1], lookbacks)
+        refs = self._refs
+        matched = []
+        for found in tables:
+            blocks = [block for block, _ in found]
+            for block in blocks:
+                refs[block] += 1
+            matched.append([NO_BLOCK] * (length - len(blocks)) + blocks)
+            self.num_lookups += len(hashes)
+            self.num_hits += len(blocks)
+        return matched
+
+    def _look_up(self, hashes: Sequence[bytes], lookbacks: Sequence[int]) -> tuple[int, list[list[tuple[int, int]]]]:
+        """The longest prefix that all groups can use, and each group's blocks of it with their generations."""
+        owner, client, num_groups = self._owner, self._client, len(lookbacks)
+        length, agreeing, group = len(hashes), 0, 0
+        tables: list[list[tuple[int, int]]] = [[] for _ in lookbacks]
+        while agreeing < num_groups:
+            keys = [group_hash(block_hash, group, num_groups) for block_hash in hashes[:length]]
+            if lookbacks[group]:
+                found_length, tables[group] = owner.lookup_tail(client, keys, lookbacks[group])
+            else:
+                tables[group] = owner.lookup(client, keys)
+                found_length = len(tables[group])
+            # A shorter prefix has to suit those asked before, too.
+            agreeing = agreeing + 1 if found_length == length else 1
+            length, group = found_length, (group + 1) % num_groups
+        return length, tables
+
+    def _pin(self, found: Sequence[tuple[int, int]]) -> bool:
+        """Pins what this client does not hold yet; False, and nothing is pinned, where one of them is gone."""
+        fresh = [entry for entry in found if not self._refs[entry[0]]]
+        num_pinned = self._owner.pin(self._client, fresh)
+        if num_pinned < len(fresh):
+            self._owner.unpin(self._client, [block for block, _ in fresh[:num_pinned]])
+            return False
+        for block, life in fresh:
+            self._generation[block] = life
+            self._is_published[block] = 1
+        self._num_held += len(fresh)
+        return True
 
     def allocate(self, n: int) -> list[int] | None:
         reserve = self._reserve
@@ -119,7 +153,13 @@ class BlockPool:
         if tail and tail[0] in self._outdated:
             self._outdated.add(tail[1])
 
-    def release(self, block_ids: Sequence[int]) -> None:
+    def give_up(self, block_ids: Sequence[int], heir: int, prompt: int) -> None:
+        if any(block in self._outdated for block in block_ids):
+            # publish() knows by its parent that a block must stay private: that parent is about to go.
+            self._outdated.add(heir)
+        self.release(block_ids, prompt)
+
+    def release(self, block_ids: Sequence[int], prompt: int = 0) -> None:
         refs, is_published, reserve = self._refs, self._is_published, self._reserve
         chain = []
         num_left = 0
@@ -138,7 +178,7 @@ class BlockPool:
         if self._outdated:
             self._outdated.difference_update([block for block in block_ids if not refs[block]])
         if chain:
-            self._owner.unpin(self._client, chain)
+            self._owner.unpin(self._client, chain, prompt)
         self._trim()
 
     def flush(self) -> None:

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 
 from serve_app.kv_cache.block_hash import BlockHasher
-from serve_app.kv_cache.block_ledger import Peek
+from serve_app.kv_cache.block_ledger import PLAIN, Peek
 
 
 class ContiguousPool:
@@ -26,11 +26,11 @@ class ContiguousPool:
         self._free_ends = {num_blocks: 0}
         self._taken: dict[int, int] = {}
 
-    def peek(self, hashes: Sequence[bytes]) -> Peek:
+    def peek_tables(self, hashes: Sequence[bytes], lookbacks: Sequence[int] = PLAIN) -> Peek:
         return Peek(0, self.num_free)
 
-    def match(self, hashes: Sequence[bytes]) -> list[int]:
-        return []
+    def match_tables(self, hashes: Sequence[bytes], lookbacks: Sequence[int] = PLAIN) -> list[list[int]]:
+        return [[] for _ in lookbacks]
 
     def allocate(self, n: int) -> list[int] | None:
         if n == 0:
@@ -52,7 +52,10 @@ class ContiguousPool:
     def fork(self, block_ids: Sequence[int], tail: tuple[int, int] | None = None) -> None:
         raise AssertionError("a contiguous range is one request's alone; further choices compute the prompt themselves")
 
-    def release(self, block_ids: Sequence[int]) -> None:
+    def give_up(self, block_ids: Sequence[int], heir: int, prompt: int) -> None:
+        raise AssertionError("a contiguous range is given back as a whole")
+
+    def release(self, block_ids: Sequence[int], prompt: int = 0) -> None:
         if not block_ids:
             return
         start, length = block_ids[0], len(block_ids)

@@ -2,26 +2,35 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+PromptKey: TypeAlias = tuple[int, int]
+"""A client, and its number for a request."""
 
 
 class ReleasedPrompt:
-    """The free blocks that one released request left in the prefix cache."""
+    """The free blocks that one released request left in the prefix cache. key: by which more of them come later."""
 
-    __slots__ = ("blocks", "space")
+    __slots__ = ("blocks", "key", "space")
 
-    def __init__(self, space: "Space", blocks: Iterable[int]) -> None:
+    def __init__(self, space: "Space", blocks: Iterable[int], key: PromptKey | None) -> None:
         self.space = space
+        self.key = key
         self.blocks = dict.fromkeys(blocks)
 
 
 class Space:
-    """What clients of one fingerprint share: hash → block, and their released prompts, oldest first."""
+    """What clients of one fingerprint share: hash → block, and their released prompts, oldest first.
 
-    __slots__ = ("index", "max_released", "num_flushes", "released")
+    growing: of the prompts, those to which blocks may still come.
+    """
+
+    __slots__ = ("growing", "index", "max_released", "num_flushes", "released")
 
     def __init__(self) -> None:
         self.index: dict[bytes, int] = {}
         self.released: OrderedDict[ReleasedPrompt, None] = OrderedDict()
+        self.growing: dict[PromptKey, ReleasedPrompt] = {}
         self.max_released = 0
         self.num_flushes = 0
 
@@ -71,17 +80,28 @@ class FreeQueue:
         """Takes out a block with a hash: somebody uses it again."""
         self._leave(self.cached.pop(block), block)
 
-    def push_prompt(self, blocks: Sequence[int], space: Space) -> None:
-        """Adds a released prompt's blocks to the tail, in the order given (the last of the chain first)."""
-        prompt = ReleasedPrompt(space, blocks)
+    def push_prompt(self, blocks: Sequence[int], space: Space, key: PromptKey | None = None) -> None:
+        """Adds a released prompt's blocks to the tail, in the order given (the last of the chain first).
+
+        key: a prompt that is still there under it gets the blocks, and counts as released now.
+        """
+        prompt = space.growing.get(key) if key else None
+        if prompt is None:
+            prompt = ReleasedPrompt(space, blocks, key)
+            if key:
+                space.growing[key] = prompt
+        else:
+            prompt.blocks.update(dict.fromkeys(blocks))
         for block in blocks:
             self.cached[block] = prompt
         space.released[prompt] = None
+        space.released.move_to_end(prompt)
 
     def retire_oldest(self, space: Space) -> list[int]:
         """Moves the blocks of the space's oldest released prompt to the front; the caller drops their hashes."""
-        prompt, _ = space.released.popitem(last=False)
+        prompt = next(iter(space.released))
         blocks = list(prompt.blocks)
+        self._forget(prompt)
         for block in blocks:
             del self.cached[block]
         self._blank += reversed(blocks)
@@ -91,7 +111,13 @@ class FreeQueue:
     def _leave(prompt: ReleasedPrompt, block: int) -> None:
         del prompt.blocks[block]
         if not prompt.blocks:
-            del prompt.space.released[prompt]
+            FreeQueue._forget(prompt)
+
+    @staticmethod
+    def _forget(prompt: ReleasedPrompt) -> None:
+        del prompt.space.released[prompt]
+        if prompt.key:
+            del prompt.space.growing[prompt.key]
 
     def check(self) -> None:
         """Asserts that blocks are unique and that prompts and queue agree."""
@@ -101,5 +127,7 @@ class FreeQueue:
         assert sum(len(prompt.blocks) for prompt in prompts) == len(self.cached)
         for prompt in prompts:
             assert prompt in prompt.space.released
+            assert not prompt.key or prompt.space.growing[prompt.key] is prompt
+            assert len(prompt.space.growing) <= len(prompt.space.released)
         for block, prompt in self.cached.items():
             assert block in prompt.blocks

@@ -1,8 +1,9 @@
 """The K and V tensors of all layers, as views over an arena."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ _HEADER = struct.Struct("<8sIQIIII16s")
 _MAGIC = b"siroccKV"
 _VERSION = 1
 
+
+Groups: TypeAlias = Sequence[Sequence[int]]
+"""The numbers of the layers of each group that has block tables of its own."""
 
 Q8_BLOCK = 32
 """Elements of a q8 row that share a scale."""
@@ -33,7 +37,9 @@ def kv_dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KvGeometry:
-    """What two processes must agree on before they share a pool. dtype uint8: q8 rows, see row_elements."""
+    """What two processes must agree on before they share a pool. dtype uint8: q8 rows, see row_elements.
+
+    n_layers: those that a block has room for: all of the model, or the largest group of layers."""
 
     num_blocks: int
     block_size: int
@@ -44,7 +50,7 @@ class KvGeometry:
 
     @property
     def bytes_per_block(self) -> int:
-        """Of one block in all layers, K and V."""
+        """Of one block in all its layers, K and V."""
         elements = self.n_layers * 2 * self.block_size * self.n_kv_heads * row_elements(self.head_dim, self.dtype)
         return elements * self.dtype.itemsize
 
@@ -69,21 +75,28 @@ class KvGeometry:
 class KvPool:
     """K and V of every block: k[layer] and v[layer] are [num_blocks, block_size, n_kv_heads, row_elements].
 
-    Slot s of the pool (slot = block id * block_size + offset) is row s of k[layer].view(-1, n_kv_heads, row_elements).
-    The pool owns its arena. The views are contiguous and zero at first.
+    groups: by layer, the number of the group whose block tables say which blocks are the layer's. Layers of different
+    groups may lie in the same memory: they never have the same block. Slot s of the pool (slot = block id * block_size
+    + offset) is row s of k[layer].view(-1, n_kv_heads, row_elements). The pool owns its arena. The views are contiguous
+    and zero at first.
 
     k_scales, v_scales: for float8_e4m3fn, by layer, what a head's numbers are multiplied with, float32 [n_kv_heads], 1
     at first; None for all other dtypes. They must not change once something was written.
     """
 
-    def __init__(self, data: Tensor, geometry: KvGeometry, arena: Arena | None = None) -> None:
+    def __init__(self, data: Tensor, geometry: KvGeometry, arena: Arena | None = None, groups: Groups = ()) -> None:
         """Lays the views over data [geometry.num_bytes - HEADER_BYTES] bytes. Use create(), attach(), on_device()."""
         self.geometry = geometry
         self._arena = arena
         self._data = data.view(geometry.dtype).view(geometry.shape)
-        self.k: list[Tensor] = [self._data[layer, 0] for layer in range(geometry.n_layers)]
-        self.v: list[Tensor] = [self._data[layer, 1] for layer in range(geometry.n_layers)]
-        self.k_scales, self.v_scales = (_scales(geometry, data.device) for _ in "kv")
+        groups = groups or [range(geometry.n_layers)]
+        # (group, place in a block) of each layer
+        homes = {layer: (group, place) for group, layers in enumerate(groups) for place, layer in enumerate(layers)}
+        self.groups = tuple(homes[layer][0] for layer in range(len(homes)))
+        places = [homes[layer][1] for layer in range(len(homes))]
+        self.k: list[Tensor] = [self._data[place, 0] for place in places]
+        self.v: list[Tensor] = [self._data[place, 1] for place in places]
+        self.k_scales, self.v_scales = (_scales(geometry, len(homes), data.device) for _ in "kv")
 
     @classmethod
     def create(
@@ -95,13 +108,17 @@ class KvPool:
         n_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        groups: Groups = (),
     ) -> "KvPool":
-        """A zeroed pool; arena_factory takes the number of bytes (PosixShmArena.create)."""
+        """A zeroed pool; arena_factory takes the number of bytes (PosixShmArena.create).
+
+        groups: the layers of each group, none with more than n_layers; none given: one group of all n_layers.
+        """
         geometry = KvGeometry(num_blocks, block_size, n_layers, n_kv_heads, head_dim, dtype)
         arena = arena_factory(geometry.num_bytes)
         header = geometry.header()
         arena.buffer()[: len(header)] = header
-        return cls(_bytes_of(arena, geometry), geometry, arena)
+        return cls(_bytes_of(arena, geometry), geometry, arena, groups)
 
     @classmethod
     def on_device(
@@ -113,19 +130,20 @@ class KvPool:
         n_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        groups: Groups = (),
     ) -> "KvPool":
-        """A zeroed pool in a device's memory, of this process alone."""
+        """A zeroed pool in a device's memory, of this process alone. groups: see create."""
         geometry = KvGeometry(num_blocks, block_size, n_layers, n_kv_heads, head_dim, dtype)
         data = torch.zeros(geometry.num_bytes - HEADER_BYTES, dtype=torch.uint8, device=device)
-        return cls(data, geometry)
+        return cls(data, geometry, None, groups)
 
     @classmethod
-    def attach(cls, arena: Arena, geometry: KvGeometry) -> "KvPool":
+    def attach(cls, arena: Arena, geometry: KvGeometry, groups: Groups = ()) -> "KvPool":
         """The pool that another process created in arena; ValueError if it is of another geometry."""
         header = geometry.header()
         if arena.num_bytes != geometry.num_bytes or bytes(arena.buffer()[: len(header)]) != header:
             raise ValueError(f"the arena does not hold a KV pool of {geometry}")
-        return cls(_bytes_of(arena, geometry), geometry, arena)
+        return cls(_bytes_of(arena, geometry), geometry, arena, groups)
 
     @property
     def num_blocks(self) -> int:
@@ -149,11 +167,11 @@ class KvPool:
 
     @staticmethod
     def bytes_per_block(block_size: int, n_layers: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes that one block takes in all layers together."""
+        """Bytes that one block takes in all its layers together."""
         return KvGeometry(1, block_size, n_layers, n_kv_heads, head_dim, dtype).bytes_per_block
 
     def copy_block(self, src: int, dst: int) -> None:
-        """Copies K and V of a block in all layers."""
+        """Copies K and V of a block in all its layers."""
         self._data[:, :, dst].copy_(self._data[:, :, src])
 
     def close(self) -> None:
@@ -170,7 +188,7 @@ def _bytes_of(arena: Arena, geometry: KvGeometry) -> Tensor:
     return torch.frombuffer(arena.buffer(), dtype=torch.uint8, count=count, offset=HEADER_BYTES)
 
 
-def _scales(geometry: KvGeometry, device: torch.device) -> list[Tensor] | None:
+def _scales(geometry: KvGeometry, n_layers: int, device: torch.device) -> list[Tensor] | None:
     if geometry.dtype != torch.float8_e4m3fn:
         return None
-    return [torch.ones(geometry.n_kv_heads, device=device) for _ in range(geometry.n_layers)]
+    return [torch.ones(geometry.n_kv_heads, device=device) for _ in range(n_layers)]

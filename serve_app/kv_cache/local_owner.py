@@ -89,6 +89,20 @@ class LocalOwner:
             found.append((block, generation[block]))
         return found
 
+    def lookup_tail(self, client: int, hashes: Sequence[bytes], length: int) -> tuple[int, list[tuple[int, int]]]:
+        index, generation = self._clients[client].space.index, self._generation
+        end = run = 0
+        for i in range(len(hashes) - 1, -1, -1):
+            if hashes[i] not in index:
+                run = 0
+                continue
+            run += 1
+            end = end if run > 1 else i + 1
+            if run == length:
+                break
+        blocks = [index[block_hash] for block_hash in hashes[end - run : end]] if run else []
+        return (end if run else 0), [(block, generation[block]) for block in blocks]
+
     def pin(self, client: int, found: Sequence[tuple[int, int]]) -> int:
         column, pins, queue = self._clients[client].column, self._pins, self._queue
         for count, (block, generation) in enumerate(found):
@@ -101,7 +115,7 @@ class LocalOwner:
                 pins[block] += 1
         return len(found)
 
-    def unpin(self, client: int, chain: Sequence[int]) -> None:
+    def unpin(self, client: int, chain: Sequence[int], prompt: int = 0) -> None:
         me, pins = self._clients[client], self._pins
         cached: list[int] = []
         blank: list[int] = []
@@ -113,7 +127,7 @@ class LocalOwner:
                 (blank if self._hash[block] is None else cached).append(block)
         self._queue.push_blank(blank)
         if cached:
-            self._queue.push_prompt(cached, me.space)
+            self._queue.push_prompt(cached, me.space, (client, prompt) if prompt else None)
             self._retire(me.space)
 
     def publish(self, client: int, block: int, generation: int, block_hash: bytes) -> bool:

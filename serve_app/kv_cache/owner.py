@@ -82,17 +82,22 @@ class CacheOwner(Protocol):
     def lookup(self, client: int, hashes: Sequence[bytes]) -> list[tuple[int, int]]:
         """The longest run of hashes, from the first on, that is published, as (block, generation). Pins nothing."""
 
+    def lookup_tail(self, client: int, hashes: Sequence[bytes], length: int) -> tuple[int, list[tuple[int, int]]]:
+        """The longest prefix of hashes whose last `length` ones, or all if it is shorter, are published: how many
+        hashes it has, and the blocks of these last ones as (block, generation). Pins nothing."""
+
     def pin(self, client: int, found: Sequence[tuple[int, int]]) -> int:
         """Pins published blocks for a client, in order, up to the first that is stale; returns how many.
 
         A client pins a block once, however many of its requests read it.
         """
 
-    def unpin(self, client: int, chain: Sequence[int]) -> None:
+    def unpin(self, client: int, chain: Sequence[int], prompt: int = 0) -> None:
         """Takes a client's pins off the blocks of one released prompt, in chain order.
 
         Those nobody pins any more join the tail of the queue, the last of the chain first, and count as one released
-        prompt. Beyond the limit the oldest such prompt loses its hashes and its blocks go to the front.
+        prompt, or as part of the one that the client gave back under the same number before (0: of none). Beyond the
+        limit the oldest such prompt loses its hashes and its blocks go to the front.
         """
 
     def publish(self, client: int, block: int, generation: int, block_hash: bytes) -> bool:

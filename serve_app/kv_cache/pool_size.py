@@ -28,11 +28,13 @@ def num_pool_blocks(
     free_bytes: int | None = None,
     *,
     gpu_bytes: int | None = None,
+    num_tables: int = 1,
 ) -> int:
     """Blocks of the pool: what the options ask for; else on a GPU all but a tenth of its memory, and on the CPU the
     smaller of a quarter of the free memory and max_seqs * context.
 
-    bytes_per_block is KvPool.bytes_per_block's; context_tokens the longest request that the model allows; free_bytes
+    bytes_per_block is KvPool.bytes_per_block's; context_tokens the longest request that the model allows, or the tokens
+    of as many blocks as that holds; num_tables: blocks that it takes to keep the same tokens in all layers; free_bytes
     what may be taken on the pool's device (None: the main memory that the cgroup leaves). gpu_bytes: all memory of the
     GPU, None on the CPU; a fraction then counts what is in use already, weights above all, besides the pool. No request
     can be longer than blocks * block_size tokens: the engine limits the context to that. Raises LaunchError, naming the
@@ -47,7 +49,7 @@ def num_pool_blocks(
     if config.pool_mb is not None:
         blocks = config.pool_mb * 2**20 // bytes_per_block
     elif config.pool_tokens is not None:
-        blocks = math.ceil(config.pool_tokens / config.block_size)
+        blocks = math.ceil(config.pool_tokens / config.block_size) * num_tables
     elif gpu_bytes is not None:
         usable = int(gpu_bytes * (DEFAULT_GPU_FRACTION if fraction is None else fraction))
         blocks = max(0, free - (gpu_bytes - usable)) // bytes_per_block

@@ -2,8 +2,7 @@
 
 from serve_app.attention.backend import AttentionShape
 from serve_app.layers.linear import Linear
-from serve_app.layers.rotary import Rotary
-from serve_app.layers.step import NormWeights, Rows, Step
+from serve_app.layers.step import AngleTable, NormWeights, Rows, Step
 
 
 class Attention:
@@ -13,7 +12,7 @@ class Attention:
         self,
         qkv: Linear,
         out: Linear,
-        rotary: Rotary | None,
+        rotary: AngleTable | None,
         shape: AttentionShape,
         head_norms: tuple[NormWeights, NormWeights] | None = None,
     ) -> None:

@@ -51,7 +51,7 @@ class GpuStep(TorchStep):
         q, k, v = torch.split_with_sizes(qkv.view(qkv.shape[0], sum(counts), shape.head_dim), counts, dim=1)
         table = None if rotary is None else rotary.on_device(batch.host.max_context_len)
         rope_kv(
-            q, k, v, batch.positions, table, batch.k[shape.layer], batch.v[shape.layer], batch.slot_mapping,
+            q, k, v, batch.positions, table, batch.k[shape.layer], batch.v[shape.layer], batch.slots(shape.layer),
             *batch.scales(shape.layer),
         )  # fmt: skip
         return self._attention.run(shape, q)

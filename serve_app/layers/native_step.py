@@ -1,5 +1,6 @@
 """Records a step as a native program: each operation of `Step` says which native one does its work."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,13 @@ _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2}
 
 @dataclass(frozen=True, slots=True)
 class NativeCache:
-    """Where the native operations find keys and values: each layer's addresses, and the type's number (csrc/kv.h)."""
+    """Where the native operations find keys and values: each layer's addresses, the type's number (csrc/kv.h), and by
+    layer the group whose block tables it uses."""
 
     k: list[int]
     v: list[int]
     kv_type: int
+    groups: Sequence[int]
 
 
 class NativeStep:
@@ -155,10 +158,10 @@ class NativeStep:
     def attention(self, qkv: Buffer, shape: AttentionShape, rotary: AngleTable | None) -> Buffer:
         """See Step."""
         cache, heads = self._cache, (shape.n_heads, shape.n_kv_heads, shape.head_dim)
-        kv = (cache.k[shape.layer], cache.v[shape.layer], cache.kv_type)
+        kv = (cache.groups[shape.layer], cache.k[shape.layer], cache.v[shape.layer], cache.kv_type)
         table, rotary_dim = -1, 0
         if rotary is not None:
-            table, rotary_dim = self._recording.table(rotary.covering), rotary.rotary_dim
+            table, rotary_dim = self._recording.table(rotary.covering, rotary.rows_ahead), rotary.rotary_dim
         self._recording.record(
             [qkv], [qkv], lambda program, number: program.rope_kv(number(qkv), *heads, rotary_dim, table, *kv)
         )

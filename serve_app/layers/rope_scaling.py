@@ -36,7 +36,7 @@ class RopeScaling:
 def inverse_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     """Radians per position of each rotated pair, float32 [rotary_dim / 2] on the CPU.
 
-    longrope: undivided, its two sets are made from it. dynamic: those up to the original length.
+    longrope: undivided, its two sets are made from it. dynamic: those up to the original length, see dynamic_base().
     """
     frequencies = 1.0 / theta ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)
     if scaling.kind == "linear":
@@ -46,6 +46,16 @@ def inverse_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling) -> 
     if scaling.kind == "yarn":
         return _yarn(frequencies, rotary_dim, theta, scaling)
     return frequencies
+
+
+def dynamic_base(theta: float, rotary_dim: int, scaling: RopeScaling, length: int) -> float:
+    """The base of the frequencies for a text of so many tokens: it grows beyond the original length.
+
+    Source: transformers' `dynamic` rope ("NTK-aware scaling" by the length of the text).
+    """
+    original = scaling.original_max_position_embeddings
+    stretch = scaling.factor * max(length, original) / original - (scaling.factor - 1)
+    return float(theta * stretch ** (rotary_dim / (rotary_dim - 2)))
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:

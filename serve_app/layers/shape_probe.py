@@ -11,11 +11,13 @@ _ROWS = object()
 
 
 class ShapeProbe:
-    """See Step. After a model's forward: shapes of its attention layers, and the dtype of its activations."""
+    """See Step. After a model's forward: shapes of its attention layers, the dtype of its activations, and its rotary
+    tables."""
 
     def __init__(self) -> None:
         self.shapes: list[AttentionShape] = []
         self.dtype = torch.float32
+        self.rotaries: list[AngleTable] = []
 
     def embed(self, weight: Weight, factor: float = 1.0) -> Rows:
         """See Step."""
@@ -55,6 +57,8 @@ class ShapeProbe:
     def attention(self, qkv: Rows, shape: AttentionShape, rotary: AngleTable | None) -> Rows:
         """See Step."""
         self.shapes.append(shape)
+        if rotary is not None and rotary not in self.rotaries:
+            self.rotaries.append(rotary)
         return _ROWS
 
     def add(self, x: Rows, other: Rows) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serve_app.attention.backend import AttentionShape
+from serve_app.layers.angle_sets import AngleSets
 from serve_app.quant.experts import Experts
 from serve_app.quant.weight import Weight
 
@@ -71,8 +72,19 @@ class AngleTable(Protocol):
         """Rotated elements of a head, the first ones."""
         ...
 
+    @property
+    def rows_ahead(self) -> int:
+        """Rows of other sets in front of the one whose requests are the longest."""
+        ...
+
+    @property
+    def sets(self) -> AngleSets:
+        """Where in the table the positions of a request begin."""
+        ...
+
     def covering(self, num_positions: int) -> NDArray[np.float32]:
-        """[at least num_positions, rotary_dim], contiguous: cosines of the first half, sines in the second.
+        """[at least rows_ahead + num_positions, rotary_dim], contiguous: cosines of the first half, sines in the
+        second. What requests of so many tokens need.
 
         The same array until more positions are asked for.
         """

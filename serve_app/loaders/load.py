@@ -9,6 +9,7 @@ import torch
 from kernels.cpu import weight_memory
 from serve_app.errors import ModelFileError
 from serve_app.gguf_file import open_gguf
+from serve_app.layers.rope_scaling import RopeScaling
 from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.loaders.fingerprint import fingerprint
 from serve_app.loaders.gguf import GgufCheckpoint
@@ -18,6 +19,7 @@ from serve_app.loaders.number_formats import compute_dtype, kv_dtype
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.base import CausalLM, ModelArgs
+from serve_app.models.decoder_args import DecoderArgs
 from serve_app.models.registry import Family, find_family, gguf_architecture
 from serve_app.options import DType, KvDType
 
@@ -71,15 +73,20 @@ def load_model(
 def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
     """The model's family and its arguments; ModelFileError for a configuration that does not do.
 
-    The arguments have the context that is served: longrope's choice of a set follows it.
+    The arguments have the context that is served: with it go the size of rotary tables and, where it stays within the
+    original length, the only set of longrope that is needed.
     """
     family = find_family(_architecture(files), files.config_file)
     if files.gguf_metadata is not None:
         args = family.args.from_gguf(files.gguf_metadata, files.config_file)
     else:
         args = family.args.from_hf(files.config or {}, files.config_file)
-    served = min(args.max_position_embeddings, files.max_seq_len)
-    return family, replace(cast(Any, args), max_position_embeddings=served)
+    longest = args.max_position_embeddings
+    scaling = args.rope.scaling if isinstance(args, DecoderArgs) else RopeScaling()
+    if scaling.kind == "dynamic":
+        # The base grows with the text, so that it may be as much longer than the configuration says.
+        longest = int(scaling.factor * scaling.original_max_position_embeddings)
+    return family, replace(cast(Any, args), max_position_embeddings=min(longest, files.max_seq_len))
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:

@@ -79,6 +79,7 @@ def resolve(source: ModelSource) -> ModelFiles:
         file_name = str(folder / "config.json")
         config = read_json(folder / "config.json")
         length = _context({"max_position_embeddings": _HF_CONTEXT, **config}, "max_position_embeddings", file_name)
+        length = _stretched(length, config)
         end_ids = generation_config.token_ids(config.get("eos_token_id"), file_name, "eos_token_id")
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
@@ -126,6 +127,15 @@ def _context(values: Mapping[str, Any], key: str, file: str) -> int:
     if type(value) is not int or not 1 <= value < 2**31:
         raise ModelFileError(f"{file}: key {key!r} is missing or no context length")
     return value
+
+
+def _stretched(length: int, config: Mapping[str, Any]) -> int:
+    """A context length, or that of a `dynamic` rope: its factor says how much longer texts may be."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, dict) or "dynamic" not in (rope.get("rope_type"), rope.get("type")):
+        return length
+    factor = rope.get("factor")
+    return int(length * factor) if isinstance(factor, int | float) and factor > 1 else length
 
 
 def _gguf_facts(metadata: Mapping[str, Any], file: str) -> tuple[int, tuple[int, ...]]:

@@ -7,8 +7,9 @@ from serve_app.layers.attention import Attention
 from serve_app.layers.embedding import Embedding, OutputHead
 from serve_app.layers.linear import Linear
 from serve_app.layers.mlp import GatedMLP
-from serve_app.layers.rotary import Rotary, inverse_frequencies
-from serve_app.layers.step import Activation, NormWeights
+from serve_app.layers.rope_scaling import RopeScaling, dynamic_base
+from serve_app.layers.rotary import PlacedRotary, Rotary, inverse_frequencies
+from serve_app.layers.step import Activation, AngleTable, NormWeights
 from serve_app.models.base import WeightSource
 from serve_app.models.decoder_args import DecoderArgs
 from serve_app.models.layer_weights import LayerWeights
@@ -40,27 +41,36 @@ def rotary(
     rope: RopeConfig | None = None,
     *,
     magnitudes: tuple[float, float] | None = None,
-) -> Rotary:
+) -> Rotary | PlacedRotary:
     """The angles of args.rope, or of another rope of the same width. GGUF's divisors are applied where it has them.
 
-    longrope has two sets of divisors, here one for every request: the short one where the context that is served stays
-    within the original length, else the long one. magnitudes: of the two, None = the scaling's for both.
+    magnitudes: of longrope's short and long set, None = the scaling's for both.
     """
     rope = args.rope if rope is None else rope
     scaling, half = rope.scaling, args.rotary_dim // 2
     frequencies = inverse_frequencies(args.rotary_dim, rope.theta, scaling).to(device)
-    magnitude = scaling.magnitude
+    longest, original = args.max_position_embeddings, scaling.original_max_position_embeddings
+    if scaling.kind == "dynamic" and longest > original:
+
+        def by_length(length: int) -> torch.Tensor:
+            base = dynamic_base(rope.theta, args.rotary_dim, scaling, length)
+            return inverse_frequencies(args.rotary_dim, base, RopeScaling())
+
+        return PlacedRotary(by_length, original, longest, device)
     if scaling.kind == "longrope":
-        is_long = args.max_position_embeddings > scaling.original_max_position_embeddings
-        sets = [
-            torch.tensor(stated) if stated else weights.tensor(f"rope_factors_{name}.weight", (half,))
-            for name, stated in (("short", scaling.short_factor), ("long", scaling.long_factor))
-        ]
-        frequencies = frequencies / sets[is_long].to(device)
-        magnitude = magnitude if magnitudes is None else magnitudes[is_long]
-    elif weights.has("rope_freqs.weight"):
+        short, long = (
+            frequencies / (torch.tensor(stated) if stated else weights.tensor(name, (half,))).to(device)
+            for name, stated in (
+                ("rope_factors_short.weight", scaling.short_factor),
+                ("rope_factors_long.weight", scaling.long_factor),
+            )
+        )
+        of_short, of_long = magnitudes or (scaling.magnitude, scaling.magnitude)
+        table = Rotary(short, min(original, longest), of_short)
+        return table if longest <= original else Rotary(long, longest, of_long, short=table)
+    if weights.has("rope_freqs.weight"):
         frequencies = frequencies / weights.tensor("rope_freqs.weight", (half,))
-    return Rotary(frequencies, args.max_position_embeddings, magnitude)
+    return Rotary(frequencies, longest, scaling.magnitude)
 
 
 def attention_shape(args: DecoderArgs, layer: int, scale: float | None = None, softcap: float = 0.0) -> AttentionShape:
@@ -72,7 +82,7 @@ def attention_shape(args: DecoderArgs, layer: int, scale: float | None = None, s
 def attention(
     args: DecoderArgs,
     weights: LayerWeights,
-    rotary: Rotary,
+    rotary: AngleTable,
     shape: AttentionShape,
     *,
     qkv_bias: bool | None = None,

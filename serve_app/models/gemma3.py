@@ -38,6 +38,9 @@ class Gemma3Args(DecoderArgs):
         common = common_from_hf(reader, is_tied=True)
         pattern = reader.count("sliding_window_pattern", _PATTERN)
         rope, local_rope = _ropes_from_hf(reader)
+        if rope.scaling.kind in ("dynamic", "longrope"):
+            # Rows of the two tables would not be the same positions.
+            raise reader.fail("rope_scaling", f"is {rope.scaling.kind!r}, which is not supported beside a local rope")
         args = cls(
             **common,
             rope=rope,

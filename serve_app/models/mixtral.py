@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
-from serve_app.layers.rotary import Rotary
-from serve_app.layers.step import Routing
+from serve_app.layers.step import AngleTable, Routing
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -69,7 +68,7 @@ class MixtralForCausalLM(Decoder):
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
 
-def _block(args: MixtralArgs, weights: WeightSource, layer: int, rotary: Rotary) -> PreNormBlock:
+def _block(args: MixtralArgs, weights: WeightSource, layer: int, rotary: AngleTable) -> PreNormBlock:
     prefix = f"model.layers.{layer}."
     own, hidden = LayerWeights(weights, prefix), args.hidden_size
     routing = Routing(args.num_experts_per_tok, is_renormalised=True)

@@ -6,7 +6,7 @@ from typing import Any
 from serve_app.layers.attention import Attention
 from serve_app.layers.decoder import Decoder, ParallelBlock
 from serve_app.layers.mlp import PlainMLP
-from serve_app.layers.rotary import Rotary
+from serve_app.layers.step import AngleTable
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -56,7 +56,7 @@ class PhiForCausalLM(Decoder):
         blocks = [self._block(layer, weights, rotary) for layer in range(args.n_layers)]
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
-    def _block(self, layer: int, weights: WeightSource, rotary: Rotary) -> ParallelBlock:
+    def _block(self, layer: int, weights: WeightSource, rotary: AngleTable) -> ParallelBlock:
         args, of_layer = self.args, LayerWeights(weights, f"model.layers.{layer}.")
         hidden, inner = args.hidden_size, args.intermediate_size
         if of_layer.has(f"{_FUSED_QKV}.weight"):  # older GGUF files

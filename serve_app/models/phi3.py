@@ -6,7 +6,7 @@ from typing import Any
 from serve_app.layers.attention import Attention
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.layers.mlp import GatedMLP
-from serve_app.layers.rotary import Rotary
+from serve_app.layers.step import AngleTable
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -60,7 +60,7 @@ class Phi3ForCausalLM(Decoder):
         blocks = [self._block(layer, weights, rotary) for layer in range(args.n_layers)]
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
-    def _block(self, layer: int, weights: WeightSource, rotary: Rotary) -> PreNormBlock:
+    def _block(self, layer: int, weights: WeightSource, rotary: AngleTable) -> PreNormBlock:
         args, of_layer = self.args, LayerWeights(weights, f"model.layers.{layer}.")
         hidden, queries = args.hidden_size, args.n_heads * args.head_dim
         return PreNormBlock(

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
-from serve_app.layers.rotary import Rotary
-from serve_app.layers.step import Routing
+from serve_app.layers.step import AngleTable, Routing
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -75,7 +74,7 @@ class PhimoeForCausalLM(Decoder):
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
 
-def _block(args: PhimoeArgs, weights: WeightSource, layer: int, rotary: Rotary) -> PreNormBlock:
+def _block(args: PhimoeArgs, weights: WeightSource, layer: int, rotary: AngleTable) -> PreNormBlock:
     prefix, bias = f"model.layers.{layer}.", args.attention_bias
     own, hidden = LayerWeights(weights, prefix), args.hidden_size
     routing = Routing(2, "sparsemixer", jitter=args.router_jitter_noise)

@@ -7,8 +7,7 @@ from serve_app.layers.decoder import Decoder, PreNormBlock, Sublayer
 from serve_app.layers.linear import Linear
 from serve_app.layers.mlp import GatedMLP
 from serve_app.layers.moe import SharedExpertMLP
-from serve_app.layers.rotary import Rotary
-from serve_app.layers.step import Routing
+from serve_app.layers.step import AngleTable, Routing
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -95,7 +94,7 @@ class Qwen2MoeForCausalLM(Decoder):
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
 
-def _block(args: Qwen2MoeArgs, weights: WeightSource, layer: int, rotary: Rotary) -> PreNormBlock:
+def _block(args: Qwen2MoeArgs, weights: WeightSource, layer: int, rotary: AngleTable) -> PreNormBlock:
     own, eps = LayerWeights(weights, f"model.layers.{layer}."), args.norm_eps
     return PreNormBlock(
         own.rms_norm("input_layernorm", args.hidden_size, eps),

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.layers.decoder import Decoder, PreNormBlock, Sublayer
-from serve_app.layers.rotary import Rotary
-from serve_app.layers.step import Routing
+from serve_app.layers.step import AngleTable, Routing
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -84,7 +83,7 @@ class Qwen3MoeForCausalLM(Decoder):
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
 
-def _block(args: Qwen3MoeArgs, weights: WeightSource, layer: int, rotary: Rotary) -> PreNormBlock:
+def _block(args: Qwen3MoeArgs, weights: WeightSource, layer: int, rotary: AngleTable) -> PreNormBlock:
     own = LayerWeights(weights, f"model.layers.{layer}.")
     bias, eps = args.attention_bias, args.norm_eps
     query_norm, key_norm = (own.rms_weights(f"self_attn.{x}_norm", args.head_dim, eps) for x in "qk")

@@ -5,7 +5,7 @@ from typing import Any
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.layers.mlp import PlainMLP
-from serve_app.layers.rotary import Rotary
+from serve_app.layers.step import AngleTable
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
@@ -62,7 +62,7 @@ class Starcoder2ForCausalLM(Decoder):
         blocks = [self._block(layer, weights, rotary) for layer in range(args.n_layers)]
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))
 
-    def _block(self, layer: int, weights: WeightSource, rotary: Rotary) -> PreNormBlock:
+    def _block(self, layer: int, weights: WeightSource, rotary: AngleTable) -> PreNormBlock:
         args, of_layer = self.args, LayerWeights(weights, f"model.layers.{layer}.")
         hidden, inner, bias = args.hidden_size, args.intermediate_size, args.use_bias
         shape = parts.attention_shape(args, layer)

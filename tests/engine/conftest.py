@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,11 @@ def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine
     """
     engines: list[Engine] = []
 
-    def make(config: EngineConfig, max_seq_len: int = 512, num_blocks: int = 64) -> Engine:
-        engines.append(null_engine(TOKENIZER, config, max_seq_len, num_blocks, overlaps=request.param))
+    def make(
+        config: EngineConfig, max_seq_len: int = 512, num_blocks: int = 64, windows: Sequence[int] = (0,)
+    ) -> Engine:
+        overlaps = request.param
+        engines.append(null_engine(TOKENIZER, config, max_seq_len, num_blocks, windows=windows, overlaps=overlaps))
         return engines[-1]
 
     yield make

@@ -14,7 +14,7 @@ from serve_app.engine.scheduler import Schedule
 def decoding(row: int, num_tokens: int, blocks: list[int]) -> Any:
     """A request whose last token is to be computed."""
     ids = [(row * 100 + i) % 997 for i in range(num_tokens)]
-    return SimpleNamespace(row=row, token_ids=ids, num_computed=num_tokens - 1, blocks=blocks)
+    return SimpleNamespace(row=row, token_ids=ids, num_computed=num_tokens - 1, tables=[blocks])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from serve_app.engine.engine import Engine
 from serve_app.engine.model_runner import StepResult
 from serve_app.errors import ContextTooLong, EngineFailed, InvalidRequest, QueueFull, Unavailable
+from serve_app.kv_cache.block_ledger import NO_BLOCK
 from serve_app.messages import GenerateRequest, TokenDelta
 from serve_app.options import EngineConfig, SamplingParams
 
@@ -282,11 +283,15 @@ class EngineMachine(RuleBasedStateMachine):
     make: MakeEngine
     config: EngineConfig = CONFIG
 
-    @initialize(num_blocks=st.integers(8, 24), prefix_cache_n=st.sampled_from([0, 2, 100]))
-    def start(self, num_blocks: int, prefix_cache_n: int) -> None:
+    @initialize(
+        num_blocks=st.integers(8, 24),
+        prefix_cache_n=st.sampled_from([0, 2, 100]),
+        windows=st.sampled_from([(0,), (1,), (17,), (40,), (0, 20), (9, 0, 33)]),
+    )
+    def start(self, num_blocks: int, prefix_cache_n: int, windows: tuple[int, ...]) -> None:
         config = replace(self.config, prefix_cache_n=prefix_cache_n)
-        self.engine = self.make(config, num_blocks=num_blocks)
-        self.limit = num_blocks * 16 - 1
+        self.engine = self.make(config, max_seq_len=384, num_blocks=num_blocks, windows=windows)
+        self.limit = min(384, self.engine.parts.factory.pool_tokens) - 1
         self.sent: dict[str, GenerateRequest] = {}
         self.output: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.ended: dict[tuple[str, int], str] = {}
@@ -333,8 +338,12 @@ class EngineMachine(RuleBasedStateMachine):
         rows = [r.row for r in scheduler.running]
         assert len(set(rows)) == len(rows)
         for r in scheduler.running:
-            assert r.num_computed <= len(r.blocks) * 16
             assert r.num_computed < r.num_tokens
+            for window, table, given_up in zip(scheduler.tables._windows, r.tables, r.num_given_up, strict=True):
+                assert r.num_computed <= len(table) * 16
+                assert table.count(NO_BLOCK) == given_up == len(table) - len([b for b in table[given_up:] if b >= 0])
+                assert given_up <= window.first_block(r.num_computed)
+                assert len(table) - given_up <= window.most_blocks(r.num_tokens)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

@@ -13,8 +13,8 @@ def test_satisfies_the_ledger_and_shares_nothing() -> None:
     assert table is not None
     hashes = pool.hasher.chain(b"", list(range(64)), 32)
     assert not pool.publish(table[0], hashes[0], NO_BLOCK)
-    assert pool.peek(hashes) == (0, 6)
-    assert pool.match(hashes) == []
+    assert pool.peek_tables(hashes) == (0, 6)
+    assert pool.match_tables(hashes) == [[]]
     with pytest.raises(AssertionError, match="one request's alone"):
         pool.fork(table)
 

@@ -92,7 +92,7 @@ void bind_program(nb::module_& m);
 void bind_quantize(nb::module_& m);
 
 NB_MODULE(_native, m) {
-    m.attr("ABI") = 2;
+    m.attr("ABI") = 3;
     take_iq_grids();
     bind_probe(m);
     bind_packed(m);

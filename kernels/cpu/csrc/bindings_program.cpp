@@ -117,9 +117,11 @@ class Builder {
         program_.add(std::make_unique<ConvertOp>(rows, width, x, act_buffers(acts, rows, width)));
     }
 
-    void rope_kv(int qkv, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t rotary_dim, int table, uintptr_t k_cache,
-                 uintptr_t v_cache, int kv_type) {
+    void rope_kv(int qkv, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t rotary_dim, int table, int group,
+                 uintptr_t k_cache, uintptr_t v_cache, int kv_type) {
         check_heads(qkv, n_heads, n_kv_heads, head_dim, kv_type);
+        require(group >= 0, "a negative group of layers");
+        program_.use_group(group);
         require(rotary_dim >= 0 && rotary_dim <= head_dim && rotary_dim % 2 == 0, "more rotated elements than the head has");
         require(rotary_dim == 0 || table >= 0, "a rotation needs a table");
         RopeKvJob job{};
@@ -131,14 +133,14 @@ class Builder {
         job.k_cache = at(k_cache);
         job.v_cache = at(v_cache);
         job.kv_type = Kv(kv_type);
-        program_.add(std::make_unique<RopeKvOp>(job, qkv, table));
+        program_.add(std::make_unique<RopeKvOp>(job, qkv, table, group));
     }
 
-    void attention(int qkv, int out, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, uintptr_t k_cache, uintptr_t v_cache,
-                   int kv_type, float scale, float softcap, int64_t window) {
+    void attention(int qkv, int out, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int group, uintptr_t k_cache,
+                   uintptr_t v_cache, int kv_type, float scale, float softcap, int64_t window) {
         check_heads(qkv, n_heads, n_kv_heads, head_dim, kv_type);
         floats(out, Rows::tokens, n_heads * head_dim);
-        require(window >= 0 && softcap >= 0, "a window and a cap cannot be negative");
+        require(window >= 0 && softcap >= 0 && group >= 0, "a window, a cap and a group cannot be negative");
         AttentionJob job{};
         job.q_stride = (n_heads + 2 * n_kv_heads) * head_dim;
         job.out_stride = n_heads * head_dim;
@@ -148,7 +150,7 @@ class Builder {
         job.scale = scale;
         job.softcap = softcap;
         job.window = window;
-        program_.add(std::make_unique<AttentionOp>(job, qkv, out, program_.plan_for(n_heads, n_kv_heads, head_dim)));
+        program_.add(std::make_unique<AttentionOp>(job, qkv, out, program_.plan_for(group, n_heads, n_kv_heads, head_dim)));
     }
 
     // x: kind of activations and their buffer. Matrices hold those of all experts, each filled up to whole tiles.
@@ -201,17 +203,19 @@ class Builder {
         program_.finish(result);
     }
 
-    // token_ids, positions, slots [T], wanted [L], block_tables [R, max_blocks], query_start [R + 1], context_lens [R]
-    // → the result [L, width], a view that the next run overwrites.
-    nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Ids token_ids, Ids positions, Ids slots, Ids wanted, Tables block_tables,
-                                                   Counts query_start, Counts context_lens) {
+    // token_ids, positions [T], wanted [L], query_start [R + 1], context_lens [R], and for each group of layers slots [T]
+    // and block_tables [R, max_blocks] → the result [L, width], a view that the next run overwrites.
+    nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Ids token_ids, Ids positions, Ids wanted, Counts query_start, Counts context_lens,
+                                                   const std::vector<std::pair<Ids, Tables>>& groups) {
         const size_t tokens = token_ids.shape(0), requests = context_lens.shape(0);
-        require(positions.shape(0) == tokens && slots.shape(0) == tokens && block_tables.shape(0) == requests &&
-                    query_start.shape(0) == requests + 1,
-                "the arrays of a step differ in length");
-        const StepInput in{int64_t(tokens),     int64_t(requests),   int64_t(wanted.shape(0)),       token_ids.data(),
-                           positions.data(),    slots.data(),        wanted.data(),                  block_tables.data(),
-                           int64_t(block_tables.shape(1)), query_start.data(), context_lens.data()};
+        bool fits = positions.shape(0) == tokens && query_start.shape(0) == requests + 1;
+        StepInput in{int64_t(tokens), int64_t(requests),  int64_t(wanted.shape(0)), token_ids.data(), positions.data(),
+                     wanted.data(),   query_start.data(), context_lens.data(),      {}};
+        for (const auto& [slots, tables] : groups) {
+            fits = fits && slots.shape(0) == tokens && tables.shape(0) == requests;
+            in.groups.push_back({slots.data(), tables.data(), int64_t(tables.shape(1))});
+        }
+        require(fits, "the arrays of a step differ in length");
         {
             nb::gil_scoped_release release;
             program_.run(in);
@@ -310,7 +314,7 @@ void bind_program(nb::module_& m) {
         .def("add", &Builder::add)
         .def("finish", &Builder::finish)
         .def("run", &Builder::run, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-             nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert())
+             nb::arg().noconvert(), nb::arg().noconvert())
         .def_prop_ro("num_ops", &Builder::num_ops)
         .def_prop_ro("bytes_per_row", &Builder::bytes_per_row);
 }

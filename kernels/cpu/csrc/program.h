@@ -11,14 +11,20 @@
 #include "step_memory.h"
 #include "team.h"
 
+// Where a group of layers has the step's tokens and contexts.
+struct GroupInput {
+    const int64_t* slots;         // [num_tokens]
+    const int32_t* block_tables;  // [num_requests, tables_stride]
+    int64_t tables_stride;
+};
+
 // The tokens of one step and the requests they belong to; see serve_app/batch.py. All arrays must live during the run.
 struct StepInput {
     int64_t num_tokens, num_requests, num_wanted;
-    const int64_t *token_ids, *positions, *slots;  // [num_tokens]
-    const int64_t* wanted;                         // [num_wanted]: tokens whose logits are wanted
-    const int32_t* block_tables;                   // [num_requests, tables_stride]
-    int64_t tables_stride;
+    const int64_t *token_ids, *positions;       // [num_tokens]
+    const int64_t* wanted;                      // [num_wanted]: tokens whose logits are wanted
     const int32_t *query_start, *context_lens;  // [num_requests + 1], [num_requests]
+    std::vector<GroupInput> groups;
 };
 
 // Cosines and sines by position; may be exchanged for a longer one between steps.
@@ -60,8 +66,10 @@ class Program {
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
     int add_table(RopeTable table);
     void set_table(int index, RopeTable table) { tables_.at(size_t(index)) = table; }
-    // The plan for attention of this shape, the same for all layers that have it.
-    int plan_for(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim);
+    // The plan for attention of this shape, the same for all layers of a group that have it.
+    int plan_for(int group, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim);
+    // Some op uses this group's slots.
+    void use_group(int group) { num_groups_ = group < num_groups_ ? num_groups_ : group + 1; }
     void limit_vocabulary(int64_t num_ids) { vocabulary_ = num_ids < vocabulary_ ? num_ids : vocabulary_; }
     // Ends the building; the result buffer, with a row for each wanted token, keeps its place to the end.
     void finish(int result);
@@ -77,6 +85,7 @@ class Program {
 
    private:
     struct PlanShape {
+        int group;
         int64_t n_heads, n_kv_heads, head_dim;
     };
     void check(const StepInput& in) const;
@@ -89,6 +98,6 @@ class Program {
     std::vector<PlanShape> shapes_;
     std::vector<AttentionPlan> plans_;
     int64_t vocabulary_ = INT64_MAX;
-    int result_ = -1;
+    int result_ = -1, num_groups_ = 1;
     std::mutex mutex_;
 };

@@ -83,7 +83,7 @@ void RopeKvOp::run(const Step& step, Worker& worker) const {
     j.k = j.q + j.n_heads * j.head_dim;
     j.v = j.k + j.n_kv_heads * j.head_dim;
     j.positions = step.in.positions;
-    j.slots = step.in.slots;
+    j.slots = step.in.groups[size_t(group)].slots;
     if (table >= 0) j.table = step.tables[size_t(table)].data;
     worker.share(step.in.num_tokens, [&](int64_t begin, int64_t end) { step.kernels.rope_kv(j, begin, end); });
 }

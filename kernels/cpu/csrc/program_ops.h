@@ -81,10 +81,10 @@ struct ConvertOp : Op {
 
 // Rows of qkv: queries, keys, values. Rotates (half 0: does not) and appends keys and values to the cache.
 struct RopeKvOp : Op {
-    RopeKvOp(RopeKvJob job, int qkv, int table) : Op(Rows::tokens), job(job), qkv(qkv), table(table) {}
+    RopeKvOp(RopeKvJob job, int qkv, int table, int group) : Op(Rows::tokens), job(job), qkv(qkv), table(table), group(group) {}
     void run(const Step&, Worker&) const override;
     RopeKvJob job;
-    int qkv, table;
+    int qkv, table, group;
 };
 
 struct AttentionOp : Op {

@@ -160,8 +160,8 @@ void run_program() {
     const std::vector<MatmulSegment> segments{{q->matrix(), x8, nullptr, 0}, {kv->matrix(), x16, bias.data(), kHeads * kHeadDim}};
     add(std::make_unique<MatmulOp>(Rows::tokens, segments, qkv, kQkv), {x8.buffer, x16.buffer, qkv});
     add(std::make_unique<HeadNormOp>(Rows::tokens, head_norm, qkv, 0, kHeads), {qkv});
-    add(std::make_unique<RopeKvOp>(rope, qkv, angles), {qkv});
-    add(std::make_unique<AttentionOp>(attention, qkv, mixed, program.plan_for(kHeads, kKvHeads, kHeadDim)), {qkv, mixed});
+    add(std::make_unique<RopeKvOp>(rope, qkv, angles, 0), {qkv});
+    add(std::make_unique<AttentionOp>(attention, qkv, mixed, program.plan_for(0, kHeads, kKvHeads, kHeadDim)), {qkv, mixed});
     add(std::make_unique<ConvertOp>(Rows::tokens, kHeads * kHeadDim, mixed, std::vector{mixed8}), {mixed, mixed8.buffer});
     const auto product = [&](const PackedMemory& w, ActBuffer from, Rows rows, int to) {
         const std::vector<MatmulSegment> one{{w.matrix(), from, nullptr, 0}};
@@ -207,8 +207,8 @@ void run_program() {
         }
         wanted[r] = t - 1;
     }
-    StepInput step{tokens, requests.count(), requests.count(), ids.data(), positions.data(), slots.data(), wanted.data(),
-                   requests.tables->data(), requests.stride, requests.start.data(), requests.contexts.data()};
+    StepInput step{tokens, requests.count(), requests.count(), ids.data(), positions.data(), wanted.data(), requests.start.data(),
+                   requests.contexts.data(), {{slots.data(), requests.tables->data(), requests.stride}}};
     for (const int size : {1, 3}) {
         set_team_size(size);
         program.run(step);

@@ -1,0 +1,99 @@
+"""Engines around tiny random models of any family, with a KV pool of a given size."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serve_app.engine.assembly import assemble, ledger
+from serve_app.engine.engine import Engine
+from serve_app.engine.kv_plan import KvPlan
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.sampler import Sampler
+from serve_app.kv_cache.arena import PosixShmArena
+from serve_app.kv_cache.block_pool import BlockPool
+from serve_app.kv_cache.kv_pool import KvPool
+from serve_app.kv_cache.layer_groups import LayerGroup
+from serve_app.messages import Finish, GenerateRequest
+from serve_app.models.base import CausalLM
+from serve_app.options import EngineConfig, SamplingParams
+from serve_app.text.tokenizer import open_tokenizer
+
+TOKENIZER = Path(__file__).parents[1] / "data" / "models" / "stories260K" / "hf"
+
+
+class TinyEngine:
+    """An engine that is stepped to the end, with the ledger's invariants checked after every step.
+
+    K and V of blocks that nobody holds, and that are not cached, become NaN at once: whatever reads them is seen.
+    """
+
+    def __init__(
+        self, model: CausalLM, config: EngineConfig, num_blocks: int, max_tokens: int = 512, *, gives_up: bool = True
+    ) -> None:
+        """gives_up False: all layers in one group that keeps everything; windows only mask."""
+        plan = KvPlan.of(model, config, max_tokens)
+        if not gives_up:
+            plan = replace(plan, groups=(LayerGroup(0, tuple(range(model.args.n_layers))),))
+        args = model.args
+        self.kv = KvPool.create(
+            PosixShmArena.create, num_blocks, config.block_size, plan.layers_per_block, args.n_kv_heads, args.head_dim,
+            torch.float32, plan.layers,
+        )  # fmt: skip
+        self.pool = ledger(config, num_blocks, b"tiny")
+        tokenizer = open_tokenizer(TOKENIZER)
+        runner = ModelRunner(
+            model, Sampler(args.vocab_size, config.max_seqs, "cpu", []), self.kv, "cpu", config.attention_backend,
+            is_exact=True,
+        )  # fmt: skip
+        self.windows = plan.windows(num_blocks)
+        parts = assemble(
+            runner, self.pool, self.kv, tokenizer, config, max_tokens, frozenset(), SamplingParams(), self.windows,
+            plan.angles,
+        )  # fmt: skip
+        self.engine = Engine(parts, config, lambda deltas: None)
+        self.finishes: dict[tuple[str, int], Finish] = {}
+        self.least_free = num_blocks
+
+    def add(self, name: str, prompt: Iterable[int], **sampling: Any) -> None:
+        params = SamplingParams().with_overrides({"temperature": 0.0, "ignore_eos": True, "seed": 3, **sampling})
+        self.engine.add(GenerateRequest(name, list(prompt), params))
+
+    def step(self, outputs: dict[tuple[str, int], list[int]]) -> None:
+        for delta in self.engine.step():
+            assert delta.finish is None or delta.finish.error is None
+            outputs.setdefault((delta.request_id, delta.choice), []).extend(delta.token_ids)
+            if delta.finish is not None:
+                self.finishes[delta.request_id, delta.choice] = delta.finish
+        self._check()
+
+    def run(self, max_steps: int = 5000) -> dict[tuple[str, int], list[int]]:
+        """Output tokens by request and choice."""
+        outputs: dict[tuple[str, int], list[int]] = {}
+        while self.engine.has_requests:
+            max_steps -= 1
+            assert max_steps > 0, "the engine makes no progress"
+            self.step(outputs)
+        return outputs
+
+    def _check(self) -> None:
+        pool, running = self.pool, self.engine.parts.scheduler.running
+        assert isinstance(pool, BlockPool)
+        pool.check()
+        owner: Any = pool._owner
+        owner.check()
+        self.least_free = min(self.least_free, pool.num_free)
+        held = {block for request in running for table in request.tables for block in table if block >= 0}
+        assert pool.num_free == pool.num_total - len(held)
+        most = sum(window.most_blocks(request.num_tokens) for request in running for window in self.windows)
+        assert len(held) <= most
+        dead = [block for block in range(pool.num_total) if block not in held and owner._hash[block] is None]
+        for tensor in (*self.kv.k, *self.kv.v):
+            tensor[dead] = torch.nan
+
+    def close(self) -> None:
+        self.engine.abort_all()
+        assert self.pool.num_free == self.pool.num_total
+        self.engine.stop()
