@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.gpu.timing import Timer
 from kernels.gpu.planar import PlanarMatrix
 from kernels.gpu.planar_forms import PLANAR
 from kernels.gpu.quant_matmul import matmul
+from kernels.gpu.timing import Timer
 from kernels.gpu.tune import random_matrix
 from serve_app.quant.weight import DenseWeight
 
