@@ -1,6 +1,6 @@
 """Mixtures by Triton's kernels: every family's logits, from plain and from packed experts, and nobody waits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch_operators import WAITING, Operators
 from kernels import dispatch
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.triton_backend import TritonAttention
+from serve_app.engine.forward import TorchForward
+from serve_app.engine.graph_forward import CudaRecorder, GraphForward, GraphLimits
 from serve_app.gguf_file import open_gguf
 from serve_app.layers.gpu_step import GpuStep
 from serve_app.layers.torch_step import TorchStep
@@ -110,3 +112,29 @@ def test_no_operator_of_a_mixtures_step_waits_for_the_device(family: str, device
         found[kind] = {name.split(".")[1] for name in operators.names} & WAITING
     assert not found[GpuStep]
     assert found[TorchStep], "an operator that waits is noticed"
+
+
+class Rerun:
+    """See graph_forward.Recorder."""
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
+
+
+def test_a_graph_holds_for_every_routing(device: torch.device, tmp_path: Path) -> None:
+    """Recorded while idle requests route somehow, replayed with others; on a GPU as a CUDA graph."""
+    hf = hf_mixture("qwen2moe", num_hidden_layers=1)
+    model = our_model(hf, DictSource(saved(hf, tmp_path), device=device))
+    pool = TinyPool(model.args, 4, 16, device=device)
+    for cache in (*pool.k, *pool.v):
+        cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
+    eager = TorchForward(model, pool, device, TritonAttention())
+    recorder = CudaRecorder(device) if device.type == "cuda" else Rerun()
+    graphs = GraphForward(eager.run, eager, pool, model.args.vocab_size, GraphLimits(3, 16), recorder)
+    assert graphs.num_graphs == 3
+    for some in ([IDS, IDS[9:], IDS[17:]], [IDS[3:]], [IDS[5:], IDS[11:]]):
+        pieces = [Piece(ids, 4, 5, [3 - block]) for block, ids in enumerate(some)]
+        batch = make_batch(pool, pieces, rows=range(len(some)))
+        logits = graphs(batch).clone()
+        torch.testing.assert_close(logits, eager(batch), rtol=1e-5, atol=1e-5)
