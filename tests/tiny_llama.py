@@ -51,7 +51,7 @@ class DictSource:
     def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
         parts = [self.tensors[name.format(expert)] for expert in range(num_experts)]
         assert all(part.shape == (out_features, in_features) for part in parts), name
-        return DenseExperts(torch.stack(parts).to(self.dtype))
+        return DenseExperts(torch.stack(parts).to(self.device, self.dtype))
 
     def has(self, name: str) -> bool:
         return name in self.tensors

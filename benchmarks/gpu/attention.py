@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.gpu.timing import Timer
+from kernels.gpu.timing import Timer
 from serve_app.attention.backend import AttentionNeeds, AttentionShape
 from serve_app.attention.choose import architecture_of, choose_backend, list_backends
 from serve_app.attention.device_batch import DeviceBatch

@@ -164,7 +164,7 @@ def _decode(tested: EngineUnderTest, load: Load, name: str) -> SpeedRow:
 
 
 def transformers_row(sizes: Sizes, device: torch.device, load: Load, new_tokens: int = NEW_TOKENS) -> SpeedRow | None:
-    """transformers' generate with a static cache on a model of the same sizes; None where it is not installed."""
+    """transformers' generate with a static cache, not compiled, on a model of the same sizes; None without it."""
     try:
         from transformers import LlamaConfig
         from transformers import LlamaForCausalLM as Theirs
@@ -200,7 +200,14 @@ def transformers_row(sizes: Sizes, device: torch.device, load: Load, new_tokens:
     step_bytes = read + load.batch * (load.prompt + new_tokens // 2) * sizes.kv_bytes_per_token
     del model
     _empty(device)
-    return SpeedRow("transformers", "bf16", load, tokens, max(1e-9, seconds[2] - seconds[1]), step_bytes)
+    return SpeedRow(
+        "transformers (static cache, not compiled)",
+        "bf16",
+        load,
+        tokens,
+        max(1e-9, seconds[2] - seconds[1]),
+        step_bytes,
+    )
 
 
 def _tokenizer(vocabulary: int) -> Tokenizer:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu.timing import Timer
+from kernels.gpu.timing import Timer
 
 
 @dataclass(frozen=True, slots=True)

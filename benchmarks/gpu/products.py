@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.gpu.timing import Timer
 from kernels.gpu.planar import PlanarMatrix
 from kernels.gpu.planar_forms import PLANAR
 from kernels.gpu.quant_matmul import matmul
+from kernels.gpu.timing import Timer
 from kernels.gpu.tune import random_matrix
 from serve_app.quant.weight import DenseWeight
 
@@ -52,18 +52,14 @@ def measure(
         "bf16 (torch)": lambda n, k: _bf16(n, k, device),
         "bf16 (as loaded)": lambda n, k: _dense(n, k, device),
     }
-    if device.type == "cuda":
+    if device.type == "cuda" and _has_int4(device):
         makers["int4 (torch)"] = lambda n, k: _int4(n, k, device)
     for name in PLANAR:
         makers[name] = lambda n, k, name=name: _planar(random_matrix(name, n, k, device))
     for name, make in makers.items():
         if not has_time():
             return
-        try:
-            layer = [(columns, *make(count, columns)) for count, columns in sizes.layer_matrices.values()]
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            print(f"{name}: not measured ({str(error).splitlines()[0]})", flush=True)
-            continue
+        layer = [(columns, *make(count, columns)) for count, columns in sizes.layer_matrices.values()]
         products = sum(count * columns for count, columns in sizes.layer_matrices.values())
         for num in rows:
             seconds = 0.0
@@ -85,6 +81,17 @@ def _bf16(rows: int, columns: int, device: torch.device) -> tuple[Multiply, int]
 def _dense(rows: int, columns: int, device: torch.device) -> tuple[Multiply, int]:
     weight = DenseWeight(torch.randn(rows, columns, device=device).bfloat16())
     return weight.matmul, weight.nbytes
+
+
+def _has_int4(device: torch.device) -> bool:
+    """Whether this build of torch has the operators, for this card: they are internal, and change."""
+    try:
+        multiply, _ = _int4(64, 1024, device)
+        multiply(torch.zeros(1, 1024, dtype=torch.bfloat16, device=device))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        print(f"int4 (torch): not measured ({(str(error).splitlines() or [''])[0]})", flush=True)
+        return False
+    return True
 
 
 def _int4(rows: int, columns: int, device: torch.device) -> tuple[Multiply, int]:

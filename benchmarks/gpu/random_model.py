@@ -1,6 +1,7 @@
 """A Llama with random weights, made on the device in the form in which a loader would leave them there."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -50,12 +51,13 @@ class RandomWeights:
         if self._layout == "bf16":
             rows = torch.empty(sum(out_features), in_features, dtype=torch.bfloat16, device=self._device)
             return DenseWeight(rows.normal_(0, _DEVIATION, generator=self._generator))
-        kinds = [self._type_of(name) for name in names]
-        if len(set(kinds)) == 1:
-            return self._planar(kinds[0], sum(out_features), in_features)
-        return FusedPlanarWeight(
-            [self._planar(kind, rows, in_features) for kind, rows in zip(kinds, out_features, strict=True)]
-        )
+        # As CheckpointSource does: neighbours of one type are one matrix.
+        typed = zip(map(self._type_of, names), out_features, strict=True)
+        runs = [
+            self._planar(kind, sum(rows for _, rows in run), in_features)
+            for kind, run in groupby(typed, lambda part: part[0])
+        ]
+        return runs[0] if len(runs) == 1 else FusedPlanarWeight(runs)
 
     def _planar(self, kind: str, rows: int, columns: int) -> PlanarWeight:
         matrix: PlanarMatrix = random_matrix(kind, rows, columns, self._device)

@@ -4,13 +4,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.rounding import INTERPRETED, narrow
+from kernels.gpu.launch import IS_INTERPRETED, require_device
+from kernels.gpu.rounding import narrow
 
 KINDS = ("silu", "gelu_tanh", "gelu_erf")
 
 
 @triton.jit
-def _function(x, KIND: tl.constexpr):
+def activated(x, KIND: tl.constexpr):
+    """f(x), float32; KIND: its place in KINDS."""
     if KIND == 0:
         y = x * tl.sigmoid(x)
     elif KIND == 1:
@@ -38,7 +40,7 @@ def _activate(
     column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[None, :]
     mask = (row < num_rows) & (column < COLUMNS)
     at = x + row.to(tl.int64) * x_stride + column
-    result = _function(tl.load(at, mask=mask, other=0.0).to(tl.float32), KIND)
+    result = activated(tl.load(at, mask=mask, other=0.0).to(tl.float32), KIND)
     if IS_GATED:
         result *= tl.load(at + COLUMNS, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64) * out_stride + column, narrow(result, out.dtype.element_ty), mask=mask)
@@ -50,8 +52,9 @@ def _run(x: Tensor, columns: int, kind: str, *, is_gated: bool) -> Tensor:
     if num_rows == 0:
         return out
     assert x.stride(1) == 1, "rows must be contiguous"
-    width = min(triton.next_power_of_2(columns), 4096 if INTERPRETED else 1024)
-    rows = max(1, 65536 // width) if INTERPRETED else max(1, 1024 // width)
+    require_device(x)
+    width = min(triton.next_power_of_2(columns), 4096 if IS_INTERPRETED else 1024)
+    rows = max(1, (65536 if IS_INTERPRETED else 1024) // width)
     _activate[(triton.cdiv(num_rows, rows), triton.cdiv(columns, width))](
         x, out, num_rows, x.stride(0), columns, COLUMNS=columns, WIDTH=width, ROWS=rows, KIND=KINDS.index(kind),
         IS_GATED=is_gated,
@@ -67,8 +70,3 @@ def activate(x: Tensor, kind: str) -> Tensor:
 def gate(gate_up: Tensor, kind: str) -> Tensor:
     """See reference.norm.gate; gate_up [T, 2 * I], its rows may be strided."""
     return _run(gate_up, gate_up.shape[1] // 2, kind, is_gated=True)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See reference.norm.silu_mul."""
-    return gate(gate_up, "silu")

@@ -4,29 +4,25 @@ import torch
 from torch import Tensor
 
 from kernels.formats import BY_NAME
-from kernels.gpu.planar_forms import BYTE_PAIR, NO_SECOND, Field, PlanarForm
+from kernels.gpu.planar_forms import BYTE_PAIR, Field, PlanarForm
 from kernels.reference.quant_simple import bit_planes, field
-
-_SCALE_FIELDS = {"Q4_1": ("d", "m"), "Q5_1": ("d", "m")}
 
 
 def split(form: PlanarForm, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Rows uint8 [n, bytes per row] → low codes and high codes, uint8 [n, columns], bytes of the sub-blocks' scales
     and of the blocks', [n, bytes a row]; None where the type has none."""
-    assert form.low is not None
     n, layout = len(rows), BY_NAME[form.name]
     columns = layout.row_length(rows.shape[1])
     blocks = rows.reshape(-1, layout.block_bytes)
     low = _codes(blocks, form, form.low).view(n, columns)
     high = None if form.high is None else _codes(blocks, form, form.high).view(n, columns)
     sub = _sub_scales(form, blocks)
-    scales = torch.cat([field(blocks, form.name, name) for name in _scale_fields(form)], dim=1)
+    scales = torch.cat([field(blocks, form.name, name) for name in form.scales], dim=1)
     return low, high, None if sub is None else sub.reshape(n, -1), scales.reshape(n, -1)
 
 
 def join(form: PlanarForm, low: Tensor, high: Tensor | None, sub: Tensor | None, scales: Tensor) -> Tensor:
     """The inverse of split: uint8 [n, bytes per row]."""
-    assert form.low is not None
     n, layout = len(low), BY_NAME[form.name]
     num_blocks = low.numel() // form.block
     blocks = torch.empty(num_blocks, layout.block_bytes, dtype=torch.uint8, device=low.device)
@@ -37,16 +33,10 @@ def join(form: PlanarForm, low: Tensor, high: Tensor | None, sub: Tensor | None,
     if sub is not None:
         packed = _packed_sub_scales(form, sub.reshape(num_blocks, -1))
         field(blocks, form.name, "scales").copy_(packed)
-    names = _scale_fields(form)
-    for name, numbers in zip(names, scales.reshape(num_blocks, len(names), 2).unbind(1), strict=True):
+    by_name = scales.reshape(num_blocks, len(form.scales), -1).unbind(1)
+    for name, numbers in zip(form.scales, by_name, strict=True):
         field(blocks, form.name, name).copy_(numbers)
     return blocks.view(n, -1)
-
-
-def _scale_fields(form: PlanarForm) -> tuple[str, ...]:
-    if form.second == NO_SECOND:
-        return ("d",)
-    return _SCALE_FIELDS.get(form.name, ("d", "dmin"))
 
 
 def _codes(blocks: Tensor, form: PlanarForm, place: Field) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.gpu.launch import IS_INTERPRETED, require_device
 from kernels.gpu.launch_shapes import gemv_tile
 from kernels.gpu.rounding import narrow
+from kernels.gpu.support import num_cores
 
 # Kernels know no starred tuples, and grow them in loops.
 # ruff: noqa: RUF005
@@ -72,7 +73,7 @@ def matmul(x: Tensor, matrix: Tensor) -> Tensor:
     rows, width, warps = _tile(matrix, num_tokens)
     _dense_gemv[(-(-len(matrix) // rows),)](
         x, matrix, out, num_tokens, len(matrix), columns, x.stride(0), matrix.stride(0), out.stride(0),
-        MOST_X=1 << (num_tokens - 1).bit_length(), ROWS=rows, COLUMNS=width, num_warps=warps, enable_fp_fusion=True,
+        MOST_X=triton.next_power_of_2(num_tokens), ROWS=rows, COLUMNS=width, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -81,8 +82,7 @@ def _tile(matrix: Tensor, num_tokens: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program's step. Tokens decide about the rows, never about the order of sums."""
     rows, columns = matrix.shape
     if IS_INTERPRETED:
-        return min(256, 1 << (rows - 1).bit_length()), min(256, 1 << max(0, columns - 1).bit_length()), 1
-    processors = torch.cuda.get_device_properties(matrix.device).multi_processor_count
+        return min(256, triton.next_power_of_2(rows)), min(256, triton.next_power_of_2(max(1, columns))), 1
     step = _ROW_BYTES // matrix.element_size()
-    a_program, warps = gemv_tile(rows, processors, most_warps=max(1, columns // step))
+    a_program, warps = gemv_tile(rows, num_cores(matrix.device), most_warps=max(1, columns // step))
     return a_program if num_tokens <= 2 else min(2, a_program), warps * step, warps

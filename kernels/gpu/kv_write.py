@@ -5,19 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.rounding import INTERPRETED, byte_view, e4m3_bits, narrow
-
-
-@triton.jit
-def _pairs(offsets, HALF: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
-    """Where in a head the two elements of each rotated pair are."""
-    if IS_INTERLEAVED:
-        first = 2 * offsets
-        second = first + 1
-    else:
-        first = offsets
-        second = offsets + HALF
-    return first, second
+from kernels.gpu.launch import IS_INTERPRETED, require_device
+from kernels.gpu.rounding import byte_view, e4m3_bits, narrow
 
 
 @triton.jit
@@ -47,7 +36,6 @@ def _rotate_queries(
     HALF: tl.constexpr,
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
-    IS_INTERLEAVED: tl.constexpr,
 ):
     row = program * ROWS + tl.arange(0, ROWS)
     token, head = row // N_HEADS, row % N_HEADS
@@ -56,12 +44,12 @@ def _rotate_queries(
     mask = is_row[:, None] & (pair < HALF)[None, :]
     position = tl.load(positions + token, mask=is_row, other=0)
     cosine, sine = _angles(table, position, pair, mask, HALF)
-    first, second = _pairs(pair, HALF, IS_INTERLEAVED)
+    second = pair + HALF
     base = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * HEAD_DIM
-    a = tl.load(base + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(base + pair[None, :], mask=mask, other=0.0).to(tl.float32)
     b = tl.load(base + second[None, :], mask=mask, other=0.0).to(tl.float32)
     # One thread reads and writes both of a pair: no other may see half of it.
-    tl.store(base + first[None, :], narrow(a * cosine - b * sine, q.dtype.element_ty), mask=mask)
+    tl.store(base + pair[None, :], narrow(a * cosine - b * sine, q.dtype.element_ty), mask=mask)
     tl.store(base + second[None, :], narrow(b * cosine + a * sine, q.dtype.element_ty), mask=mask)
 
 
@@ -87,7 +75,6 @@ def _write_keys_and_values(
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    IS_INTERLEAVED: tl.constexpr,
     IS_FP8: tl.constexpr,
 ):
     row = program * ROWS + tl.arange(0, ROWS)
@@ -108,13 +95,13 @@ def _write_keys_and_values(
         turned = is_row[:, None] & (pair < HALF)[None, :]
         position = tl.load(positions + token, mask=is_row, other=0)
         cosine, sine = _angles(table, position, pair, turned, HALF)
-        first, second = _pairs(pair, HALF, IS_INTERLEAVED)
-        a = tl.load(k_base + first[None, :], mask=turned, other=0.0).to(tl.float32)
+        second = pair + HALF
+        a = tl.load(k_base + pair[None, :], mask=turned, other=0.0).to(tl.float32)
         b = tl.load(k_base + second[None, :], mask=turned, other=0.0).to(tl.float32)
         # Rounded as if the rotated keys had been kept in between.
         c = narrow(a * cosine - b * sine, k.dtype.element_ty).to(tl.float32)
         d = narrow(b * cosine + a * sine, k.dtype.element_ty).to(tl.float32)
-        _put(k_cache, to + first[None, :], c, k_inverse, turned, IS_FP8)
+        _put(k_cache, to + pair[None, :], c, k_inverse, turned, IS_FP8)
         _put(k_cache, to + second[None, :], d, k_inverse, turned, IS_FP8)
     column = tl.arange(0, WIDTH)
     mask = is_row[:, None] & (column < HEAD_DIM)[None, :]
@@ -152,73 +139,55 @@ def _rope_kv(
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    IS_INTERLEAVED: tl.constexpr,
     IS_FP8: tl.constexpr,
 ):
     """The first q_programs programs rotate ROWS heads of queries each, the others write as many of keys and values."""
     program = tl.program_id(0)
     if program < q_programs:
-        _rotate_queries(
-            program, q, positions, table, num_tokens, q_stride, N_HEADS, HEAD_DIM, HALF, PAIRS, ROWS, IS_INTERLEAVED
-        )
+        _rotate_queries(program, q, positions, table, num_tokens, q_stride, N_HEADS, HEAD_DIM, HALF, PAIRS, ROWS)
     else:
         _write_keys_and_values(
             program - q_programs, k, v, positions, table, k_cache, v_cache, slots, k_scale, v_scale, num_tokens,
-            k_stride, v_stride, slot_stride, N_KV_HEADS, HEAD_DIM, HALF, PAIRS, WIDTH, ROWS, IS_INTERLEAVED, IS_FP8,
+            k_stride, v_stride, slot_stride, N_KV_HEADS, HEAD_DIM, HALF, PAIRS, WIDTH, ROWS, IS_FP8,
         )  # fmt: skip
 
 
 def rope_kv(
-    q: Tensor | None,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor | None,
+    positions: Tensor,
     table: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    *,
-    is_interleaved: bool = False,
 ) -> None:
     """Rotates q [T, n_heads, head_dim] in place, and writes rotated k and v [T, n_kv_heads, head_dim] into slots.
 
     See reference.norm's rope and kv_write, which this is in one; k itself stays as it was. Heads lie side by side, only
-    the first dimension is strided. Without a table nothing is rotated and q is not needed. A token whose slot is
+    the first dimension is strided. Without a table nothing is rotated. A token whose slot is
     negative is not written. Caches of float8_e4m3fn need k_scale and v_scale float32 [n_kv_heads].
     """
     num_tokens, n_kv_heads, head_dim = k.shape
-    n_heads = 0 if q is None or table is None else q.shape[1]
+    n_heads = 0 if table is None else q.shape[1]
     half = 0 if table is None else table.shape[1] // 2
     is_fp8 = k_cache.dtype == torch.float8_e4m3fn
     assert k.stride()[1:] == v.stride()[1:] == (head_dim, 1), "heads must lie side by side"
-    assert q is None or q.stride()[1:] == (head_dim, 1), "heads must lie side by side"
+    assert q.stride()[1:] == (head_dim, 1), "heads must lie side by side"
     assert all(cache.is_contiguous() and cache.shape[2:] == (n_kv_heads, head_dim) for cache in (k_cache, v_cache))
     assert not is_fp8 or (k_scale is not None and v_scale is not None), "an e4m3 cache needs its scales"
     if num_tokens == 0:
         return
+    require_device(k)
     width = triton.next_power_of_2(head_dim)
-    rows = 256 if INTERPRETED else max(1, 1024 // width)
+    rows = 256 if IS_INTERPRETED else max(1, 1024 // width)
     q_programs = triton.cdiv(num_tokens * n_heads, rows)
     _rope_kv[(q_programs + triton.cdiv(num_tokens * n_kv_heads, rows),)](
-        k if q is None else q, k, v, slots if positions is None else positions, k if table is None else table,
+        q, k, v, positions, k if table is None else table,
         byte_view(k_cache), byte_view(v_cache), slots, k_scale if is_fp8 else k, v_scale if is_fp8 else v,
-        num_tokens, q_programs, 0 if q is None else q.stride(0), k.stride(0), v.stride(0), n_kv_heads * head_dim,
+        num_tokens, q_programs, q.stride(0), k.stride(0), v.stride(0), n_kv_heads * head_dim,
         N_HEADS=max(1, n_heads), N_KV_HEADS=n_kv_heads, HEAD_DIM=head_dim, HALF=half,
-        PAIRS=triton.next_power_of_2(max(1, half)), WIDTH=width, ROWS=rows, IS_INTERLEAVED=is_interleaved,
-        IS_FP8=is_fp8,
+        PAIRS=triton.next_power_of_2(max(1, half)), WIDTH=width, ROWS=rows, IS_FP8=is_fp8,
     )  # fmt: skip
-
-
-def kv_write(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    """See reference.norm.kv_write; a token whose slot is negative is not written."""
-    rope_kv(None, k, v, None, None, k_cache, v_cache, slots, k_scale, v_scale)

@@ -12,6 +12,11 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 """Of activations."""
 
 
+def dot_type(dtype: torch.dtype) -> tl.dtype:
+    """What matrices are multiplied in: their own type, but for bfloat16, which the interpreter cannot."""
+    return tl.float32 if IS_INTERPRETED and dtype == torch.bfloat16 else DTYPES[dtype]
+
+
 def require_device(tensor: Tensor) -> None:
     """A launch on a CPU tensor outside the interpreter would end the process."""
     assert IS_INTERPRETED or tensor.device.type == "cuda", f"a Triton kernel cannot run on {tensor.device}"

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+import triton
 
 from kernels.gpu.launch import IS_INTERPRETED
 from kernels.gpu.planar_forms import PlanarForm
+from kernels.gpu.support import num_cores
 
 TABLE_FILE: Final = Path(__file__).with_name("launch_shapes.json")
 
@@ -99,7 +101,7 @@ def launch_shape(
     measured = table().get(device_key(device), {}).get(matrix_key(form, rows, columns), {}).get(str(bucket))
     if measured is not None and dtype != torch.float32:
         return LaunchShape.read(measured)
-    return rule(form, rows, columns, bucket, dtype, _num_processors(device))
+    return rule(form, rows, columns, bucket, dtype, num_cores(device))
 
 
 def rule(
@@ -108,23 +110,51 @@ def rule(
     """A shape from the sizes alone. What it goes by is in docs/kernels.md."""
     num_vectors = max(1, columns // form.vector)
     if IS_INTERPRETED:  # a program costs by its operations, not by its elements: as few as there can be
-        size = min(256, _power_of_two(rows)), min(32, _power_of_two(num_vectors))
+        size = min(256, triton.next_power_of_2(rows)), min(32, triton.next_power_of_2(num_vectors))
         if bucket <= GEMV_TOKENS_WITHOUT_TABLE:
             return LaunchShape("gemv", bucket, *size, 1, 1, 1)
         return LaunchShape("tile", max(16, bucket), size[0], size[1], 2 if num_vectors > 32 else 1, 4, 1)
     if bucket <= GEMV_TOKENS_WITHOUT_TABLE:
         rows_a_program, warps = gemv_tile(rows, num_processors, most_warps=max(1, num_vectors // 32))
-        vectors = min(32 * warps, _power_of_two(num_vectors))
+        vectors = min(32 * warps, triton.next_power_of_2(num_vectors))
         return LaunchShape("gemv", bucket, rows_a_program, vectors, 1, warps, 1)
     tokens = max(16, bucket)
     step_bytes = 512 if tokens <= 16 else 256
-    vectors = min(max(1, step_bytes // dtype.itemsize // form.vector), _power_of_two(num_vectors))
-    programs = -(-rows // 64)
-    steps = -(-num_vectors // vectors)
+    vectors = min(max(1, step_bytes // dtype.itemsize // form.vector), triton.next_power_of_2(num_vectors))
+    split = _split(-(-rows // 64), -(-num_vectors // vectors), num_processors)
+    return LaunchShape("tile", tokens, 64, vectors, split, 4, 3)
+
+
+def grouped_shape(
+    form: PlanarForm | None, rows: int, columns: int, tokens: int, num_tiles: int, dtype: torch.dtype,
+    num_processors: int, *, has_two: bool,
+) -> LaunchShape:  # fmt: skip
+    """How a mixture's pairs, in at most num_tiles tiles of `tokens`, are multiplied by experts of rows x columns.
+
+    form None: plain numbers. has_two: by gate and up at once, which cannot be split. By the rule alone: which experts
+    a step takes decides about its time as much as sizes do.
+    """
+    vector = 1 if form is None else form.vector
+    num_vectors = max(1, columns // vector)
+    if IS_INTERPRETED:
+        size = min(256, triton.next_power_of_2(rows)), min(1024 // vector, triton.next_power_of_2(num_vectors))
+        return LaunchShape("tile", tokens, *size, 2 if columns > 1024 and not has_two else 1, 4, 1)
+    # Plain numbers lie in shared memory as wide as they are, three steps of them; packed ones do in a few bits.
+    step_bytes = 128 if form is None else 512 if tokens <= 16 else 256
+    step = step_bytes // dtype.itemsize // (2 if has_two and form is not None else 1)
+    vectors = min(max(1, step // vector), triton.next_power_of_2(num_vectors))
+    rows_a_program = 64 if -(-rows // 64) * num_tiles >= 2 * num_processors else 32
+    programs = -(-rows // rows_a_program) * num_tiles
+    split = 1 if has_two else _split(programs, -(-num_vectors // vectors), num_processors)
+    return LaunchShape("tile", tokens, rows_a_program, vectors, split, 4, 3)
+
+
+def _split(programs: int, steps: int, num_processors: int) -> int:
+    """Parts of the columns, so that there are enough programs, each with some steps."""
     split = 1
     while split < 8 and programs * split < 2 * num_processors and steps >= 8 * split:
         split *= 2
-    return LaunchShape("tile", tokens, 64, vectors, split, 4, 3)
+    return split
 
 
 def gemv_tile(rows: int, num_processors: int, most_warps: int) -> tuple[int, int]:
@@ -140,13 +170,3 @@ def gemv_tile(rows: int, num_processors: int, most_warps: int) -> tuple[int, int
     while a_program > 1 and rows * warps < enough * a_program:
         a_program //= 2
     return a_program, warps
-
-
-@cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _power_of_two(number: int) -> int:
-    """The next one that is not smaller."""
-    return 1 << max(0, number - 1).bit_length()

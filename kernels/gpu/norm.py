@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.rounding import INTERPRETED, narrow
+from kernels.gpu.launch import IS_INTERPRETED, require_device
+from kernels.gpu.rounding import narrow
 
 
 @triton.jit
@@ -70,10 +71,11 @@ def _run(
     if num_rows == 0:
         return out
     assert x.stride(-1) == out.stride(-1) == 1, "rows must be contiguous"
+    require_device(x)
     width = triton.next_power_of_2(columns)
     inner = x.shape[1] if x.dim() == 3 else 1
     steps = [(t.stride(0), t.stride(1) if t.dim() == 3 else 0) for t in (x, out)]
-    rows = max(1, 65536 // width) if INTERPRETED else max(1, 1024 // width)
+    rows = max(1, (65536 if IS_INTERPRETED else 1024) // width)
     _norm[(triton.cdiv(num_rows, rows),)](
         x, x if residual is None else residual, out, weight, weight if bias is None else bias, epsilon, offset,
         num_rows, inner, *steps[0], *steps[1], COLUMNS=columns, WIDTH=width, ROWS=rows, ADDS=residual is not None,

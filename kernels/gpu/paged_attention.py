@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.attention_plan import AttentionPlan
-from kernels.gpu.rounding import INTERPRETED, narrow
+from kernels.gpu.launch import IS_INTERPRETED, dot_type, require_device
+from kernels.gpu.rounding import narrow
 
 LOG2_E = 1.4426950408889634
 
@@ -224,6 +225,7 @@ def attend(
     out = q.new_empty((num_tokens, n_heads * head_dim))
     if num_tokens == 0:
         return out
+    require_device(q)
     tiles, parts = plan.tiles, plan.num_parts
     part_out = part_max = part_sum = out
     if parts > 1:
@@ -237,45 +239,14 @@ def attend(
         num_tokens, parts, scale if softcap else scale * LOG2_E, softcap, window,
         q.stride(0), plan.block_tables.stride(0), k_cache.stride(0), k_cache.stride(1),
         N_HEADS=n_heads, GROUP=n_heads // n_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=plan.block_size,
-        QUERIES=tiles.queries, ROWS=tiles.rows, KEYS=tiles.keys, WIDTH=tiles.width, DOT=_dot_type(q.dtype),
+        QUERIES=tiles.queries, ROWS=tiles.rows, KEYS=tiles.keys, WIDTH=tiles.width, DOT=dot_type(q.dtype),
         IS_FP8=is_fp8, HAS_SOFTCAP=softcap != 0.0, HAS_WINDOW=window != 0, IS_ONE_TILE=plan.tile_request is None,
         IS_SPLIT=parts > 1, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if parts > 1:
         places = num_tokens * n_heads
-        rows = 256 if INTERPRETED else max(1, 512 // tiles.width)
+        rows = 256 if IS_INTERPRETED else max(1, 512 // tiles.width)
         _merge[(triton.cdiv(places, rows),)](
             part_out, part_max, part_sum, out, places, parts, HEAD_DIM=head_dim, WIDTH=tiles.width, ROWS=rows
         )
     return out
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    window: int = 0,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    max_query_len: int | None = None,
-) -> Tensor:
-    """See reference.attention.paged_attention. Lengths are int32 tensors on the device; max_query_len None: T."""
-    num_tokens, n_heads, head_dim = q.shape
-    plan = AttentionPlan(
-        block_tables, query_start, context_lens, num_tokens, num_tokens if max_query_len is None else max_query_len,
-        k_cache.shape[1], n_heads, k_cache.shape[2], head_dim, q.element_size(),
-    )  # fmt: skip
-    return attend(plan, q, k_cache, v_cache, scale, softcap, window, k_scale, v_scale)
-
-
-def _dot_type(dtype: torch.dtype) -> tl.dtype:
-    """What matrices are multiplied in: queries' own type, but for what the interpreter cannot."""
-    if dtype == torch.float32 or (INTERPRETED and dtype == torch.bfloat16):
-        return tl.float32
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16

@@ -1,6 +1,7 @@
 """Matrices in planes: packed from a file's blocks once, unpacked bit for bit. Plain torch, on any device."""
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -8,20 +9,20 @@ from torch import Tensor
 from kernels.formats import BY_NAME
 from kernels.gpu import block_codes
 from kernels.gpu.planar_forms import PLANAR, VECTOR_WORDS, PlanarForm
-from kernels.reference.hqq import HqqTensor
 
 PACK_BYTES = 8 << 20
 """How much of a tensor is packed or unpacked at a time; beside the matrix that takes some ten times as much."""
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class PlanarMatrix:
     """A matrix [rows, columns] of one type. Never written after packing.
 
     low int32 [rows, columns / fields]; high uint8 or int16, as many; sub uint8 or int16 [rows, columns / run]; block
-    int16 or int32 [rows, columns / block]: one or two float16. high and sub are None where the type has none. All are
-    contiguous, so that every row of `low` begins at a multiple of 16 bytes. What the numbers mean: docs/kernels.md.
+    [rows, columns / block]: int16 or int32, one or two float16, or int64, two float32. high and sub are None where the
+    type has none. All are contiguous, so that every row of `low` begins at a multiple of 16 bytes. What the numbers
+    mean: docs/kernels.md.
     """
 
     def __init__(self, form: PlanarForm, rows: int, columns: int, device: torch.device | str = "cpu") -> None:
@@ -47,13 +48,6 @@ class PlanarMatrix:
             PLANAR[type_name], len(blocks), BY_NAME[type_name].row_length(blocks.shape[1]), blocks.device
         )
         matrix.pack(0, blocks)
-        return matrix
-
-    @staticmethod
-    def of_hqq(tensor: HqqTensor) -> "PlanarMatrix":
-        """The same weights in planes, on the device of the tensor."""
-        matrix = PlanarMatrix(PLANAR[f"HQQ{tensor.bits}"], *tensor.shape, tensor.codes.device)
-        matrix.pack_hqq(0, tensor)
         return matrix
 
     @property
@@ -88,14 +82,8 @@ class PlanarMatrix:
             low, high, sub, block = block_codes.split(self.form, piece)
             self._store(first + start, low, high, sub, block)
 
-    def pack_hqq(self, first: int, tensor: HqqTensor) -> None:
-        """Puts the rows of an HQQ matrix at rows first, first + 1, … IndexError for rows that it does not have."""
-        self._require_rows(first, tensor.shape[0])
-        block = torch.stack((tensor.scale, tensor.zero), dim=-1).view(torch.uint8).flatten(1)
-        self._store(first, tensor.unpacked_codes().to(self.device), None, None, block.to(self.device))
-
     def unpack(self, first: int = 0, count: int | None = None) -> Tensor:
-        """Rows in file order again, uint8 [count, bytes per row]: the exact inverse of pack. Not for HQQ."""
+        """Rows in file order again, uint8 [count, bytes per row]: the exact inverse of pack."""
         count = self.rows - first if count is None else count
         self._require_rows(first, count)
         form = BY_NAME[self.form.name]
@@ -106,12 +94,15 @@ class PlanarMatrix:
             blocks[piece] = block_codes.join(self.form, *self._codes(first + piece.start, piece.stop - piece.start))
         return blocks
 
-    def unpack_hqq(self) -> HqqTensor:
-        """The inverse of of_hqq."""
-        codes, _, _, block = self._codes(0, self.rows)
-        numbers = block.view(torch.float16).view(self.rows, -1, 2)
-        bits = self.form.low_bits
-        return HqqTensor.of(bits, codes, numbers[..., 0], numbers[..., 1])
+    def part(self, first: int, count: int) -> "PlanarMatrix":
+        """Rows first … first + count - 1 as a matrix in the same memory. IndexError for rows that it does not have."""
+        self._require_rows(first, count)
+        part = copy(self)
+        part.rows = count
+        for name in ("low", "high", "sub", "block"):
+            plane = getattr(self, name)
+            setattr(part, name, None if plane is None else plane[first : first + count])
+        return part
 
     def _require_rows(self, first: int, count: int) -> None:
         if not 0 <= first <= first + count <= self.rows:

@@ -1,8 +1,8 @@
 """How each quantised type is kept on a GPU: which bits of a weight lie in which plane, and what scales them.
 
 A weight's code is split in its low bits (2, 4 or 8) and its high bits (none, 1 or 2). weight = scale * (code - offset)
-- minimum, or (code - zero) * scale for HQQ. The scale is a float16 of the block, for most types times an integer of a
-sub-block. docs/kernels.md draws the planes. Imports neither torch nor triton.
+- minimum, or (code - zero) * scale for HQQ. The scale is a float16 of the block, for K-quants times an integer of a
+sub-block; HQQ's scale and zero are float32. docs/kernels.md draws the planes. Imports neither torch nor triton.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ NO_SUB, SIGNED_BYTE, NIBBLES, BYTE_PAIR = range(4)
 """What the plane of sub-block scales has: nothing; int8 scales; scale and minimum in a byte; a byte for each."""
 
 NO_SECOND, MINIMUM, SUB_MINIMUM, ZERO = range(4)
-"""What follows the block's float16 scale: nothing; a minimum to add; one to subtract, times the sub-block's; a zero."""
+"""What follows the block's scale: nothing; a minimum to add; one to subtract, times the sub-block's; HQQ's zero."""
 
 VECTOR_WORDS: Final = 4
 """32-bit words that a thread loads at once: 128 bits."""
@@ -33,10 +33,10 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class PlanarForm:
-    """One type. low, high: where the file's block has the code's bits; None for HQQ, which has no block in a file.
+    """One type. low, high: fields of the file's block that have the code's bits; scales: those that have its scales.
 
-    run: weights that share the innermost scale; block: weights that share the float16 ones; offset: what is taken from
-    a code; is_signed: codes are int8.
+    run: weights that share the innermost scale; block: weights that share the outermost; offset: what is taken from a
+    code; is_signed: codes are int8.
     """
 
     name: str
@@ -47,8 +47,9 @@ class PlanarForm:
     sub: int
     second: int
     offset: int
-    low: Field | None
+    low: Field
     high: Field | None
+    scales: tuple[str, ...]
     is_signed: bool = False
 
     @property
@@ -86,8 +87,8 @@ class PlanarForm:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block's float16 numbers."""
-        return 2 if self.second == NO_SECOND else 4
+        """Bytes of a block's scale and what follows it: float16 numbers, HQQ's float32."""
+        return {NO_SECOND: 2, MINIMUM: 4, SUB_MINIMUM: 4, ZERO: 8}[self.second]
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row in all planes; ValueError for columns that are no whole number of blocks."""
@@ -103,18 +104,21 @@ class PlanarForm:
 
 def _simple(name: str, second: int, offset: int, high_bits: int = 0) -> PlanarForm:
     high = Field("qh", 1, 1) if high_bits else None
-    return PlanarForm(name, 4, high_bits, 32, 32, NO_SUB, second, offset, Field("qs", 4, 16), high)
+    scales = ("d",) if second == NO_SECOND else ("d", "m")
+    return PlanarForm(name, 4, high_bits, 32, 32, NO_SUB, second, offset, Field("qs", 4, 16), high, scales)
 
 
 def _super(
     name: str, run: int, sub: int, second: int, offset: int, low: Field, high: Field | None = None
 ) -> PlanarForm:
     high_bits = 0 if high is None else high.bits
-    return PlanarForm(name, low.bits, high_bits, run, SUPER_BLOCK, sub, second, offset, low, high)
+    scales = ("d",) if second == NO_SECOND else ("d", "dmin")
+    return PlanarForm(name, low.bits, high_bits, run, SUPER_BLOCK, sub, second, offset, low, high, scales)
 
 
 def _hqq(bits: int) -> PlanarForm:
-    return PlanarForm(f"HQQ{bits}", bits, 0, 64, 64, NO_SUB, ZERO, 0, None, None)
+    qs = Field("qs", bits, 32 if bits == 4 else 64)
+    return PlanarForm(f"HQQ{bits}", bits, 0, 64, 64, NO_SUB, ZERO, 0, qs, None, ("step", "zero"))
 
 
 _FORMS = (
@@ -122,7 +126,7 @@ _FORMS = (
     _simple("Q4_1", MINIMUM, 0),
     _simple("Q5_0", NO_SECOND, 16, high_bits=1),
     _simple("Q5_1", MINIMUM, 0, high_bits=1),
-    PlanarForm("Q8_0", 8, 0, 32, 32, NO_SUB, NO_SECOND, 0, Field("qs", 8, 32), None, is_signed=True),
+    PlanarForm("Q8_0", 8, 0, 32, 32, NO_SUB, NO_SECOND, 0, Field("qs", 8, 32), None, ("d",), is_signed=True),
     _super("Q2_K", 16, NIBBLES, SUB_MINIMUM, 0, Field("qs", 2, 32)),
     _super("Q3_K", 16, SIGNED_BYTE, NO_SECOND, 4, Field("qs", 2, 32), Field("hmask", 1, 32)),
     _super("Q4_K", 32, BYTE_PAIR, SUB_MINIMUM, 0, Field("qs", 4, 32)),
@@ -137,10 +141,8 @@ PLANAR: Final[dict[str, PlanarForm]] = {form.name: form for form in _FORMS}
 
 
 def planar_form(type_name: str) -> PlanarForm | None:
-    """The form into which a file's blocks of a type can be packed; None where there is none: plain numbers, IQ, TQ and
-    FP4 types, and HQQ's, whose planes are made of an HqqTensor."""
+    """The form into which a file's blocks of a type can be packed; None for plain numbers and for IQ, TQ, FP4 and FP8
+    types."""
     form = PLANAR.get(type_name)
-    if form is None or form.low is None:
-        return None
-    assert form.block == BY_NAME[type_name].block_length
+    assert form is None or form.block == BY_NAME[type_name].block_length
     return form

@@ -70,15 +70,19 @@ def factor(FIELD: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def load_block_numbers(block, rows, first, keep_rows, num_vectors, FORM: tl.constexpr, VECS: tl.constexpr):
-    """The blocks' float16 scale and second number of each vector, [ROWS, VECS] float32."""
+    """The blocks' scale and second number of each vector, [ROWS, VECS] float32."""
     vector = first + tl.arange(0, VECS)
     at = rows[:, None] * (num_vectors * FORM.vector // FORM.block) + (vector * FORM.vector // FORM.block)[None, :]
     keep = keep_rows[:, None] & (vector < num_vectors)[None, :]
     bits = tl.load(block + at, mask=keep, other=0)
-    scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    second = scale
-    if FORM.second != 0:
-        second = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if FORM.second == 3:  # ZERO: two float32
+        scale = bits.to(tl.int32).to(tl.float32, bitcast=True)
+        second = (bits >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = scale
+        if FORM.second != 0:
+            second = (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, second
 
 

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+from kernels.gpu.launch import IS_INTERPRETED
+
+INTERPRETED = tl.constexpr(IS_INTERPRETED)
 """The interpreter cuts bits off where bfloat16 and e4m3 must be rounded, and cannot multiply matrices of bfloat16."""
 
 

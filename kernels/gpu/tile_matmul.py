@@ -1,4 +1,4 @@
-"""Products of a planar matrix with up to 64 rows of activations at a time, or of many with a group of rows each.
+"""Products of a planar matrix with up to 64 rows of activations at a time.
 
 A program decodes a tile of weights in registers, rounds it to the dtype of the activations and hands it to the tensor
 cores, which sum in float32. The weights are their left operand: their rows fill it, however few rows x has.
@@ -13,44 +13,22 @@ from kernels.gpu.rounding import narrow
 
 @triton.jit
 def tile_matmul(
-    x, low, high, sub, block, out, who, starts, tile_starts, num_x, num_rows, num_vectors, x_stride, out_stride,
-    split_stride, num_groups, pairs_a_row,
+    x, low, high, sub, block, out, num_x, num_rows, num_vectors, x_stride, out_stride, split_stride,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, SPLIT: tl.constexpr, FORM: tl.constexpr,
-    DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, IS_GROUPED: tl.constexpr, GROUP_BITS: tl.constexpr,
+    DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """out[s, t, n] = Σ over part s of the columns of x[t] times row n. Grid: (row tiles, token tiles, SPLIT).
 
-    IS_GROUPED: group g multiplies pairs starts[g] … starts[g + 1] - 1 by rows g * num_rows … of the matrix; its token
-    tiles are tile_starts[g] … tile_starts[g + 1] - 1. Pair p is row who[p] // pairs_a_row of x and row who[p] of out.
     DTYPE: of weights and x; DOT_DTYPE: the same, but float32 in the interpreter, which cannot multiply bfloat16.
     """
-    tile = tl.program_id(1)
-    if IS_GROUPED:
-        # The last group that begins at or before this tile: groups without rows have no tile.
-        group = tl.zeros((), tl.int32)
-        for bit in tl.static_range(GROUP_BITS):
-            further = group + (1 << (GROUP_BITS - 1 - bit))
-            start = tl.load(tile_starts + tl.minimum(further, num_groups))
-            group = tl.where((further < num_groups) & (start <= tile), further, group)
-        pair = tl.load(starts + group) + (tile - tl.load(tile_starts + group)) * TOKENS + tl.arange(0, TOKENS)
-        keep_x = pair < tl.load(starts + group + 1)
-        to = tl.load(who + pair, mask=keep_x, other=0).to(tl.int64)
-        of = to // pairs_a_row
-        first_row = group.to(tl.int64) * num_rows
-    else:
-        of = tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-        to = of
-        keep_x = of < num_x
-        first_row = tl.zeros((), tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    keep_rows = row < num_rows
-    rows = first_row + row
+    of = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    keep_x = of < num_x
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    keep_rows = rows < num_rows
     part = tl.program_id(2)
     vectors_a_part = tl.cdiv(tl.cdiv(num_vectors, VECS), SPLIT) * VECS
     begin = part * vectors_a_part
     end = tl.minimum(begin + vectors_a_part, num_vectors)
-    if IS_GROUPED:  # a tile behind those of the last group has nothing to do
-        end = tl.where(tile < tl.load(tile_starts + num_groups), end, begin)
     column = tl.arange(0, VECS * FORM.vector)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(begin, end, VECS):
@@ -58,7 +36,7 @@ def tile_matmul(
         keep = keep_x[:, None] & (column < (num_vectors - first) * FORM.vector)[None, :]
         tokens = tl.load(x + of[:, None] * x_stride + (first * FORM.vector + column)[None, :], mask=keep, other=0)
         sums = tl.dot(weights.to(DOT_DTYPE), tl.trans(tokens).to(DOT_DTYPE), sums, input_precision="ieee")
-    at = out + part.to(tl.int64) * split_stride + to[None, :] * out_stride + row[:, None]
+    at = out + part.to(tl.int64) * split_stride + of[None, :] * out_stride + rows[:, None]
     tl.store(at, narrow(sums, out.dtype.element_ty), mask=keep_rows[:, None] & keep_x[None, :])
 
 

@@ -6,9 +6,9 @@ suffice for keeps what the table had, or the rule. One token comes first, then m
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from kernels.gpu.launch_shapes import (
     rule,
 )
 from kernels.gpu.planar import PlanarMatrix
-from kernels.gpu.planar_forms import PLANAR, PlanarForm
+from kernels.gpu.planar_forms import PLANAR, ZERO, PlanarForm
 from kernels.gpu.quant_matmul import matmul
+from kernels.gpu.support import num_cores
+from kernels.gpu.timing import Timer
 
 MODEL_SHAPES = {
     "llama-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
@@ -38,9 +40,6 @@ MODEL_SHAPES = {
 """(rows, columns) of q/k/v, output, gate/up, down and the head, fused as loaders fuse them."""
 
 TYPES = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q5_K", "HQQ4", "HQQ8", "Q5_0", "Q3_K", "Q2_K", "Q4_1", "Q5_1")
-
-_FLUSH_BYTES = 256 << 20
-_REPEATS = 20
 
 Found = dict[str, dict[str, list[Any]]]
 """A device's part of the table."""
@@ -75,7 +74,7 @@ def tune(
     """The fastest shapes of all types, sizes and buckets that `seconds` sufficed for."""
     end = time.monotonic() + seconds
     found: Found = {}
-    timer = _Timer(device)
+    timer = Timer(device)
     sizes, order = list(shapes), sorted(buckets)
     for name in types:
         for bucket in order:
@@ -94,12 +93,15 @@ def tune(
 
 
 def random_matrix(name: str, rows: int, columns: int, device: torch.device) -> PlanarMatrix:
-    """Random codes and sub-block scales, block scales of 2^-8 and minimums of 2^-8 times as much."""
+    """Random codes and sub-block scales, block scales of 2^-8 and minimums (HQQ: zeros) of 2^-8 as well."""
     matrix = PlanarMatrix(PLANAR[name], rows, columns, device)
     for plane in (matrix.low, matrix.high, matrix.sub):
         if plane is not None:
             plane.view(torch.uint8).random_(0, 256)
-    matrix.block.view(torch.int16).fill_(0x1C00)
+    if PLANAR[name].second == ZERO:
+        matrix.block.view(torch.float32).fill_(2**-8)
+    else:
+        matrix.block.view(torch.float16).fill_(2**-8)
     return matrix
 
 
@@ -119,40 +121,14 @@ def write(table: Table, path: Path) -> None:
     path.write_text("{\n" + ",\n".join(devices) + "\n}\n", encoding="utf-8")
 
 
-class _Timer:
-    """Median microseconds of a call whose weights are not in the cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._flush = torch.empty(_FLUSH_BYTES if self._is_cuda else 0, dtype=torch.uint8, device=device)
-
-    def __call__(self, call: Callable[[], Tensor]) -> float:
-        call()
-        if not self._is_cuda:
-            start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e6
-        times = []
-        for _ in range(_REPEATS):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._flush.zero_()
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3)
-        return float(statistics.median(times))
-
-
-def _fastest(matrix: PlanarMatrix, bucket: int, timer: _Timer) -> tuple[LaunchShape, float, float]:
+def _fastest(matrix: PlanarMatrix, bucket: int, timer: Timer) -> tuple[LaunchShape, float, float]:
     """The fastest shape, its time, and that of the rule's, which also says what the result has to be."""
     device = matrix.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     x = torch.randn(bucket, matrix.columns, dtype=torch.bfloat16, device=device)
     assert bucket_of(bucket) == bucket, "tokens of a bucket"
     expected: Tensor | None = None
     times: list[tuple[float, LaunchShape]] = []
-    for shape in dict.fromkeys(candidates(matrix.form, *matrix.shape, bucket, processors)):
+    for shape in dict.fromkeys(candidates(matrix.form, *matrix.shape, bucket, num_cores(device))):
         try:
             y = matmul(matrix, x, shape).float()
         except triton.runtime.errors.OutOfResources:
@@ -162,7 +138,7 @@ def _fastest(matrix: PlanarMatrix, bucket: int, timer: _Timer) -> tuple[LaunchSh
             raise RuntimeError(
                 f"{matrix.form.name} {matrix.shape}: {shape} gives another product than the rule's shape"
             )
-        times.append((timer(lambda shape=shape: matmul(matrix, x, shape)), shape))  # type: ignore[misc]
+        times.append((timer(partial(matmul, matrix, x, shape)) * 1e6, shape))
     best_us, best = min(times, key=lambda found: found[0])
     return best, best_us, times[0][0]
 

@@ -26,18 +26,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
     return functional.layer_norm(x.float(), weight.shape, weight, bias, epsilon).to(x.dtype)
 
 
-def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, is_interleaved: bool = False) -> None:
+def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
     """Rotates q [T, n_heads, head_dim] and k [T, n_kv_heads, head_dim] in place, first half against second half.
 
     table float32 [positions, rotary_dim]: cosines of the first half, sines in the second. positions [T] int64.
-    Elements past rotary_dim stay. is_interleaved: each even element against the odd one after it instead. Source: Su et
-    al. 2021, whose order is the interleaved one; checkpoints of Hugging Face have the half-split one.
+    Elements past rotary_dim stay. Source: Su et al. 2021, whose order is interleaved, each even element against the odd
+    one after it; checkpoints of Hugging Face have the halves.
     """
     half = table.shape[1] // 2
     cosine, sine = torch.split_with_sizes(table.index_select(0, positions).unsqueeze(1), [half, half], dim=-1)
     for x in (q, k):
-        pairs = x[..., : 2 * half]
-        first, second = (pairs[..., ::2], pairs[..., 1::2]) if is_interleaved else pairs.chunk(2, dim=-1)
+        first, second = x[..., :half], x[..., half : 2 * half]
         a, b = first.float(), second.float()
         # Both before either is written: float32 halves are views of x.
         rotated = (a * cosine - b * sine, b * cosine + a * sine)
@@ -59,11 +58,6 @@ def gate(gate_up: Tensor, kind: str) -> Tensor:
     """gate_up [T, 2 * I] → activate(gate) * up, [T, I]."""
     left, right = gate_up.float().chunk(2, dim=-1)
     return (activate(left, kind) * right).to(gate_up.dtype)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up [T, 2 * I] → silu(gate) * up, [T, I]."""
-    return gate(gate_up, "silu")
 
 
 def kv_write(

@@ -49,16 +49,6 @@ class AttentionNeeds:
         return {shape.head_dim for shape in self.shapes}
 
     @property
-    def has_softcap(self) -> bool:
-        """In some layer."""
-        return any(shape.softcap for shape in self.shapes)
-
-    @property
-    def has_window(self) -> bool:
-        """In some layer."""
-        return any(shape.window for shape in self.shapes)
-
-    @property
     def is_fp8(self) -> bool:
         """Whether keys and values are kept in e4m3."""
         return self.kv_dtype == torch.float8_e4m3fn

@@ -4,15 +4,18 @@ import torch
 from torch import Tensor
 
 from kernels.gpu import activation as activations
+from kernels.gpu import grouped_matmul as grouped
 from kernels.gpu import norm as norms
 from kernels.gpu.kv_write import rope_kv
+from kernels.gpu.routing import Groups, route
 from serve_app.attention.backend import AttentionShape
-from serve_app.layers.step import Activation, AngleTable, NormWeights
+from serve_app.layers.step import Activation, AngleTable, MixtureWeights, NormWeights, Routing
 from serve_app.layers.torch_step import TorchStep
+from serve_app.quant.planar_weight import grouped_matrix
 
 
 class GpuStep(TorchStep):
-    """See Step: what is not here is plain torch. Nothing waits for the device.
+    """See Step: what is not here is plain torch. Nothing waits for the device, but packed experts that have no planes.
 
     Rotated queries stay in their rows; rotated keys, and values, go straight to their slots.
     """
@@ -44,6 +47,16 @@ class GpuStep(TorchStep):
     def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """See Step."""
         return activations.gate(gate_up, activation)
+
+    def experts(self, x: Tensor, weights: MixtureWeights, routing: Routing, activation: Activation) -> Tensor:
+        """See Step."""
+        gate, up, down = (grouped_matrix(part) for part in (weights.gate, weights.up, weights.down))
+        if gate is None or up is None or down is None:
+            return super().experts(x, weights, routing, activation)
+        logits = weights.router.matmul(x.float())
+        chosen, factors = route(logits, routing.kind, routing.top_k, routing.is_renormalised, routing.jitter)
+        groups = Groups.of(chosen, weights.gate.num_experts)
+        return grouped.combined(down, grouped.gated(gate, up, x, groups, activation), groups, factors)
 
     def attention(self, qkv: Tensor, shape: AttentionShape, rotary: AngleTable | None) -> Tensor:
         """See Step."""

@@ -20,8 +20,8 @@ from serve_app.quant.experts import DenseExperts, Experts, PackedExperts
 from serve_app.quant.native_experts import NativeExperts, padded
 from serve_app.quant.native_weight import NativeWeight
 from serve_app.quant.packed import PackedWeight, fuse
-from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarWeight
-from serve_app.quant.weight import DenseWeight, FusedWeight, Weight
+from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarExperts, PlanarWeight
+from serve_app.quant.weight import PLAIN_DTYPES, DenseWeight, FusedWeight, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ PACK_BYTES = 16 << 20
 
 TILE_ROWS = 16
 """Rows are packed in multiples of this, except the last ones of a matrix."""
-
-PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointSource:
@@ -91,7 +89,7 @@ class CheckpointSource:
     def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
         """See WeightSource."""
         parts = self._expert_parts(name, num_experts, out_features, in_features)
-        return self._native_experts(parts) or self._torch_experts(parts)
+        return self._native_experts(parts) or self._planar_experts(parts) or self._torch_experts(parts)
 
     def unused(self) -> list[str]:
         """Stored names of tensors that nothing asked for."""
@@ -141,6 +139,12 @@ class CheckpointSource:
             expect_pages(part.data)
             self._pack(part, partial(experts.pack, number))
         return experts
+
+    def _planar_experts(self, parts: list[StoredTensor]) -> PlanarExperts | None:
+        """None without Triton's kernels, or for a type without planes."""
+        if not self._has_triton or planar_form(parts[0].form.name) is None:
+            return None
+        return PlanarExperts(self._planar(parts).matrix, len(parts), self._dtype)
 
     def _torch_experts(self, parts: list[StoredTensor]) -> Experts:
         form, plain = parts[0].form, PLAIN_DTYPES.get(parts[0].form.name)

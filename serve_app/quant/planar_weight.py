@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kernels.gpu.planar import PlanarMatrix
-from serve_app.quant.weight import FusedWeight
+from serve_app.quant.experts import DenseExperts, Experts, PackedExperts
+from serve_app.quant.weight import PLAIN_DTYPES, FusedWeight, Weight
 
 
 class PlanarWeight:
@@ -72,34 +73,51 @@ class FusedPlanarWeight(FusedWeight):
 
 
 class PlanarExperts:
-    """The matrices of a mixture's experts, one below the other: expert e has rows e * out … (e + 1) * out - 1."""
+    """See Experts: one below the other, expert e has rows e * out … (e + 1) * out - 1 of the matrix."""
 
     def __init__(self, matrix: PlanarMatrix, num_experts: int, dtype: torch.dtype) -> None:
-        """ValueError where the rows are no whole number of experts."""
+        """dtype: see PlanarWeight. ValueError where the rows are no whole number of experts."""
         if matrix.rows % num_experts:
             raise ValueError(f"{matrix.rows} rows are no whole number of {num_experts} experts")
-        from kernels.gpu import quant_matmul
-
         self.matrix = matrix
-        self.num_experts = num_experts
+        self._num_experts = num_experts
         self._dtype = dtype
-        self._products = quant_matmul
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(experts, out, in)."""
-        return self.num_experts, self.matrix.rows // self.num_experts, self.matrix.columns
+    def num_experts(self) -> int:
+        """See Experts."""
+        return self._num_experts
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.matrix.rows // self._num_experts, self.matrix.columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, not of the planes."""
+        return self._dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes of the planes."""
         return self.matrix.nbytes
 
-    def gather_matmul(self, x: Tensor, experts: Tensor) -> Tensor:
-        """x [T, in], or a row for each choice [T * choices, in]; experts int64 [T, choices] → [T, choices, out].
+    def expert(self, number: int) -> Weight:
+        """See Experts."""
+        rows = self.shape[0]
+        return PlanarWeight(self.matrix.part(number * rows, rows), self._dtype)
 
-        Row (t, c) is x's row of token t, or of the choice, times expert experts[t, c]: one launch, no host in between.
-        """
-        groups = self._products.Groups.of(experts, self.num_experts)
-        out = self._products.gather_matmul(self.matrix, x.to(self._dtype), groups)
-        return out.view(*experts.shape, -1)
+
+def grouped_matrix(experts: Experts) -> PlanarMatrix | Tensor | None:
+    """What grouped products (kernels.gpu.grouped_matmul) multiply by, in the same memory; None for packed types without
+    planes."""
+    match experts:
+        case PlanarExperts():
+            return experts.matrix
+        case DenseExperts():
+            return experts.tensor.flatten(0, 1)
+        case PackedExperts() if experts.form.name in PLAIN_DTYPES:
+            return experts.blocks.flatten(0, 1).view(PLAIN_DTYPES[experts.form.name])
+        case _:
+            return None

@@ -10,7 +10,10 @@ from torch.nn import functional
 from kernels.dispatch import native_matmul, triton_computes
 from kernels.formats import BY_NAME
 
-_TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of one number a weight."""
+
+_TYPE_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
 
 FUSED_COPY_BYTES = 4 << 20
 """Fused parts up to this size are copied into one matrix: one product instead of several, for little memory."""

@@ -68,9 +68,6 @@ FLASHINFER = flashinfer_backend.LIMITS
         (FLASHINFER, gpu(), None),
         (FLASHINFER, gpu(shape=replace(PLAIN, head_dim=80)), "none of 64, 128, 256"),
         (FLASHINFER, gpu(wants_graphs=True), "captured"),
-        (replace(FLASH_3, has_softcap=False), gpu(shape=replace(PLAIN, softcap=1.0)), "soft cap"),
-        (replace(FLASH_3, has_window=False), gpu(shape=replace(PLAIN, window=1)), "window"),
-        (replace(FLASH_3, has_fp8=True), gpu(kv_dtype=E4M3), None),
         (FLASH_3, usual_needs("cpu", torch.bfloat16), "the model is on cpu"),
     ],
 )
@@ -164,6 +161,14 @@ class Wrong(TorchAttention):
         return planned
 
 
+class WrongDecodes(TorchAttention):
+    """Is right as soon as there is a prefill."""
+
+    def plan(self, batch: DeviceBatch) -> TorchPlan:
+        is_decode = batch.host.max_query_len == 1
+        return super().plan(replace(batch, context_lens=batch.context_lens - 1) if is_decode else batch)
+
+
 class Broken(TorchAttention):
     """Does not run."""
 
@@ -180,7 +185,10 @@ def test_the_self_test_tells_right_from_wrong(shape: AttentionShape, dtype: torc
     assert self_test.failure(TorchAttention(), needs) is None
     assert self_test.failure(TorchAttention(), replace(needs, kv_dtype=E4M3)) is None
     assert "off by" in str(self_test.failure(Wrong(), needs))
-    assert self_test.failure(Broken(), needs) == "its self-test fails with RuntimeError: no kernel image"
+    assert self_test.failure(Broken(), needs) == (
+        "its self-test of a prefill beside a decode fails with RuntimeError: no kernel image"
+    )
+    assert "of decodes alone is off by" in str(self_test.failure(WrongDecodes(), needs))
 
 
 def usable(name: str) -> BackendReport:
@@ -201,10 +209,8 @@ def test_one_that_fails_its_self_test_is_passed_over_and_said_to_be(
         chosen = choose_backend(needs)
     assert isinstance(chosen, TorchAttention)
     assert not isinstance(chosen, Wrong)
-    assert "attention: torch (it is there); not absent: it is not installed; not wrong: its self-test is off" in (
-        caplog.text
-    )
-    with pytest.raises(LaunchError, match="'wrong' cannot run here: its self-test is off"):
+    assert "attention: torch (it is there); not absent: it is not installed; not wrong: its self-test" in caplog.text
+    with pytest.raises(LaunchError, match="'wrong' cannot run here: its self-test of a prefill beside a decode is off"):
         choose_backend(needs, "wrong")
     with pytest.raises(LaunchError, match="'absent' cannot run here: it is not installed"):
         choose_backend(needs, "absent")

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import gpu_check
+from benchmarks.gpu.report import Report
 from benchmarks.gpu.step_profile import Span, summary
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +43,8 @@ def test_parts_run_and_are_reported(tmp_path: Path) -> None:
     assert {row["backend"] for row in found["attention"]} == {"triton", "torch"}
     speeds = [(row["engine"], row["layout"], row["load"]["batch"], row["tokens"]) for row in found["speeds"]]
     assert speeds == [
-        ("transformers", "bf16", 1, 2), ("Sirocco", "bf16", 1, 2), ("Sirocco", "bf16", 2, 4),
+        ("transformers (static cache, not compiled)", "bf16", 1, 2),
+        ("Sirocco", "bf16", 1, 2), ("Sirocco", "bf16", 2, 4),
         ("Sirocco, no graphs", "bf16", 1, 2), ("Sirocco", "Q4_K_M", 1, 2), ("Sirocco", "Q4_K_M", 2, 4),
         ("Sirocco, no graphs", "Q4_K_M", 1, 2),
     ]  # fmt: skip
@@ -52,6 +56,23 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     done = run("--device", "cpu", "--tiny", "--parts", "attention", "--minutes", "0")
     assert done.returncode == 0, done.stderr
     assert "Not done: attention (out of time)." in done.stdout
+
+
+def test_tests_that_did_not_run_are_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest ends with status 5 where it found none."""
+    report = Report({})
+    runner = gpu_check._Runner(report, torch.device("cuda"), 1e6, is_tiny=True)
+    for status, has_failed in ((0, False), (5, True)):
+        done = subprocess.CompletedProcess(
+            [], status, "SKIPPED [2] a.py:1: flashinfer: not here\n1 passed, 2 skipped\n"
+        )
+        monkeypatch.setattr(subprocess, "run", lambda *command, done=done, **options: done)
+        runner._tests()
+        assert runner.has_failed == has_failed
+        assert report.tests == "1 passed, 2 skipped (skipped: flashinfer: not here)"
+    runner = gpu_check._Runner(report, torch.device("cpu"), 1e6, is_tiny=True)
+    runner._tests()
+    assert report.skipped == ["tests (they need a CUDA device)"]
 
 
 def test_an_unknown_part_is_refused() -> None:

@@ -86,7 +86,7 @@ def rope_kv_of(dtype: str, cache: str, rotary_dim: int, architecture: int) -> An
     types |= {"positions": "*i64", "slots": "*i64", "table": "*fp32", "k_scale": "*fp32", "v_scale": "*fp32"}
     constants = {
         "N_HEADS": 32, "N_KV_HEADS": 8, "HEAD_DIM": 128, "HALF": rotary_dim // 2, "PAIRS": max(1, rotary_dim // 2),
-        "WIDTH": 128, "ROWS": 8, "IS_INTERLEAVED": False, "IS_FP8": cache == "u8",
+        "WIDTH": 128, "ROWS": 8, "IS_FP8": cache == "u8",
     }  # fmt: skip
     return compile_kernel(kv_write._rope_kv, types, constants, architecture)
 

@@ -6,7 +6,7 @@ from paged_cases import PagedCase, make_case
 
 from kernels.gpu import attention_plan
 from kernels.gpu.attention_plan import AttentionPlan, choose_tiles
-from kernels.gpu.paged_attention import attend, paged_attention
+from kernels.gpu.paged_attention import attend
 from kernels.reference import attention as reference
 
 Request = tuple[int, int]
@@ -22,10 +22,13 @@ def expected(case: PagedCase, **options: float) -> torch.Tensor:
 
 
 def got(case: PagedCase, **options: float) -> torch.Tensor:
-    return paged_attention(
-        case.q, case.k_cache, case.v_cache, case.block_tables, case.query_start, case.context_lens,
-        k_scale=case.k_scale, v_scale=case.v_scale, max_query_len=case.max_query_len, **options,
+    num_tokens, *heads = case.q.shape
+    block_size, n_kv_heads = case.k_cache.shape[1:3]
+    plan = AttentionPlan(
+        case.block_tables, case.query_start, case.context_lens, num_tokens, case.max_query_len, block_size, heads[0],
+        n_kv_heads, heads[1], case.q.element_size(),
     )  # fmt: skip
+    return attend(plan, case.q, case.k_cache, case.v_cache, k_scale=case.k_scale, v_scale=case.v_scale, **options)
 
 
 def check(case: PagedCase, **options: float) -> None:

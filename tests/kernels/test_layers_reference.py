@@ -9,22 +9,19 @@ from kernels.reference.attention import paged_attention, paged_decode
 from kernels.reference.norm import kv_write, rope, rotary_table
 
 
-@pytest.mark.parametrize("is_interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_pairs_turn_as_complex_numbers_do(dtype: torch.dtype, is_interleaved: bool) -> None:
+def test_pairs_turn_as_complex_numbers_do(dtype: torch.dtype) -> None:
     frequencies, positions = torch.tensor([1.0, 0.1, 0.01]), torch.tensor([0, 3, 50])
     table = rotary_table(torch.arange(60), frequencies)
     q, k = torch.randn(3, 2, 8).to(dtype), torch.randn(3, 1, 8).to(dtype)
     expected = []
     for x in (q, k):
         pairs = x[..., :6].double()
-        a, b = (pairs[..., ::2], pairs[..., 1::2]) if is_interleaved else (pairs[..., :3], pairs[..., 3:])
+        a, b = pairs[..., :3], pairs[..., 3:]
         angles = positions[:, None, None].double() * frequencies.double()
         turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)
-        both = torch.stack([turned.real, turned.imag], -1)
-        flat = both.flatten(-2) if is_interleaved else torch.cat([turned.real, turned.imag], -1)
-        expected.append(torch.cat([flat, x[..., 6:].double()], -1))
-    rope(q, k, positions, table, is_interleaved=is_interleaved)
+        expected.append(torch.cat([turned.real, turned.imag, x[..., 6:].double()], -1))
+    rope(q, k, positions, table)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     for x, right in zip((q, k), expected, strict=True):
         torch.testing.assert_close(x.double(), right, rtol=tolerance, atol=tolerance)

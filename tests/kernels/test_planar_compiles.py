@@ -73,12 +73,11 @@ def compiled_gemv(form: PlanarForm, shape: LaunchShape) -> str:
     return ptx(gemv, arguments, constants, num_warps=shape.warps)
 
 
-def compiled_tile(form: PlanarForm, shape: LaunchShape, *, is_grouped: bool = False) -> str:
+def compiled_tile(form: PlanarForm, shape: LaunchShape) -> str:
     out = torch.float32 if shape.split > 1 else torch.bfloat16
-    groups = dict.fromkeys(("who", "starts", "tile_starts"), torch.int64) | {"num_groups": 8, "pairs_a_row": 2}
-    arguments = planes(form) | sizes(form) | groups | {"x": torch.bfloat16, "out": out}
+    arguments = planes(form) | sizes(form) | {"x": torch.bfloat16, "out": out}
     constants = {"TOKENS": shape.tokens, "ROWS": shape.rows, "VECS": shape.vectors, "SPLIT": shape.split, "FORM": form,
-                 "DTYPE": tl.bfloat16, "DOT_DTYPE": tl.bfloat16, "IS_GROUPED": is_grouped, "GROUP_BITS": 4}  # fmt: skip
+                 "DTYPE": tl.bfloat16, "DOT_DTYPE": tl.bfloat16}  # fmt: skip
     return ptx(tile_matmul, arguments, constants, num_warps=shape.warps, num_stages=shape.stages)
 
 
@@ -100,9 +99,7 @@ def test_a_tile_multiplies_on_tensor_cores_and_copies_ahead() -> None:
     assert ".local" not in assembly
 
 
-def test_groups_and_parts() -> None:
-    shape = chosen(PLANAR["Q4_K"], 32)
-    assert "wgmma" in compiled_tile(PLANAR["Q4_K"], shape, is_grouped=True)
+def test_parts_are_added_without_atomics() -> None:
     arguments = {"parts": torch.float32, "out": torch.bfloat16, "num_elements": ROWS, "row_length": ROWS,
                  "out_stride": ROWS, "part_stride": ROWS}  # fmt: skip
     assert "atom" not in ptx(add_parts, arguments, {"SPLIT": 4, "SIZE": 1024}, num_warps=4)

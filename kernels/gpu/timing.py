@@ -35,4 +35,4 @@ class Timer:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
-        return statistics.median(times)
+        return float(statistics.median(times))
