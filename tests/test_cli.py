@@ -12,7 +12,6 @@ from serve_app.cli_grammar import ALIASES, COMMANDS, GROUPS, KINDS, LATER_KINDS,
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
 
-
 # Options that the help of some kinds leaves out.
 HIDDEN = {"--quantized-filename": ("plain",), "--gqa": ("plain", "gguf")}
 

@@ -5,10 +5,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serve_app.layers.rope_scaling import RopeScaling, inverse_frequencies
-
-__all__ = ["RopeScaling", "Rotary", "inverse_frequencies"]
-
 
 class Rotary:
     """Angles of queries and keys of all layers that share them; the table grows with the longest context seen."""
