@@ -14,14 +14,13 @@ from serve_app.cli_grammar import COMMANDS, GROUPS, Command, Kind, option_names,
 from serve_app.cli_options import (
     ChatLogOptions,
     ChatOptions,
-    DeploymentOptions,
     DoctorOptions,
     EngineOptions,
-    HttpOptions,
     LogOptions,
     ModelOptions,
     QuantizeOptions,
 )
+from serve_app.cli_server_options import DeploymentOptions, HttpOptions
 from serve_app.config import AppConfig, LogLevel, SettingError, build_config
 from serve_app.errors import LaunchError
 
@@ -35,6 +34,7 @@ ABOUT: dict[Command, str] = {
 
 KIND_ABOUT: dict[Kind, str] = {
     "gguf": "The model is a GGUF file: -m names its folder, repository or the file itself, -f the file in it.",
+    "ggml": "The model is a Llama in GGML's container from before GGUF (2023): -m and -f as for gguf.",
     "plain": "The model is a folder or repository with SafeTensors and config.json.",
     "run": "The model's kind is found out from its files.",
 }
@@ -43,8 +43,8 @@ OVERVIEW = """Commands: [bold]serve[/] (when none is given), [bold]chat[/] in th
 `serve deploy`, [bold]doctor[/] for this machine, [bold]quantize[/] for \
 models in fewer bits.
 
-Kinds: [bold]gguf[/], [bold]plain[/] (SafeTensors), [bold]run[/] (found out by itself). `sirocco COMMAND KIND --help` \
-explains each.
+Kinds: [bold]gguf[/], [bold]ggml[/] (before GGUF), [bold]plain[/] (SafeTensors), [bold]run[/] (found out by itself). \
+`sirocco COMMAND KIND --help` explains each.
 
 Without a kind and a model, a tiny storyteller that comes with Sirocco is served."""
 
@@ -109,7 +109,7 @@ def _click_command(command: Command, kind: Kind | None) -> Any:
     """The Typer command for one command and kind; only this one is built, since building them all takes longer."""
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     about = ABOUT[command] if kind is None else f"{ABOUT[command]} {KIND_ABOUT[kind]}"
-    words = "" if command == "doctor" else f" {kind or '[gguf|plain|run]'} [OPTIONS]"
+    words = "" if command == "doctor" else f" {kind or '[gguf|ggml|plain|run]'} [OPTIONS]"
     app.command(
         command,
         cls=_Command,
@@ -142,12 +142,14 @@ def _callback(command: Command, kind: Kind | None) -> Callable[..., Invocation]:
 
 
 def _parameters(group: type, kind: Kind | None) -> Iterator[tuple[str, Any, Any]]:
-    """Name, default and annotation of each option; the kind plain knows no -f and hides it."""
+    """Name, default and annotation of each option; a kind hides those that belong to others."""
     hints = get_type_hints(group, include_extras=True)
     for option in fields(group):
         annotation = hints[option.name]
         if option.name == "files" and kind == "plain":
             annotation = Annotated[list[str] | None, typer.Option("--quantized-filename", "-f", hidden=True)]
+        if option.name == "gqa" and kind in ("gguf", "plain"):
+            annotation = Annotated[int | None, typer.Option("--gqa", "-g", hidden=True)]
         yield option.name, option.default, annotation
 
 
@@ -201,14 +203,19 @@ def _model(kind: Kind | None, options: ModelOptions) -> dict[str, Any]:
         raise LaunchError("The option -f names no file.")
     if kind == "plain" and files:
         raise LaunchError("The option -f belongs to the kind gguf; a plain model is a folder or a hub id (-m).")
+    if options.gqa is not None and kind in ("gguf", "plain"):
+        raise LaunchError(f"The option --gqa belongs to the kind ggml; a {kind} model says its key heads itself.")
     model = options.model
     if model is None and files:
         model, files = _folder_of(files)
-    if model is None and kind in ("gguf", "plain"):
+    if model is None and kind not in (None, "run"):
         raise LaunchError(f"The kind {kind} needs a model: give its hub id, folder or file with -m.")
     if model is None and options.revision:
         raise LaunchError("The option --revision belongs to a model from the hub (-m).")
-    model_kind = {"gguf": "gguf", "plain": "plain"}.get(kind or "run", "gguf" if files else "auto")
+    if kind in (None, "run"):
+        model_kind = "gguf" if files and all(name.endswith(".gguf") for name in files) else "auto"
+    else:
+        model_kind = str(kind)
     return {"model": model, "kind": model_kind, "files": files}
 
 

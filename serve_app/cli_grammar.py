@@ -1,6 +1,6 @@
 """The grammar of the command line: `sirocco [COMMAND] [OPTIONS] [KIND] [OPTIONS]`.
 
-COMMAND is serve (also when left out), chat, config, doctor or quantize; KIND is gguf, plain or run.
+COMMAND is serve (also when left out), chat, config, doctor or quantize; KIND is gguf, ggml, plain or run.
 Options stand before or after the kind, as users of mistralrs-server write them, so that the two words have to be found
 among options and values.
 """
@@ -13,27 +13,26 @@ from typing import Literal, get_args, get_type_hints
 from serve_app.cli_options import (
     ChatLogOptions,
     ChatOptions,
-    DeploymentOptions,
     DoctorOptions,
     EngineOptions,
-    HttpOptions,
     LogOptions,
     ModelOptions,
     QuantizeOptions,
 )
+from serve_app.cli_server_options import DeploymentOptions, HttpOptions
 from serve_app.errors import LaunchError
 
 Command = Literal["serve", "chat", "config", "doctor", "quantize"]
-Kind = Literal["gguf", "plain", "run"]
+Kind = Literal["gguf", "ggml", "plain", "run"]
 
 COMMANDS: tuple[Command, ...] = get_args(Command)
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_SERVED = f"{', '.join(KINDS[:-1])} and {KINDS[-1]}"
 
 # Kinds that the seed's and mistral.rs's users know, and that this version does not serve.
 LATER_KINDS = (
     "diffusion",
     "embedding",
-    "ggml",
     "lora",
     "lora-ggml",
     "lora-gguf",
@@ -102,7 +101,7 @@ def take_apart(argv: Sequence[str]) -> Words:
         elif word in KINDS and kind is None:
             kind = word
         elif word in LATER_KINDS:
-            raise LaunchError(f"The model kind {word} is not part of this version, which serves gguf, plain and run.")
+            raise LaunchError(f"The model kind {word} is not part of this version, which serves {_SERVED}.")
         else:
             raise LaunchError(_unexpected(word, kind))
     if command == "doctor" and kind is not None:

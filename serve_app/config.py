@@ -54,6 +54,8 @@ class ModelConfig(Section):
 
     model: Text | None = None
     kind: ModelKind = "auto"
+    arch: Text | None = None
+    gqa: Positive | None = None
     files: tuple[Text, ...] = ()
     tokenizer: Text | None = None
     revision: Text | None = None
@@ -71,6 +73,8 @@ class ModelConfig(Section):
             raise ValueError("file names (-f) belong to the kind gguf; a plain model is a folder or a hub id (-m)")
         if self.files and self.model is None:
             raise ValueError("file names (-f) need the folder or hub id they are in (-m)")
+        if self.gqa is not None and self.kind not in ("auto", "ggml"):
+            raise ValueError(f"--gqa belongs to the kind ggml; a {self.kind} model says its key heads itself")
         if self.model is None and self.kind != "auto":
             raise ValueError(f"the kind {self.kind} needs a model (-m)")
         return self

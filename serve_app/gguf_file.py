@@ -21,7 +21,9 @@ from kernels.formats import GGML_BY_ID
 from serve_app.errors import ModelFileError
 from serve_app.gguf_strings import read_strings, skip_strings
 
-_MAGIC: Final = b"GGUF"
+MAGIC: Final = b"GGUF"
+OLD_MAGICS: Final = (b"lmgg", b"fmgg", b"tjgg")
+"""First bytes of the containers before GGUF, which ggml_file reads: ggml, ggmf and ggjt as little-endian numbers."""
 _VERSIONS: Final = (2, 3)
 _MAX_DIMS: Final = 4
 _MAX_NAME_BYTES: Final = 65535
@@ -60,7 +62,7 @@ class GgufFile:
     metadata: key → str, int, float, bool, list[str], or a 1-D numpy array for arrays of numbers.
     """
 
-    def __init__(self, shards: Sequence["_Shard"]) -> None:
+    def __init__(self, shards: Sequence["Shard"]) -> None:
         self.paths: tuple[Path, ...] = tuple(s.path for s in shards)
         self.version: int = shards[0].version
         self.metadata: dict[str, Any] = shards[0].metadata
@@ -69,7 +71,7 @@ class GgufFile:
         for shard in shards:
             for name, info in shard.tensors.items():
                 if name in self.tensors:
-                    raise ModelFileError(f"{shard.path}: tensor {_shown(name)} is in another shard too")
+                    raise ModelFileError(f"{shard.path}: tensor {shown(name)} is in another shard too")
                 self.tensors[name] = info
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
@@ -82,7 +84,7 @@ class GgufFile:
     def close(self) -> None:
         """Unmaps the file; where arrays from data() are still alive, the last of them does it."""
         for mapped in self._maps:
-            _close_map(mapped)
+            close_map(mapped)
         self._maps = [None] * len(self._maps)
 
     def __enter__(self) -> "GgufFile":
@@ -104,7 +106,7 @@ def open_gguf(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *
     else:
         paths = [Path(p) for p in path]
     assert paths, "no path given"
-    shards: list[_Shard] = []
+    shards: list[Shard] = []
     try:
         for p in paths:
             shards.append(_read_shard(p, with_texts))
@@ -114,12 +116,14 @@ def open_gguf(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *
         return GgufFile(_in_order(shards))
     except BaseException:
         for shard in shards:
-            _close_map(shard.map)
+            close_map(shard.map)
         raise
 
 
 @dataclass(slots=True)
-class _Shard:
+class Shard:
+    """One file, mapped and its header read."""
+
     path: Path
     map: mmap.mmap
     version: int
@@ -149,7 +153,7 @@ def _siblings(path: Path, count: int) -> Iterator[Path]:
             yield path.with_name(f"{match['stem']}-{no:05}-of-{count:05}.gguf")
 
 
-def _in_order(shards: list[_Shard]) -> list[_Shard]:
+def _in_order(shards: list[Shard]) -> list[Shard]:
     """Shards sorted by their number, complete and of one model; the tensors' shard index is set to the position."""
     count = len(shards)
     for shard in shards:
@@ -176,19 +180,20 @@ def _in_order(shards: list[_Shard]) -> list[_Shard]:
     return shards
 
 
-def _read_shard(path: Path, with_texts: bool) -> _Shard:
-    mapped = _map_file(path)
+def _read_shard(path: Path, with_texts: bool) -> Shard:
+    mapped = map_file(path)
     try:
         reader = _HeaderReader(path, mapped, with_texts)
         version, num_tensors, num_keys = reader.counts()
         metadata = reader.metadata(num_keys)
-        return _Shard(path, mapped, version, metadata, reader.tensors(num_tensors, _alignment(path, metadata)))
+        return Shard(path, mapped, version, metadata, reader.tensors(num_tensors, _alignment(path, metadata)))
     except BaseException:
-        _close_map(mapped)
+        close_map(mapped)
         raise
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
+    """The whole file, read-only; ModelFileError where it is none or has less than a magic number."""
     try:
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -198,8 +203,8 @@ def _map_file(path: Path) -> mmap.mmap:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise ModelFileError(f"{path}: is no regular file")
-        if status.st_size < len(_MAGIC):
-            raise ModelFileError(f"{path}: is no GGUF file, it has {status.st_size} bytes")
+        if status.st_size < len(MAGIC):
+            raise ModelFileError(f"{path}: is no model file, it has {status.st_size} bytes")
         return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be mapped into memory ({error.strerror})") from None
@@ -207,7 +212,8 @@ def _map_file(path: Path) -> mmap.mmap:
         os.close(fd)
 
 
-def _close_map(mapped: mmap.mmap | None) -> None:
+def close_map(mapped: mmap.mmap | None) -> None:
+    """Ends a mapping, now or with the last array over it."""
     if mapped is not None:
         try:
             mapped.close()
@@ -222,7 +228,7 @@ def _alignment(path: Path, metadata: Mapping[str, Any]) -> int:
     return value
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name from the file as it may stand in a message: quoted, on one line, not too long."""
     return repr(name if len(name) <= 80 else name[:80] + "…")
 
@@ -239,8 +245,9 @@ class _HeaderReader:
 
     def counts(self) -> tuple[int, int, int]:
         """version, number of tensors, number of metadata keys."""
-        if self._map[:4] != _MAGIC:
-            raise self._bad("is no GGUF file (wrong magic)")
+        if self._map[:4] != MAGIC:
+            is_older = self._map[:4] in OLD_MAGICS
+            raise self._bad("is a file of the kind ggml" if is_older else "is no GGUF file (wrong magic)")
         self._pos = 4
         version = self._number(_U32, "version")
         if version & 0xFFFF == 0:
@@ -258,8 +265,8 @@ class _HeaderReader:
         for i in range(num_keys):
             key = self._string(f"metadata key {i}", _MAX_NAME_BYTES)
             if key in metadata:
-                raise self._bad(f"key {_shown(key)} occurs twice")
-            what = f"key {_shown(key)}"
+                raise self._bad(f"key {shown(key)} occurs twice")
+            what = f"key {shown(key)}"
             type_id = self._number(_U32, what)
             metadata[key] = self._array(what) if type_id == _ARRAY else self._scalar(type_id, what)
         return {key: value for key, value in metadata.items() if value is not None}
@@ -270,16 +277,16 @@ class _HeaderReader:
         for i in range(num_tensors):
             name = self._string(f"name of tensor {i}", _MAX_NAME_BYTES)
             if name in found:
-                raise self._bad(f"tensor {_shown(name)} occurs twice")
-            found[name] = self._tensor(f"tensor {_shown(name)}", alignment)
+                raise self._bad(f"tensor {shown(name)} occurs twice")
+            found[name] = self._tensor(f"tensor {shown(name)}", alignment)
         data_start = -(-self._pos // alignment) * alignment
         end = data_start
         for name, (_, _, n_bytes, offset) in sorted(found.items(), key=lambda item: item[1][3]):
             if data_start + offset < end:
-                raise self._bad(f"tensor {_shown(name)} overlaps another one")
+                raise self._bad(f"tensor {shown(name)} overlaps another one")
             end = data_start + offset + n_bytes
             if end > self._size:
-                raise self._bad(f"tensor {_shown(name)} ends at byte {end}, the file at {self._size}")
+                raise self._bad(f"tensor {shown(name)} ends at byte {end}, the file at {self._size}")
         return {
             name: GgufTensorInfo(name, shape, type_id, n_bytes, 0, data_start + offset)
             for name, (shape, type_id, n_bytes, offset) in found.items()

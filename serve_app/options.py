@@ -6,7 +6,7 @@ from typing import Any, Literal
 DType = Literal["auto", "f32", "f16", "bf16"]
 KvDType = Literal["auto", "f32", "f16", "bf16", "q8", "f8e4m3"]
 PaCacheType = Literal["auto", "f8e4m3"]
-ModelKind = Literal["auto", "plain", "gguf"]
+ModelKind = Literal["auto", "plain", "gguf", "ggml"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,15 @@ class ModelSource:
 
     model is a hub id, a folder or a file; None is the embedded model. files are the names given with -f (kind gguf),
     already split at ';' but not yet globbed. tokenizer is another hub id, folder or file to take the tokenizer from.
+    arch: the architecture in the place of the files' own, in any of its names (models.registry). gqa: query heads to a
+    KV head, which the old GGML container does not say; None: as its tensors show.
     token_source: 'cache', 'none', 'literal:…', 'env:…' or 'path:…'. isq None: weights are served in the files' types.
     """
 
     model: str | None = None
     kind: ModelKind = "auto"
+    arch: str | None = None
+    gqa: int | None = None
     files: tuple[str, ...] = ()
     tokenizer: str | None = None
     revision: str | None = None

@@ -23,6 +23,10 @@ SMALL: dict[str, Any] = {
 }
 MHA = {"num_key_value_heads": 4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -43,6 +47,9 @@ QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 11, "max_window_lay
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama yarn": ("Llama", {"rope_parameters": YARN}),
     "llama yarn, own magnitude": ("Llama", {"rope_parameters": YARN | {"attention_factor": 0.8, "beta_fast": 8.0}}),
+    "llama": ("Llama", {}),
+    "llama, linear": ("Llama", MHA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral, short window": ("Mistral", {"sliding_window": 9}),
@@ -67,6 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma, biases": ("Gemma", GEMMA | {"attention_bias": True}),
     "gemma2, biases": ("Gemma2", GEMMA | {"attention_bias": True}),
     "gemma2": ("Gemma2", GEMMA | {"sliding_window": 8, "query_pre_attn_scalar": 30}),
+    "gemma2, short window": ("Gemma2", GEMMA | {"sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma2, long window": ("Gemma2", GEMMA | {"sliding_window": 200, "query_pre_attn_scalar": 16}),
     "gemma2, tight caps": ("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma2, no caps": ("Gemma2", GEMMA | MHA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
@@ -93,6 +101,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, every head its own": ("Phi3", MHA | {"sliding_window": 100}),
     "phi3, long": ("Phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32}),
     "phi3, short": ("Phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 512}),
+    "phi3, longer than trained": ("Phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 256}),
     "phi2": ("Phi", PHI2),
     "phi2, most of a head": ("Phi", PHI2 | {"partial_rotary_factor": 0.67}),
     "phi2, grouped": ("Phi", PHI2 | {"num_key_value_heads": 2}),

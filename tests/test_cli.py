@@ -12,6 +12,9 @@ from serve_app.cli_grammar import ALIASES, COMMANDS, GROUPS, KINDS, LATER_KINDS,
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
 
+# Options that the help of some kinds leaves out.
+HIDDEN = {"--quantized-filename": ("plain",), "--gqa": ("plain", "gguf")}
+
 
 def parsed(line: str) -> Invocation:
     invocation = cli.parse(line.split())
@@ -66,6 +69,15 @@ def test_kinds() -> None:
     assert parsed("-m x").config.model.kind == "auto"
     assert parsed("run").config.model.model is None
     assert parsed("-m x -f y.gguf").config.model.kind == "gguf"
+    assert parsed("-m x -f y.bin").config.model.kind == "auto"
+    ggml = parsed("ggml -m x -f y.bin -t tokens -g 8").config.model
+    assert (ggml.kind, ggml.files, ggml.tokenizer, ggml.gqa) == ("ggml", ("y.bin",), "tokens", 8)
+
+
+def test_an_architecture_is_named_for_every_kind() -> None:
+    for line in ("plain -m x -a mistral", "gguf -m x --arch mistral", "-a mistral -m x", "run -m x --arch=mistral"):
+        assert parsed(line).config.model.arch == "mistral"
+        assert parsed(line).config.to_args()["model"]["arch"] == "mistral"
 
 
 def test_file_names() -> None:
@@ -138,6 +150,10 @@ def test_names_that_other_programs_use(alias: str) -> None:
         ("gguf", "needs a model"),
         ("plain", "needs a model"),
         ("plain -m x -f y", "belongs to the kind gguf"),
+        ("ggml", "needs a model"),
+        ("gguf -m x -g 8", "The option --gqa belongs to the kind ggml; a gguf model"),
+        ("plain -m x -g 8", "The option --gqa belongs to the kind ggml; a plain model"),
+        ("ggml -m x -g 0", "--gqa"),
         ("gguf -m x -f ;", "names no file"),
         ("gguf -f a/x.gguf;b/x.gguf", "several folders"),
         ("--revision main", "--revision"),
@@ -186,7 +202,7 @@ def test_help_explains_every_option(
     text = capsys.readouterr().out
     for group in GROUPS[command]:
         for names in option_names(group).values():
-            assert (names[0] in text) == (kind != "plain" or names[0] != "--quantized-filename")
+            assert (names[0] in text) == (kind not in HIDDEN.get(names[0], ()))
     if command in ("serve", "config"):
         assert "[default: 1234]" in text
         assert "─ Limits of a request ─" in text

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.gpu.sizes import Sizes
 from kernels.gpu.planar import PlanarMatrix
 from kernels.gpu.tune import random_matrix
-from serve_app.layers.rotary import RopeScaling
+from serve_app.layers.rope_scaling import RopeScaling
 from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
 from serve_app.models.rope_config import RopeConfig
 from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarWeight

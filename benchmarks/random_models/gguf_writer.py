@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from benchmarks.random_models.shapes import PLAIN_ROPE, Shape, Tensor
 from benchmarks.random_models.values import DType, random_values, rounded, stored
 from benchmarks.random_models.vocabulary import BpeVocabulary
-from serve_app.layers.rotary import inverse_frequencies
+from serve_app.layers.rope_scaling import inverse_frequencies
 from serve_app.loaders.name_map import gguf_name, half_split_order, rotary_heads
 
 _TYPES = {"bf16": gguf.GGMLQuantizationType.BF16, "f16": gguf.GGMLQuantizationType.F16}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from serve_app.layers.rotary import RopeScaling
+from serve_app.layers.rope_scaling import RopeScaling
 
 TensorKind = Literal["matrix", "norm", "embedding"]
 

@@ -115,7 +115,10 @@ def _gpu() -> Iterable[Finding]:
         yield Finding("devices", [], found + reason)
         return
     yield Finding("devices", [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
-    yield Finding("used", False, "this version computes on the CPU")
+    from serve_app.engine.device_choice import choose_device
+
+    device = choose_device("auto")
+    yield Finding("used", device != "cpu", f"--device auto takes {device}")
 
 
 def _kernels() -> Iterable[Finding]:

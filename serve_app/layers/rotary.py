@@ -8,9 +8,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serve_app.layers.angle_sets import AngleSets, OneSet, SetsByLength, TwoSets
-from serve_app.layers.rope_scaling import RopeScaling, inverse_frequencies
-
-__all__ = ["PlacedRotary", "RopeScaling", "Rotary", "inverse_frequencies"]
 
 NUM_PLACES = 16
 """Lengths beyond the original one that a model with dynamic scaling serves at a time; requests of others wait."""

@@ -1,7 +1,7 @@
 """Which files of a folder or repository make up the model: rules over names alone, for local and hub alike."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
@@ -12,6 +12,8 @@ _GGUF_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.g
 
 # Vision projectors and importance matrices are kept beside models and are none.
 _NO_MODEL = ("mmproj", "imatrix")
+
+GGML_SUFFIX = ".bin"
 
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
@@ -27,15 +29,20 @@ _SIDE_FOLDER = "additional_chat_templates/"
 
 
 def detect_kind(names: Iterable[str], files: Sequence[str], kind: ModelKind) -> ModelKind:
-    """ "plain" or "gguf": the kind asked for, else what -f names, else what the files are; "auto" where neither."""
+    """ "plain", "gguf" or "ggml": the kind asked for, else what -f names, else what the files are called; "auto" where
+    that tells nothing."""
     if kind != "auto":
         return kind
     if files:
-        return "plain" if all(name.endswith(".safetensors") for name in files) else "gguf"
+        if all(name.endswith(".safetensors") for name in files):
+            return "plain"
+        return "ggml" if all(name.endswith(GGML_SUFFIX) for name in files) else "gguf"
     names = list(names)
     if any(_is_plain_weight(name) for name in names):
         return "plain"
-    return "gguf" if any(name.endswith(".gguf") for name in names) else "auto"
+    if any(name.endswith(".gguf") for name in names):
+        return "gguf"
+    return "ggml" if any(map(_is_called_ggml, names)) else "auto"
 
 
 def choose_files(names: Sequence[str], files: Sequence[str], kind: ModelKind, where: str) -> list[str]:
@@ -43,7 +50,12 @@ def choose_files(names: Sequence[str], files: Sequence[str], kind: ModelKind, wh
     found = detect_kind(names, files, kind)
     if found == "auto":
         raise ModelFileError(f"{where}: holds neither .safetensors nor .gguf files")
-    weights = choose_gguf(names, files, where) if found == "gguf" else choose_plain(names, where)
+    if found == "plain":
+        weights = choose_plain(names, where)
+    elif found == "gguf":
+        weights = choose_gguf(names, files, where)
+    else:
+        weights = [choose_ggml(names, files, where)]
     return [*weights, *(name for name in names if name in _SIDE_FILES or name.startswith(_SIDE_FOLDER))]
 
 
@@ -76,12 +88,36 @@ def choose_gguf(names: Sequence[str], patterns: Sequence[str], where: str) -> li
     return shards
 
 
+def choose_ggml(
+    names: Sequence[str], patterns: Sequence[str], where: str, is_ggml: Callable[[str], bool] | None = None
+) -> str:
+    """The one file of GGML's old container that the patterns name, or the only one.
+
+    is_ggml: whether a name's file is one; None: its name must say so. ModelFileError where none or several are found.
+    """
+    if patterns:
+        matched = [name for pattern in patterns for name in _matches(names, pattern, where)]
+    else:
+        matched = [name for name in names if (is_ggml or _is_called_ggml)(name)]
+    if not matched:
+        raise ModelFileError(f"{where}: holds no file of GGML's old container; name one with -f")
+    if len(set(matched)) > 1:
+        listed = ", ".join(_short(PurePosixPath(name).name for name in set(matched)))
+        raise ModelFileError(f"{where}: holds several GGML models, choose one with -f: {listed}")
+    return matched[0]
+
+
 def choose_plain(names: Sequence[str], where: str) -> list[str]:
     """The SafeTensors files of the top folder; Hugging Face's own set where another layout lies beside it."""
     weights = sorted(name for name in names if _is_plain_weight(name))
     if not weights:
         raise ModelFileError(f"{where}: holds no .safetensors file")
     return [name for name in weights if name.startswith("model")] or weights
+
+
+def _is_called_ggml(name: str) -> bool:
+    """As they were published: llama-2-7b.ggmlv3.q4_0.bin."""
+    return name.endswith(GGML_SUFFIX) and "ggml" in PurePosixPath(name).name.lower()
 
 
 def _is_plain_weight(name: str) -> bool:

@@ -1,6 +1,6 @@
 """The tensors of a GGUF file by the names of Hugging Face checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,11 @@ from serve_app.loaders.name_map import gguf_name, half_split_order, rotary_heads
 class GgufCheckpoint:
     """A view of an open GGUF file, which must outlive the tensors taken from it."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, metadata: Mapping[str, Any] | None = None) -> None:
+        """metadata: in the place of the file's own, which an option may have changed."""
         self._file = file
-        self._architecture = str(file.metadata.get("general.architecture", ""))
+        self._metadata = file.metadata if metadata is None else metadata
+        self._architecture = str(self._metadata.get("general.architecture", ""))
         self._heads: tuple[int, int] | None = None
 
     @property
@@ -65,7 +67,7 @@ class GgufCheckpoint:
 
     def _head_count(self, key: str, default: int | None) -> int:
         full_key = f"{self._architecture}.attention.{key}"
-        value: Any = self._file.metadata.get(full_key, default)
+        value: Any = self._metadata.get(full_key, default)
         if type(value) is not int or value < 1:
             raise ModelFileError(f"{self.label}: key {full_key!r} is missing or no number of heads")
         return value

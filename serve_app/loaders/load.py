@@ -8,6 +8,7 @@ import torch
 
 from kernels.cpu import weight_memory
 from serve_app.errors import ModelFileError
+from serve_app.ggml_file import open_ggml
 from serve_app.gguf_file import open_gguf
 from serve_app.layers.rope_scaling import RopeScaling
 from serve_app.loaders.checkpoint import Checkpoint
@@ -15,12 +16,13 @@ from serve_app.loaders.fingerprint import fingerprint
 from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.kv_scales import KvScales, read_kv_scales
 from serve_app.loaders.model_files import ModelFiles
+from serve_app.loaders.near_families import near_families, suggestion, unused_tensors
 from serve_app.loaders.number_formats import compute_dtype, kv_dtype
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.base import CausalLM, ModelArgs
 from serve_app.models.decoder_args import DecoderArgs
-from serve_app.models.registry import Family, find_family, gguf_architecture
+from serve_app.models.registry import Family, UnknownArchitecture, find_family, gguf_architecture
 from serve_app.options import DType, KvDType
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,11 @@ def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
     The arguments have the context that is served: with it go the size of rotary tables and, where it stays within the
     original length, the only set of longrope that is needed.
     """
-    family = find_family(_architecture(files), files.config_file)
+    try:
+        family = find_family(_architecture(files), files.config_file)
+    except UnknownArchitecture as error:
+        near = suggestion(near_families(files, open_checkpoint))
+        raise UnknownArchitecture(f"{error}{near}") from None
     if files.gguf_metadata is not None:
         args = family.args.from_gguf(files.gguf_metadata, files.config_file)
     else:
@@ -94,7 +100,8 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
     if files.kind == "plain":
         return SafetensorsCheckpoint(files.weight_files)
     # Never closed: the weights are views of its mapping, which ends with the last of them.
-    return GgufCheckpoint(open_gguf(files.weight_files, with_texts=False))
+    file = open_ggml(files.weight_files[0]) if files.kind == "ggml" else open_gguf(files.weight_files, with_texts=False)
+    return GgufCheckpoint(file, files.gguf_metadata)
 
 
 def _architecture(files: ModelFiles) -> str:
@@ -107,8 +114,7 @@ def _architecture(files: ModelFiles) -> str:
 
 def _report_unused(checkpoint: Checkpoint, source: CheckpointSource) -> None:
     """A tensor that nothing reads may mean that the configuration does not fit the weights: worth a line in the log."""
-    head = checkpoint.stored_name("lm_head.weight")  # a tied head is often stored all the same
-    unused = [name for name in source.unused() if name != head and not name.endswith("rotary_emb.inv_freq")]
+    unused = unused_tensors(checkpoint, source.unused())
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         logger.warning("%s: tensors that the model does not use: %s%s", checkpoint.label, ", ".join(unused[:3]), more)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.errors import ModelFileError
-from serve_app.gguf_file import open_gguf
+from serve_app.ggml_file import open_ggml
+from serve_app.gguf_file import GgufFile, open_gguf
 from serve_app.loaders import generation_config
+from serve_app.loaders.architecture import config_as, metadata_as
+from serve_app.loaders.file_choice import GGML_SUFFIX
 from serve_app.loaders.weight_files import Weights, find_weights, locate_tokenizer, read_json
 from serve_app.options import DType, IsqOptions, ModelSource, SamplingParams
 
@@ -23,12 +26,13 @@ class ModelFiles:
     """A model's files, all local, and its facts.
 
     folder: where the weights lie, perhaps with chat templates beside them; config: of config.json (plain), metadata of
-    a GGUF; exactly one of the two is set. tokenizer_source: what text.tokenizer.open_tokenizer takes. max_seq_len:
-    tokens of prompt and output together. eos_ids: as the model's configuration has them, first the main one.
+    a GGUF, or what GGML's old container says in its terms; exactly one of the two is set, with the architecture that
+    the user has named. tokenizer_source: what text.tokenizer.open_tokenizer takes. max_seq_len: tokens of prompt and
+    output together. eos_ids: as the model's configuration has them, first the main one.
     dtype, jinja_explicit, chat_template, isq: the user's options as given.
     """
 
-    kind: Literal["gguf", "plain"]
+    kind: Literal["gguf", "ggml", "plain"]
     model_name: str
     folder: Path
     weight_files: tuple[Path, ...]
@@ -54,7 +58,7 @@ class ModelFiles:
     @property
     def config_file(self) -> str:
         """Where the arguments of the model come from, for error messages."""
-        return str(self.weight_files[0] if self.kind == "gguf" else self.folder / "config.json")
+        return str(self.folder / "config.json" if self.kind == "plain" else self.weight_files[0])
 
     def sampling_defaults(self) -> SamplingParams:
         """What a request that names nothing gets; see generation_config.sampling_defaults."""
@@ -65,19 +69,20 @@ class ModelFiles:
 def resolve(source: ModelSource) -> ModelFiles:
     """Finds, and where needed downloads, a model's files and reads everything but the weights.
 
-    Raises ModelFileError naming the file and the key at fault, LaunchError where the hub is needed and away.
+    Raises ModelFileError naming the file and the key at fault, LaunchError where the hub is needed and away, or an
+    architecture named by -a is none.
     """
     weights = find_weights(source)
     folder = weights.folder
     config = metadata = None
-    if weights.kind == "gguf":
-        with open_gguf(weights.files[0] if len(weights.files) == 1 else weights.files) as file:
-            metadata = file.metadata
+    if weights.kind != "plain":
+        with _open(weights, source) as file:
+            metadata = metadata_as(file.metadata, source.arch)
             weights = replace(weights, files=file.paths)
         length, end_ids = _gguf_facts(metadata, str(weights.files[0]))
     else:
         file_name = str(folder / "config.json")
-        config = read_json(folder / "config.json")
+        config = config_as(read_json(folder / "config.json"), source.arch)
         length = _context({"max_position_embeddings": _HF_CONTEXT, **config}, "max_position_embeddings", file_name)
         length = _stretched(length, config)
         end_ids = generation_config.token_ids(config.get("eos_token_id"), file_name, "eos_token_id")
@@ -102,12 +107,18 @@ def resolve(source: ModelSource) -> ModelFiles:
     )
 
 
+def _open(weights: Weights, source: ModelSource) -> GgufFile:
+    if weights.kind == "ggml":
+        return open_ggml(weights.files[0], source.gqa)
+    return open_gguf(weights.files[0] if len(weights.files) == 1 else weights.files)
+
+
 def _model_name(source: ModelSource, weights: Weights) -> str:
     """The hub id; else the name of the folder for SafeTensors and of the file, without shard number, for GGUF."""
     if source.model is not None and not Path(source.model).expanduser().exists():
         return source.model
-    if weights.kind == "gguf":
-        return _SHARD_SUFFIX.sub("", weights.files[0].name.removesuffix(".gguf"))
+    if weights.kind != "plain":
+        return _SHARD_SUFFIX.sub("", weights.files[0].name.removesuffix(".gguf").removesuffix(GGML_SUFFIX))
     return weights.folder.resolve().name
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kernels.formats import BY_NAME
 from serve_app.errors import ModelFileError
-from serve_app.layers.rotary import RopeScaling, inverse_frequencies
+from serve_app.layers.rope_scaling import RopeScaling, inverse_frequencies
 from serve_app.loaders.checkpoint import StoredTensor
 from serve_app.loaders.gguf_metadata import args_of_folder, metadata_of_folder
 from serve_app.loaders.gguf_writer import GgufWriter, TensorPlan, encoded, raw_metadata

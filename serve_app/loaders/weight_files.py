@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.errors import ModelFileError
+from serve_app.gguf_file import OLD_MAGICS
 from serve_app.loaders import hub
-from serve_app.loaders.file_choice import TOKENIZER_FILES, choose_files, choose_gguf, choose_plain, detect_kind
+from serve_app.loaders.file_choice import (
+    GGML_SUFFIX,
+    TOKENIZER_FILES,
+    choose_files,
+    choose_ggml,
+    choose_gguf,
+    choose_plain,
+    detect_kind,
+)
 from serve_app.options import ModelSource
 
 EMBEDDED_MODEL = Path(__file__).parent.parent / "assets" / "stories3M-Q8_0.gguf"
@@ -23,7 +32,7 @@ _MAX_JSON_BYTES = 64 << 20
 class Weights:
     """Weight files, shards in order, and the folder where the model's other files are."""
 
-    kind: Literal["gguf", "plain"]
+    kind: Literal["gguf", "ggml", "plain"]
     folder: Path
     files: tuple[Path, ...]
 
@@ -69,10 +78,25 @@ def read_json(path: Path) -> dict[str, Any]:
 def _single_file(path: Path, source: ModelSource) -> Weights:
     if source.files:
         raise ModelFileError(f"{path}: -f names files of a folder or repository, but -m is a file itself")
-    is_plain = path.suffix == ".safetensors"
-    if source.kind != "auto" and is_plain != (source.kind == "plain"):
+    kind = _kind_of(path)
+    if source.kind not in ("auto", kind):
         raise ModelFileError(f"{path}: is no file for the model kind {source.kind}")
-    return Weights("plain" if is_plain else "gguf", path.parent, (path,))
+    return Weights(kind, path.parent, (path,))
+
+
+def _kind_of(path: Path) -> Literal["gguf", "ggml", "plain"]:
+    """What a file is: SafeTensors by its name, GGML's containers by their first bytes."""
+    if path.suffix == ".safetensors":
+        return "plain"
+    return "ggml" if _has_old_magic(path) else "gguf"
+
+
+def _has_old_magic(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in OLD_MAGICS
+    except OSError:
+        return False  # who opens it says what is wrong with it
 
 
 def _on_hub(name: str, source: ModelSource) -> Weights:
@@ -81,19 +105,25 @@ def _on_hub(name: str, source: ModelSource) -> Weights:
     folder = hub.fetch(name, source, lambda names: choose_files(names, source.files, source.kind, name))
     # The cache may hold more than was chosen now, or be all there is (offline): the same rules choose from it.
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    if detect_kind(names, source.files, source.kind) != "gguf":
-        return _in_folder(folder, source)
-    return Weights("gguf", folder, tuple(folder / n for n in choose_gguf(names, source.files, name)))
+    kind = detect_kind(names, source.files, source.kind)
+    if kind == "gguf":
+        return Weights("gguf", folder, tuple(folder / n for n in choose_gguf(names, source.files, name)))
+    if kind == "ggml":
+        return Weights("ggml", folder, (folder / choose_ggml(names, source.files, name),))
+    return _in_folder(folder, source)
 
 
 def _in_folder(folder: Path, source: ModelSource) -> Weights:
     names = [p.name for p in folder.iterdir()]
     kind = detect_kind(names, source.files, source.kind)
+    if kind == "auto" and any(_is_ggml(folder, name) for name in names):
+        kind = "ggml"
     if kind == "auto":
         raise ModelFileError(f"{folder}: holds neither .safetensors nor .gguf files")
-    if kind == "gguf":
-        files = _gguf_files(folder, source.files)
-        return Weights("gguf", files[0].parent, files)
+    if kind in ("gguf", "ggml"):
+        files = _ggml_file(folder, source.files) if kind == "ggml" else _gguf_files(folder, source.files)
+        is_old = kind == "ggml" or (source.kind == "auto" and _has_old_magic(files[0]))
+        return Weights("ggml" if is_old else "gguf", files[0].parent, files)
     if (folder / _INDEX).is_file():
         return Weights("plain", folder, _indexed_files(folder))
     chosen = source.files or choose_plain(names, str(folder))
@@ -101,9 +131,29 @@ def _in_folder(folder: Path, source: ModelSource) -> Weights:
 
 
 def _gguf_files(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
-    """-f may name files anywhere, relative to the folder; a glob's * stands in the file's name only."""
     if not patterns:
         return tuple(folder / n for n in choose_gguf([p.name for p in folder.iterdir()], (), str(folder)))
+    names, wanted = _named(folder, patterns)
+    return tuple(Path(n) for n in choose_gguf(names, wanted, str(folder)))
+
+
+def _ggml_file(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
+    if not patterns:
+        names = [p.name for p in folder.iterdir()]
+        return (folder / choose_ggml(names, (), str(folder), lambda name: _is_ggml(folder, name)),)
+    names, wanted = _named(folder, patterns)
+    return (Path(choose_ggml(names, wanted, str(folder))),)
+
+
+def _is_ggml(folder: Path, name: str) -> bool:
+    return name.endswith(GGML_SUFFIX) and _has_old_magic(folder / name)
+
+
+def _named(folder: Path, patterns: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files beside those that -f names, and its patterns, all with their paths.
+
+    -f may name files anywhere, relative to the folder; a glob's * stands in the file's name only.
+    """
     names: list[str] = []
     wanted = []
     for pattern in patterns:
@@ -111,7 +161,7 @@ def _gguf_files(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
         if path.parent.is_dir():
             names += [str(p) for p in path.parent.iterdir() if p.is_file()]
         wanted.append(str(path) if path.is_file() else f"{glob.escape(str(path.parent))}/{path.name}")
-    return tuple(Path(n) for n in choose_gguf(list(dict.fromkeys(names)), wanted, str(folder)))
+    return list(dict.fromkeys(names)), wanted
 
 
 def _indexed_files(folder: Path) -> tuple[Path, ...]:

@@ -57,7 +57,7 @@ class CheckpointSource:
         num_weights = sum(num_elements(t.shape) for t in checkpoint.stored())
         self._keep_decoded = num_weights * 4 <= SMALL_MODEL_BYTES
         self._has_triton, reason = triton_computes(device)
-        if device.type != "cpu" and not self._has_triton:
+        if device.type not in ("cpu", "meta") and not self._has_triton:
             logger.warning("no Triton kernels, quantised matrices are decoded tile by tile, which is slow: %s", reason)
 
     def has(self, name: str) -> bool:

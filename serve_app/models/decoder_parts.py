@@ -7,8 +7,8 @@ from serve_app.layers.attention import Attention
 from serve_app.layers.embedding import Embedding, OutputHead
 from serve_app.layers.linear import Linear
 from serve_app.layers.mlp import GatedMLP
-from serve_app.layers.rope_scaling import RopeScaling, dynamic_base
-from serve_app.layers.rotary import PlacedRotary, Rotary, inverse_frequencies
+from serve_app.layers.rope_scaling import RopeScaling, dynamic_base, inverse_frequencies
+from serve_app.layers.rotary import PlacedRotary, Rotary
 from serve_app.layers.step import Activation, AngleTable, NormWeights
 from serve_app.models.base import WeightSource
 from serve_app.models.decoder_args import DecoderArgs
@@ -77,6 +77,12 @@ def attention_shape(args: DecoderArgs, layer: int, scale: float | None = None, s
     """scale: of the scores, None = one over the root of the head's size."""
     scale = args.head_dim**-0.5 if scale is None else scale
     return AttentionShape(layer, args.n_heads, args.n_kv_heads, args.head_dim, scale, softcap, args.window(layer))
+
+
+def head_norms(args: DecoderArgs, weights: LayerWeights, offset: float = 0.0) -> tuple[NormWeights, NormWeights]:
+    """`self_attn.{q,k}_norm`, over each head of queries and keys. offset: what is added to norm weights."""
+    of_head = (args.head_dim, args.norm_eps, offset)
+    return weights.rms_weights("self_attn.q_norm", *of_head), weights.rms_weights("self_attn.k_norm", *of_head)
 
 
 def attention(

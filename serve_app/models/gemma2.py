@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.layers.decoder import Decoder, SandwichBlock
+from serve_app.layers.decoder import Block, Decoder
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gemma_parts import sandwich, score_divisor
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 from serve_app.models.window_config import windows_from_gguf, windows_from_hf
 
-# GGUF has no key for the scale of the scores: the 27B model, known by its layers, has one of its own.
 _LAYERS_OF_27B = 46
 
 
@@ -48,12 +48,11 @@ class Gemma2Args(DecoderArgs):
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
         common = common_from_gguf(reader, "gemma2")
-        is_27b = common["n_layers"] == _LAYERS_OF_27B
         args = cls(
             **common,
             rope=rope_from_gguf(reader, "gemma2"),
             windows=windows_from_gguf(reader, "gemma2", common["n_layers"], _is_sliding, default=4096),
-            query_pre_attn_scalar=common["hidden_size"] / common["n_heads"] if is_27b else common["head_dim"],
+            query_pre_attn_scalar=score_divisor(common, _LAYERS_OF_27B),
             attn_logit_softcapping=reader.number_or_none("gemma2.attn_logit_softcapping"),
             final_logit_softcapping=reader.number_or_none("gemma2.final_logit_softcapping"),
         )
@@ -71,24 +70,15 @@ class Gemma2ForCausalLM(Decoder):
     def __init__(self, args: Gemma2Args, weights: WeightSource) -> None:
         """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
         self.args = args
-        like = (args.hidden_size, args.norm_eps, args.norm_offset)
-        norm = LayerWeights(weights).rms_norm("model.norm", *like)
+        norm = LayerWeights(weights).rms_norm("model.norm", args.hidden_size, args.norm_eps, args.norm_offset)
         rotary = parts.rotary(args, weights, norm.device)
         embedding = parts.embedding(args, weights, args.hidden_size**0.5)
         scale = args.query_pre_attn_scalar**-0.5
-        blocks = []
+        blocks: list[Block] = []
         for layer in range(args.n_layers):
             of_layer = LayerWeights(weights, f"model.layers.{layer}.")
             shape = parts.attention_shape(args, layer, scale, args.attn_logit_softcapping)
-            blocks.append(
-                SandwichBlock(
-                    of_layer.rms_norm("input_layernorm", *like),
-                    parts.attention(args, of_layer, rotary, shape),
-                    of_layer.rms_norm("post_attention_layernorm", *like),
-                    of_layer.rms_norm("pre_feedforward_layernorm", *like),
-                    parts.gated_mlp(args, of_layer, "gelu_tanh"),
-                    of_layer.rms_norm("post_feedforward_layernorm", *like),
-                )
-            )
+            attention = parts.attention(args, of_layer, rotary, shape)
+            blocks.append(sandwich(args, of_layer, attention, args.norm_offset))
         head = parts.head(args, weights, embedding)
         super().__init__(embedding, blocks, norm, head, args.final_logit_softcapping)

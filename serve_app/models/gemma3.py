@@ -4,17 +4,17 @@ with a rotary base for each of the two kinds."""
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.layers.decoder import Decoder, SandwichBlock
+from serve_app.layers.decoder import Block, Decoder
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gemma_parts import sandwich, score_divisor
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import RopeConfig, rope_from_gguf, scaling_from_hf, unscaled
 from serve_app.models.window_config import windows_from_gguf, windows_from_hf
 
 _PATTERN = 6
-# GGUF has no key for the scale of the scores: the 27B model, known by its layers, has one of its own.
 _LAYERS_OF_27B = 62
 
 
@@ -59,7 +59,6 @@ class Gemma3Args(DecoderArgs):
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
         common = common_from_gguf(reader, "gemma3")
-        is_27b = common["n_layers"] == _LAYERS_OF_27B
         pattern = reader.count("gemma3.attention.sliding_window_pattern", _PATTERN)
         rope = rope_from_gguf(reader, "gemma3")
         args = cls(
@@ -67,7 +66,7 @@ class Gemma3Args(DecoderArgs):
             rope=rope,
             local_rope=unscaled(rope, reader.number("gemma3.rope.freq_base_swa", 10000.0)),
             windows=windows_from_gguf(reader, "gemma3", common["n_layers"], lambda layer: (layer + 1) % pattern != 0),
-            query_pre_attn_scalar=common["hidden_size"] // common["n_heads"] if is_27b else common["head_dim"],
+            query_pre_attn_scalar=score_divisor(common, _LAYERS_OF_27B),
             final_logit_softcapping=reader.number_or_none("gemma3.final_logit_softcapping"),
         )
         check_rotary(args, reader, "gemma3.attention.key_length")
@@ -95,14 +94,12 @@ class Gemma3ForCausalLM(Decoder):
     def __init__(self, args: Gemma3Args, weights: WeightSource) -> None:
         """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
         self.args = args
-        like = (args.hidden_size, args.norm_eps, args.norm_offset)
-        of_head = (args.head_dim, args.norm_eps, args.norm_offset)
-        norm = LayerWeights(weights).rms_norm("model.norm", *like)
+        norm = LayerWeights(weights).rms_norm("model.norm", args.hidden_size, args.norm_eps, args.norm_offset)
         rotary = parts.rotary(args, weights, norm.device)
         local_rotary = parts.rotary(args, weights, norm.device, args.local_rope)
         embedding = parts.embedding(args, weights, args.hidden_size**0.5)
         scale = args.query_pre_attn_scalar**-0.5
-        blocks = []
+        blocks: list[Block] = []
         for layer in range(args.n_layers):
             of_layer = LayerWeights(weights, f"model.layers.{layer}.")
             attention = parts.attention(
@@ -110,20 +107,8 @@ class Gemma3ForCausalLM(Decoder):
                 of_layer,
                 local_rotary if args.window(layer) else rotary,
                 parts.attention_shape(args, layer, scale, args.attn_logit_softcapping),
-                head_norms=(
-                    of_layer.rms_weights("self_attn.q_norm", *of_head),
-                    of_layer.rms_weights("self_attn.k_norm", *of_head),
-                ),
+                head_norms=parts.head_norms(args, of_layer, args.norm_offset),
             )
-            blocks.append(
-                SandwichBlock(
-                    of_layer.rms_norm("input_layernorm", *like),
-                    attention,
-                    of_layer.rms_norm("post_attention_layernorm", *like),
-                    of_layer.rms_norm("pre_feedforward_layernorm", *like),
-                    parts.gated_mlp(args, of_layer, "gelu_tanh"),
-                    of_layer.rms_norm("post_feedforward_layernorm", *like),
-                )
-            )
+            blocks.append(sandwich(args, of_layer, attention, args.norm_offset))
         head = parts.head(args, weights, embedding)
         super().__init__(embedding, blocks, norm, head, args.final_logit_softcapping)

@@ -15,12 +15,14 @@ from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraniteArgs(DecoderArgs):
-    """The multipliers by their names in config.json; logits are divided by logits_scaling."""
+    """The multipliers by their names in config.json; logits are divided by logits_scaling. Biases: see LlamaArgs."""
 
     embedding_multiplier: float
     attention_multiplier: float
     residual_multiplier: float
     logits_scaling: float
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "GraniteArgs":
@@ -35,6 +37,8 @@ class GraniteArgs(DecoderArgs):
             attention_multiplier=reader.number("attention_multiplier", 1.0),
             residual_multiplier=reader.number("residual_multiplier", 1.0),
             logits_scaling=reader.number("logits_scaling", 1.0),
+            attention_bias=reader.flag("attention_bias", False),
+            mlp_bias=reader.flag("mlp_bias", False),
         )
         check_rotary(args, reader, "head_dim")
         return args
@@ -71,9 +75,13 @@ class GraniteForCausalLM(Decoder):
             blocks.append(
                 PreNormBlock(
                     of_layer.rms_norm("input_layernorm", args.hidden_size, args.norm_eps),
-                    self._scaled(parts.attention(args, of_layer, rotary, shape)),
+                    self._scaled(
+                        parts.attention(
+                            args, of_layer, rotary, shape, qkv_bias=args.attention_bias, out_bias=args.attention_bias
+                        )
+                    ),
                     of_layer.rms_norm("post_attention_layernorm", args.hidden_size, args.norm_eps),
-                    self._scaled(parts.gated_mlp(args, of_layer)),
+                    self._scaled(parts.gated_mlp(args, of_layer, has_bias=args.mlp_bias)),
                 )
             )
         super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))

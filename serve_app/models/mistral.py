@@ -3,19 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.layers.decoder import Decoder, PreNormBlock
-from serve_app.models import decoder_parts as parts
-from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
-from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
-from serve_app.models.layer_weights import LayerWeights
-from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
+from serve_app.models.decoder_args import check_rotary, common_from_hf
+from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
+from serve_app.models.rope_config import rope_from_hf
 from serve_app.models.window_config import every_layer, windows_from_hf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MistralArgs(DecoderArgs):
-    """See DecoderArgs."""
+class MistralArgs(LlamaArgs):
+    """See LlamaArgs."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "MistralArgs":
@@ -23,38 +20,16 @@ class MistralArgs(DecoderArgs):
         reader = ConfigReader(config, file)
         reader.choice("hidden_act", "silu", ("silu",))
         common = common_from_hf(reader)
-        windows = windows_from_hf(reader, common["n_layers"], every_layer)
-        args = cls(**common, rope=rope_from_hf(reader, common["head_dim"]), windows=windows)
+        args = cls(
+            **common,
+            rope=rope_from_hf(reader, common["head_dim"]),
+            windows=windows_from_hf(reader, common["n_layers"], every_layer),
+            attention_bias=False,
+            mlp_bias=False,
+        )
         check_rotary(args, reader, "head_dim")
         return args
 
-    @classmethod
-    def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "MistralArgs":
-        """See ModelArgs: the keys are those of a llama, which have no window."""
-        reader = ConfigReader(metadata, file)
-        args = cls(**common_from_gguf(reader, "llama"), rope=rope_from_gguf(reader, "llama"))
-        check_rotary(args, reader, "llama.attention.key_length")
-        return args
 
-
-class MistralForCausalLM(Decoder):
+class MistralForCausalLM(LlamaForCausalLM):
     """See CausalLM."""
-
-    def __init__(self, args: MistralArgs, weights: WeightSource) -> None:
-        """Takes every tensor it needs from weights; ModelFileError where one is missing or misshapen."""
-        self.args = args
-        norm = LayerWeights(weights).rms_norm("model.norm", args.hidden_size, args.norm_eps)
-        rotary = parts.rotary(args, weights, norm.device)
-        embedding = parts.embedding(args, weights)
-        blocks = []
-        for layer in range(args.n_layers):
-            of_layer = LayerWeights(weights, f"model.layers.{layer}.")
-            blocks.append(
-                PreNormBlock(
-                    of_layer.rms_norm("input_layernorm", args.hidden_size, args.norm_eps),
-                    parts.attention(args, of_layer, rotary, parts.attention_shape(args, layer)),
-                    of_layer.rms_norm("post_attention_layernorm", args.hidden_size, args.norm_eps),
-                    parts.gated_mlp(args, of_layer),
-                )
-            )
-        super().__init__(embedding, blocks, norm, parts.head(args, weights, embedding))

@@ -54,13 +54,9 @@ class Qwen3ForCausalLM(Decoder):
         blocks = []
         for layer in range(args.n_layers):
             of_layer = LayerWeights(weights, f"model.layers.{layer}.")
-            head_norms = (
-                of_layer.rms_weights("self_attn.q_norm", args.head_dim, args.norm_eps),
-                of_layer.rms_weights("self_attn.k_norm", args.head_dim, args.norm_eps),
-            )
             attention = parts.attention(
                 args, of_layer, rotary, parts.attention_shape(args, layer),
-                qkv_bias=args.attention_bias, out_bias=args.attention_bias, head_norms=head_norms,
+                qkv_bias=args.attention_bias, out_bias=args.attention_bias, head_norms=parts.head_norms(args, of_layer),
             )  # fmt: skip
             blocks.append(
                 PreNormBlock(

@@ -86,11 +86,11 @@ class Qwen3MoeForCausalLM(Decoder):
 def _block(args: Qwen3MoeArgs, weights: WeightSource, layer: int, rotary: AngleTable) -> PreNormBlock:
     own = LayerWeights(weights, f"model.layers.{layer}.")
     bias, eps = args.attention_bias, args.norm_eps
-    query_norm, key_norm = (own.rms_weights(f"self_attn.{x}_norm", args.head_dim, eps) for x in "qk")
+    norms = parts.head_norms(args, own)
     shape = parts.attention_shape(args, layer)
     return PreNormBlock(
         own.rms_norm("input_layernorm", args.hidden_size, eps),
-        parts.attention(args, own, rotary, shape, qkv_bias=bias, out_bias=bias, head_norms=(query_norm, key_norm)),
+        parts.attention(args, own, rotary, shape, qkv_bias=bias, out_bias=bias, head_norms=norms),
         own.rms_norm("post_attention_layernorm", args.hidden_size, eps),
         _mlp(args, weights, layer),
     )

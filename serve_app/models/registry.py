@@ -1,55 +1,67 @@
-"""Architecture name → family: the one list of what is supported. Families are imported when they are asked for."""
+"""Architecture name → family: the one list of what is supported.
+
+Families are imported when they are asked for; no torch before that, so that names can be looked up in any process.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from serve_app.errors import ModelFileError
-from serve_app.models.base import CausalLM, ModelArgs, WeightSource
+from serve_app.errors import LaunchError, ModelFileError
 
-# Names are those of config.json's `architectures` and of GGUF's `general.architecture`.
-_FAMILIES = {
-    "LlamaForCausalLM": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
-    "llama": ("serve_app.models.llama", "LlamaArgs", "LlamaForCausalLM"),
-    "MistralForCausalLM": ("serve_app.models.mistral", "MistralArgs", "MistralForCausalLM"),
-    "Qwen2ForCausalLM": ("serve_app.models.qwen2", "Qwen2Args", "Qwen2ForCausalLM"),
-    "qwen2": ("serve_app.models.qwen2", "Qwen2Args", "Qwen2ForCausalLM"),
-    "Qwen3ForCausalLM": ("serve_app.models.qwen3", "Qwen3Args", "Qwen3ForCausalLM"),
-    "qwen3": ("serve_app.models.qwen3", "Qwen3Args", "Qwen3ForCausalLM"),
-    "GemmaForCausalLM": ("serve_app.models.gemma", "GemmaArgs", "GemmaForCausalLM"),
-    "gemma": ("serve_app.models.gemma", "GemmaArgs", "GemmaForCausalLM"),
-    "Gemma2ForCausalLM": ("serve_app.models.gemma2", "Gemma2Args", "Gemma2ForCausalLM"),
-    "gemma2": ("serve_app.models.gemma2", "Gemma2Args", "Gemma2ForCausalLM"),
-    "Gemma3ForCausalLM": ("serve_app.models.gemma3", "Gemma3Args", "Gemma3ForCausalLM"),
-    "gemma3": ("serve_app.models.gemma3", "Gemma3Args", "Gemma3ForCausalLM"),
-    "Phi3ForCausalLM": ("serve_app.models.phi3", "Phi3Args", "Phi3ForCausalLM"),
-    "phi3": ("serve_app.models.phi3", "Phi3Args", "Phi3ForCausalLM"),
-    "PhiForCausalLM": ("serve_app.models.phi2", "Phi2Args", "PhiForCausalLM"),
-    "phi2": ("serve_app.models.phi2", "Phi2Args", "PhiForCausalLM"),
-    "Starcoder2ForCausalLM": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
-    "starcoder2": ("serve_app.models.starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM"),
-    "MixtralForCausalLM": ("serve_app.models.mixtral", "MixtralArgs", "MixtralForCausalLM"),
-    "Qwen2MoeForCausalLM": ("serve_app.models.qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM"),
-    "qwen2moe": ("serve_app.models.qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM"),
-    "Qwen3MoeForCausalLM": ("serve_app.models.qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM"),
-    "qwen3moe": ("serve_app.models.qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM"),
-    "PhimoeForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
-    "PhiMoEForCausalLM": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
-    "phimoe": ("serve_app.models.phimoe", "PhimoeArgs", "PhimoeForCausalLM"),
-    "GraniteForCausalLM": ("serve_app.models.granite", "GraniteArgs", "GraniteForCausalLM"),
-    "granite": ("serve_app.models.granite", "GraniteArgs", "GraniteForCausalLM"),
+if TYPE_CHECKING:
+    from serve_app.models.base import CausalLM, ModelArgs, WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A family's file in serve_app.models, its two classes, and its names in config.json (`architectures`) and GGUF
+    (`general.architecture`)."""
+
+    module: str
+    args: str
+    model: str
+    config_names: tuple[str, ...]
+    gguf_name: str
+
+
+# By the name that -a takes: mistral.rs's, and one in its way where it has none.
+_FAMILIES: Final[dict[str, _Entry]] = {
+    "llama": _Entry("llama", "LlamaArgs", "LlamaForCausalLM", ("LlamaForCausalLM",), "llama"),
+    "mistral": _Entry("mistral", "MistralArgs", "MistralForCausalLM", ("MistralForCausalLM",), "llama"),
+    "qwen2": _Entry("qwen2", "Qwen2Args", "Qwen2ForCausalLM", ("Qwen2ForCausalLM",), "qwen2"),
+    "qwen3": _Entry("qwen3", "Qwen3Args", "Qwen3ForCausalLM", ("Qwen3ForCausalLM",), "qwen3"),
+    "gemma": _Entry("gemma", "GemmaArgs", "GemmaForCausalLM", ("GemmaForCausalLM",), "gemma"),
+    "gemma2": _Entry("gemma2", "Gemma2Args", "Gemma2ForCausalLM", ("Gemma2ForCausalLM",), "gemma2"),
+    "gemma3": _Entry("gemma3", "Gemma3Args", "Gemma3ForCausalLM", ("Gemma3ForCausalLM",), "gemma3"),
+    "phi3": _Entry("phi3", "Phi3Args", "Phi3ForCausalLM", ("Phi3ForCausalLM",), "phi3"),
+    "phi2": _Entry("phi2", "Phi2Args", "PhiForCausalLM", ("PhiForCausalLM",), "phi2"),
+    "starcoder2": _Entry(
+        "starcoder2", "Starcoder2Args", "Starcoder2ForCausalLM", ("Starcoder2ForCausalLM",), "starcoder2"
+    ),
+    "mixtral": _Entry("mixtral", "MixtralArgs", "MixtralForCausalLM", ("MixtralForCausalLM",), "llama"),
+    "qwen2moe": _Entry("qwen2_moe", "Qwen2MoeArgs", "Qwen2MoeForCausalLM", ("Qwen2MoeForCausalLM",), "qwen2moe"),
+    "qwen3moe": _Entry("qwen3_moe", "Qwen3MoeArgs", "Qwen3MoeForCausalLM", ("Qwen3MoeForCausalLM",), "qwen3moe"),
+    "phi3.5moe": _Entry(
+        "phimoe", "PhimoeArgs", "PhimoeForCausalLM", ("PhimoeForCausalLM", "PhiMoEForCausalLM"), "phimoe"
+    ),
+    "granite": _Entry("granite", "GraniteArgs", "GraniteForCausalLM", ("GraniteForCausalLM",), "granite"),
 }
+
+
+class UnknownArchitecture(ModelFileError):
+    """No family has this name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """A family's two classes: args.from_hf or args.from_gguf, then build(args, weights)."""
 
-    args: type[ModelArgs]
+    args: "type[ModelArgs]"
     model: Any
 
-    def build(self, args: ModelArgs, weights: WeightSource) -> CausalLM:
+    def build(self, args: "ModelArgs", weights: "WeightSource") -> "CausalLM":
         """The model; ModelFileError where the weights do not fit the args."""
         model: CausalLM = self.model(args, weights)
         return model
@@ -63,7 +75,8 @@ def gguf_architecture(metadata: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class FamilyNames:
-    """A family's file, its names in config.json (`…ForCausalLM`) and GGUF, and the first lines of its description."""
+    """A family's name for -a, its names in config.json (`…ForCausalLM`) and GGUF, and the first lines of its
+    description."""
 
     name: str
     architectures: tuple[str, ...]
@@ -72,21 +85,59 @@ class FamilyNames:
 
 def families() -> list[FamilyNames]:
     """All that is supported, in the order of the list."""
-    names: dict[str, list[str]] = {}
-    for architecture, (module_name, _, _) in _FAMILIES.items():
-        names.setdefault(module_name, []).append(architecture)
     found = []
-    for module_name, architectures in names.items():
-        about = (import_module(module_name).__doc__ or "").split("\n\n")[0]
-        found.append(FamilyNames(module_name.rpartition(".")[2], tuple(architectures), " ".join(about.split())))
+    for name, entry in _FAMILIES.items():
+        about = (_module(entry).__doc__ or "").split("\n\n")[0]
+        stored = () if _by_gguf_name(entry.gguf_name) != name else (entry.gguf_name,)
+        found.append(FamilyNames(name, (*entry.config_names, *stored), " ".join(about.split())))
     return found
 
 
+def family_names() -> tuple[str, ...]:
+    """The names that -a takes, in the order of the list."""
+    return tuple(_FAMILIES)
+
+
+def stored_name(name: str, *, is_gguf: bool) -> str:
+    """What files of a format call the architecture that -a names, in its short form, config.json's or GGUF's.
+
+    LaunchError, which lists what is supported, for an unknown one.
+    """
+    short = _short_name(name)
+    if short is None:
+        raise LaunchError(f"The option --arch names {name!r}, which is not supported; supported are {_supported()}")
+    return _FAMILIES[short].gguf_name if is_gguf else _FAMILIES[short].config_names[0]
+
+
 def find_family(architecture: str | None, file: str) -> Family:
-    """The family of an architecture name found in the named file; ModelFileError lists what is supported."""
-    if architecture not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
-        raise ModelFileError(f"{file}: architecture {architecture!r} is not supported; supported are {known}")
-    module_name, args_name, model_name = _FAMILIES[architecture]
-    module = import_module(module_name)
-    return Family(getattr(module, args_name), getattr(module, model_name))
+    """The family of an architecture name found in the named file; UnknownArchitecture lists what is supported."""
+    short = None if architecture is None else _short_name(architecture)
+    if short is None:
+        raise UnknownArchitecture(
+            f"{file}: architecture {architecture!r} is not supported; supported are {_supported()}"
+        )
+    entry = _FAMILIES[short]
+    module = _module(entry)
+    return Family(getattr(module, entry.args), getattr(module, entry.model))
+
+
+def _short_name(name: str) -> str | None:
+    if name in _FAMILIES:
+        return name
+    for short, entry in _FAMILIES.items():
+        if name in entry.config_names:
+            return short
+    return _by_gguf_name(name)
+
+
+def _by_gguf_name(name: str) -> str | None:
+    """The first of the list: Mistral and Mixtral are llamas in GGUF."""
+    return next((short for short, entry in _FAMILIES.items() if entry.gguf_name == name), None)
+
+
+def _module(entry: _Entry) -> Any:
+    return import_module(f"serve_app.models.{entry.module}")
+
+
+def _supported() -> str:
+    return ", ".join(f"{short} ({entry.config_names[0]})" for short, entry in _FAMILIES.items())

@@ -49,7 +49,7 @@ def vocabulary_from_folder(folder: Path) -> Vocabulary:
         return vocabulary_from_json(folder / "tokenizer.json")
     if (folder / "tokenizer.model").exists():
         return vocabulary_from_sentencepiece(folder / "tokenizer.model")
-    raise ModelFileError(f"{folder}: has neither tokenizer.json nor tokenizer.model")
+    raise ModelFileError(f"{folder}: has neither tokenizer.json nor tokenizer.model; name one with --tokenizer")
 
 
 def vocabulary_from_json(path: Path) -> Vocabulary:

@@ -4,8 +4,8 @@ import pytest
 
 from serve_app.cli_grammar import COMMANDS, GROUPS, KINDS, LATER_KINDS, Command, option_names
 
-MODEL = """--chat-template -c --dtype --hf-cache-path --jinja-explicit -j --max-seq-len --model-id -m --offline
---quantized-filename -f --revision --token-source --tokenizer -t"""
+MODEL = """--arch -a --chat-template -c --dtype --gqa -g --hf-cache-path --jinja-explicit -j --max-seq-len --model-id -m
+--offline --quantized-filename -f --revision --token-source --tokenizer -t"""
 ENGINE = """--attention-backend --cpu-exact --device --kv-cache-dtype --max-batched-tokens --max-seqs --max-waiting
 --no-cuda-graphs --no-overlap --no-paged-attn --pa-blk-size --pa-cache-type
 --pa-ctxt-len --pa-gpu-mem --pa-gpu-mem-usage --prefill-chunk-tokens --prefix-cache-n --queue-timeout --seed -s
@@ -37,5 +37,5 @@ def test_options_of_each_command(command: Command) -> None:
 
 def test_commands_and_kinds() -> None:
     assert COMMANDS == ("serve", "chat", "config", "doctor", "quantize")
-    assert KINDS == ("gguf", "plain", "run")
+    assert KINDS == ("gguf", "ggml", "plain", "run")
     assert not set(COMMANDS) & {*KINDS, *LATER_KINDS}

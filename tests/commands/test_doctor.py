@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels.dispatch import NativeModule
 from serve_app import cpu_info
@@ -40,6 +41,15 @@ def test_which_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     without = {finding.name: finding for finding in doctor.examine()["kernels"]}
     assert (without["native_kernels"].value, without["native_kernels"].note) == (False, "it is not built")
     assert without["matrices"].value == "torch"
+
+
+def test_a_gpu_that_torch_sees_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    found = {finding.name: finding for finding in doctor.examine()["gpu"]}
+    assert found["devices"].value == ["GPU 0"]
+    assert (found["used"].value, found["used"].note) == (True, "--device auto takes cuda")
 
 
 def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from serve_app.layers.rotary import RopeScaling, inverse_frequencies
+from serve_app.layers.rope_scaling import RopeScaling, inverse_frequencies
 
 LLAMA31 = {
     "rope_type": "llama3",

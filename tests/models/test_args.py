@@ -8,7 +8,7 @@ import pytest
 from tiny_llama import DictSource, hf_llama, our_llama
 
 from serve_app.errors import ModelFileError
-from serve_app.layers.rotary import RopeScaling
+from serve_app.layers.rope_scaling import RopeScaling
 from serve_app.models.base import ModelArgs
 from serve_app.models.llama import LlamaArgs, LlamaForCausalLM
 from serve_app.models.registry import find_family
