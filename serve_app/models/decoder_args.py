@@ -1,9 +1,10 @@
 """The facts that every decoder's configuration holds, and how both formats name them."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.models.config_reader import ConfigReader
+from serve_app.models.gguf_form import COMMON_KEYS, GgufForm
 from serve_app.models.rope_config import RopeConfig
 
 
@@ -12,8 +13,10 @@ class DecoderArgs:
     """What families' args have in common.
 
     norm_eps: of all norms. tie_word_embeddings: None = as the file's tensors show (GGUF has no key for it). windows:
-    for each layer the keys that a query sees, itself included, 0 = all; empty = all in every layer.
+    for each layer the keys that a query sees, itself included, 0 = all; empty = all in every layer. GGUF: see GgufForm.
     """
+
+    GGUF: ClassVar[GgufForm]
 
     n_layers: int
     n_heads: int
@@ -37,6 +40,11 @@ class DecoderArgs:
     def qkv_sizes(self) -> list[int]:
         """Rows of queries, keys and values."""
         return [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+
+    @property
+    def sliding_window(self) -> int:
+        """The window of the layers that have one, 0 = none has."""
+        return max(self.windows, default=0)
 
     def window(self, layer: int) -> int:
         """Keys that a query of the layer sees, 0 = all."""
@@ -65,23 +73,19 @@ def common_from_hf(
     return fields
 
 
-def common_from_gguf(reader: ConfigReader, prefix: str, *, eps_key: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
-    """DecoderArgs' fields of a GGUF whose keys begin with the prefix, without rope and windows."""
+def common_from_gguf(reader: ConfigReader, form: GgufForm) -> dict[str, Any]:
+    """DecoderArgs' fields of a GGUF, without rope and windows."""
     tokens = reader.get("tokenizer.ggml.tokens")
-    n_heads = reader.count(f"{prefix}.attention.head_count")
-    hidden_size = reader.count(f"{prefix}.embedding_length")
-    fields = {
-        "n_layers": reader.count(f"{prefix}.block_count"),
-        "n_heads": n_heads,
-        "n_kv_heads": reader.count(f"{prefix}.attention.head_count_kv", n_heads),
-        "head_dim": reader.count(f"{prefix}.attention.key_length", max(1, hidden_size // n_heads)),
-        "hidden_size": hidden_size,
-        "intermediate_size": reader.count(f"{prefix}.feed_forward_length"),
-        "vocab_size": reader.count(f"{prefix}.vocab_size", None if tokens is None else len(tokens)),
-        "max_position_embeddings": reader.count(f"{prefix}.context_length"),
-        "norm_eps": reader.number(f"{prefix}.attention.{eps_key}"),
-    }
-    _check_groups(fields, reader, f"{prefix}.attention.head_count_kv")
+    defaults = {"vocab_size": None if tokens is None else len(tokens)}
+    fields: dict[str, Any] = {}
+    for name in COMMON_KEYS:
+        if name == "n_kv_heads":
+            defaults[name] = fields["n_heads"]
+        elif name == "head_dim":
+            defaults[name] = max(1, reader.count(form.key("hidden_size")) // fields["n_heads"])
+        fields[name] = reader.count(form.key(name), defaults.get(name))
+    fields["norm_eps"] = reader.number(form.key("norm_eps"))
+    _check_groups(fields, reader, form.key("n_kv_heads"))
     return fields
 
 

@@ -1,13 +1,14 @@
 """Mistral from SafeTensors: a Llama with a sliding window where the configuration has one. GGUF calls it a llama."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 from serve_app.models.window_config import every_layer, windows_from_hf
@@ -16,6 +17,8 @@ from serve_app.models.window_config import every_layer, windows_from_hf
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MistralArgs(DecoderArgs):
     """See DecoderArgs."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm("llama", has_paired_rotary=True)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "MistralArgs":
@@ -32,8 +35,8 @@ class MistralArgs(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "MistralArgs":
         """See ModelArgs: the keys are those of a llama, which have no window."""
         reader = ConfigReader(metadata, file)
-        args = cls(**common_from_gguf(reader, "llama"), rope=rope_from_gguf(reader, "llama"))
-        check_rotary(args, reader, "llama.attention.key_length")
+        args = cls(**common_from_gguf(reader, cls.GGUF), rope=rope_from_gguf(reader, cls.GGUF))
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from serve_app.errors import ModelFileError
 from serve_app.models.base import CausalLM, ModelArgs, WeightSource
+from serve_app.models.gguf_form import GgufForm
 
 # Names are those of config.json's `architectures` and of GGUF's `general.architecture`.
 _FAMILIES = {
@@ -59,6 +61,12 @@ def gguf_architecture(metadata: Mapping[str, Any]) -> Any:
     """The name under which a GGUF's family is found: Mixtral's files call themselves llama, but have experts."""
     name = metadata.get("general.architecture")
     return "MixtralForCausalLM" if name == "llama" and metadata.get("llama.expert_count") else name
+
+
+@cache
+def gguf_form(architecture: str) -> GgufForm:
+    """How GGUF writes the families of that name of its own; a form without particulars for an unknown name."""
+    return find_family(architecture, "").args.GGUF if architecture in _FAMILIES else GgufForm(architecture)
 
 
 @dataclass(frozen=True, slots=True)
