@@ -73,13 +73,17 @@ def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
 
     The arguments have the context that is served: longrope's choice of a set follows it.
     """
-    family = find_family(_architecture(files), files.config_file)
-    if files.gguf_metadata is not None:
-        args = family.args.from_gguf(files.gguf_metadata, files.config_file)
-    else:
-        args = family.args.from_hf(files.config or {}, files.config_file)
+    family, args = stated_args(files)
     served = min(args.max_position_embeddings, files.max_seq_len)
     return family, replace(cast(Any, args), max_position_embeddings=served)
+
+
+def stated_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
+    """The model's family, and its arguments as the files have them; ModelFileError as for find_args."""
+    family = find_family(_architecture(files), files.config_file)
+    if files.gguf_metadata is not None:
+        return family, family.args.from_gguf(files.gguf_metadata, files.config_file)
+    return family, family.args.from_hf(files.config or {}, files.config_file)
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve_app.errors import LaunchError
+from serve_app.loaders.checkpoint import num_bytes
 from serve_app.loaders.load import find_args
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name
-from serve_app.loaders.quantized import Progress, Step, plan_steps, run_steps, stored_tensors
+from serve_app.loaders.quantized import Progress, Source, Step, plan_steps, run_steps, stored_tensors
 from serve_app.loaders.safetensors import QUANTISED
 from serve_app.quant.imatrix import Importance
 from serve_app.quant.mix import ModelFacts, Recipe
@@ -43,8 +44,9 @@ def plan_folder(files: ModelFiles, recipe: Recipe, importance: Importance | None
         int(config.get("num_local_experts") or config.get("num_experts") or 0),
         not has_head or bool(config.get("tie_word_embeddings", False)),
     )
-    tensors = [(tensor, tensor.name, gguf_name(tensor.name)) for tensor in stored]
-    return plan_steps(tensors, recipe, facts, importance, needs_gguf=False)
+    form = args.GGUF
+    sources = [Source.of(tensor, gguf_name(tensor.name, form.architecture)) for tensor in stored]
+    return plan_steps(sources, recipe, facts, importance, needs_gguf=False)
 
 
 def write_folder(folder: Path, files: ModelFiles, steps: Sequence[Step], progress: Progress) -> None:
@@ -83,16 +85,12 @@ def _header(steps: Sequence[Step]) -> bytes:
     types: dict[str, str] = {}
     at = 0
     for step in steps:
-        shape = list(step.stored.shape)
-        dtype = step.form.name
+        shape = list(step.source.shape)
+        dtype, size = step.form.name, num_bytes(step.form, shape)
         if dtype not in _PLAIN:
             types[step.name] = dtype
             shape[-1] = step.form.row_bytes(shape[-1])
             dtype = "U8"
-        size = 1
-        for n in shape:
-            size *= n
-        size *= {"F32": 4, "U8": 1}.get(dtype, 2)
         entries[step.name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
         at += size
     entries = {"__metadata__": {"format": "pt", QUANTISED: json.dumps(types)}, **entries}
