@@ -23,6 +23,7 @@ class Phi2Args(DecoderArgs):
     """See DecoderArgs."""
 
     GGUF: ClassVar[GgufForm] = GgufForm("phi2", norm_eps="attention.layer_norm_epsilon", pre_tokenizer="phi-2")
+    NORM_EPS: ClassVar[str] = "layer_norm_eps"
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "Phi2Args":
@@ -31,7 +32,7 @@ class Phi2Args(DecoderArgs):
         reader.choice("hidden_act", "gelu_new", ("gelu_new",))
         if reader.get("qk_layernorm"):
             raise reader.fail("qk_layernorm", "is set, which no published model has")
-        common = common_from_hf(reader, eps_key="layer_norm_eps", eps=1e-5)
+        common = common_from_hf(reader, eps_key=cls.NORM_EPS, eps=1e-5)
         args = cls(**common, rope=rope_from_hf(reader, common["head_dim"], share=0.5))
         check_rotary(args, reader, "head_dim")
         return args

@@ -63,6 +63,12 @@ def gguf_architecture(metadata: Mapping[str, Any]) -> Any:
     return "MixtralForCausalLM" if name == "llama" and metadata.get("llama.expert_count") else name
 
 
+def hf_architecture(family: Family) -> str:
+    """The name in config.json of a family that was found."""
+    classes = (family.args.__module__, family.args.__name__)
+    return next(name for name, entry in _FAMILIES.items() if name.endswith("ForCausalLM") and entry[:2] == classes)
+
+
 @cache
 def gguf_form(architecture: str) -> GgufForm:
     """How GGUF writes the families of that name of its own; a form without particulars for an unknown name."""

@@ -1,6 +1,7 @@
 """The rotary settings of a checkpoint, in the forms that configurations have had."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from serve_app.layers.rope_scaling import RopeScaling, longrope_magnitude, yarn_magnitude
 from serve_app.models.config_reader import ConfigReader
@@ -26,6 +27,22 @@ def rope_from_hf(config: ConfigReader, head_dim: int, *, share: float = 1.0) -> 
     theta = (config if outer else nested).number("rope_theta", 10000.0)
     share = (config if nested.get("partial_rotary_factor") is None else nested).number("partial_rotary_factor", share)
     return RopeConfig(theta, None if share == 1.0 else int(head_dim * share), scaling_from_hf(config, nested))
+
+
+def rope_for_hf(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
+    """`rope_parameters` that rope_from_hf reads again; longrope's divisors are left to the caller."""
+    scaling = rope.scaling
+    values: dict[str, Any] = {"rope_type": scaling.kind, "rope_theta": rope.theta}
+    if rope.dim not in (None, head_dim):
+        values["partial_rotary_factor"] = (rope.dim + 0.5) / head_dim  # rounded down
+    if scaling.kind in ("linear", "yarn"):
+        values["factor"] = scaling.factor
+    if scaling.kind in ("yarn", "longrope"):
+        values["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+        values["attention_factor"] = scaling.magnitude
+    if scaling.kind == "yarn":
+        values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncates}
+    return values
 
 
 def scaling_from_hf(config: ConfigReader, nested: ConfigReader) -> RopeScaling:

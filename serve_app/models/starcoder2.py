@@ -26,6 +26,7 @@ class Starcoder2Args(DecoderArgs):
         norm_eps="attention.layer_norm_epsilon",
         pre_tokenizer="starcoder",
     )
+    NORM_EPS: ClassVar[str] = "norm_epsilon"
 
     use_bias: bool | None = None
 
@@ -34,7 +35,7 @@ class Starcoder2Args(DecoderArgs):
         """See ModelArgs."""
         reader = ConfigReader(config, file)
         reader.choice("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-        common = common_from_hf(reader, eps_key="norm_epsilon", eps=1e-5, is_tied=True)
+        common = common_from_hf(reader, eps_key=cls.NORM_EPS, eps=1e-5, is_tied=True)
         args = cls(
             **common,
             rope=rope_from_hf(reader, common["head_dim"]),

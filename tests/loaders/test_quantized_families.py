@@ -1,4 +1,4 @@
-"""A folder of any family becomes a GGUF that holds the same model."""
+"""A folder of any family becomes a GGUF that holds the same model, and a folder again."""
 
 import json
 from pathlib import Path
@@ -47,13 +47,15 @@ def logits(path: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("case", [*LLAMAS, *DENSE, *MIXTURES])
-def test_the_gguf_of_a_folder_is_the_same_model(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_gguf_and_folder_are_the_same_model(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = folder_of(case, tmp_path / "hf")
     caplog.clear()
     assert main(["quantize", "-m", str(folder), "--isq", "F32", "-o", str(tmp_path / "a.gguf")]) == 0
-    expected, found = logits(folder), logits(tmp_path / "a.gguf")
+    assert main(["quantize", "-m", str(tmp_path / "a.gguf"), "--isq", "F32", "-o", str(tmp_path / "back")]) == 0
+    expected, *found = (logits(path) for path in (folder, tmp_path / "a.gguf", tmp_path / "back"))
     assert not [record for record in caplog.records if "not use" in record.message]
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for ours in found:
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_tokenizer_and_template_come_along(tmp_path: Path) -> None:
