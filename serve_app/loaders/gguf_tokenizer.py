@@ -4,6 +4,7 @@ Keys and types of tokens are those that llama.cpp's converter writes. BOS, EOS a
 come from our own reading of the folder, so that both files encode alike.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,17 @@ from serve_app.text.sentencepiece_vocab import PieceType
 from serve_app.text.tokenizer_files import token_text_of, vocabulary_from_folder
 from serve_app.text.vocabulary import SPACE_MARK
 
+logger = logging.getLogger(__name__)
+
 _KEY = "tokenizer.ggml."
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
 
 def tokenizer_values(files: ModelFiles, vocab_size: int, form: GgufForm) -> dict[str, Any]:
-    """Key → value. LaunchError, with the reason, for a tokenizer that a GGUF cannot describe."""
+    """Key → value. LaunchError, with the reason, for a tokenizer that a GGUF cannot describe.
+
+    vocab_size: rows of the embedding. llama.cpp wants as many tokens; those without a row are left out.
+    """
     folder = files.folder
     settings = _settings(folder)
     if (folder / "tokenizer.json").is_file():
@@ -49,6 +55,9 @@ def tokenizer_values(files: ModelFiles, vocab_size: int, form: GgufForm) -> dict
         values = {"unknown_token_id": pieces.unk_id, "add_space_prefix": pieces.space_prefix != "never"}
     else:
         raise LaunchError(f"{folder}: has neither tokenizer.json nor tokenizer.model, which a .gguf needs.")
+    if len(table.texts) > vocab_size:
+        logger.warning("%s: tokens without a row of the embedding are left out, from %d on", folder, vocab_size)
+    table.cut(vocab_size)
     values |= {"tokens": table.texts, "token_type": table.types}
     if is_spm:
         values |= {"model": "llama", "pre": "default", "scores": table.scores}
@@ -60,12 +69,16 @@ class _Table:
     """Text, type and score of each id; those without a token are padding."""
 
     def __init__(self, vocab_size: int, vocab: Mapping[str, int]) -> None:
-        count = max(vocab_size, *(i + 1 for i in vocab.values()))
+        count = max(vocab_size, 1 + max(vocab.values(), default=0))
         self.texts = [f"[PAD{i}]" for i in range(count)]
         self.types = [int(PieceType.UNUSED)] * count
         self.scores = [_PADDING_SCORE] * count
         for text, i in vocab.items():
             self.texts[i], self.types[i] = text, int(PieceType.NORMAL)
+
+    def cut(self, count: int) -> None:
+        """Leaves the first ones."""
+        del self.texts[count:], self.types[count:], self.scores[count:]
 
     def add(self, added: Mapping[int, Any], is_spm: bool) -> None:
         """Added tokens: control tokens where they are special or look so, else ones that are found in any text."""
