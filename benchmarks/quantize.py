@@ -45,20 +45,24 @@ def timed(command: Sequence[str]) -> tuple[float, int]:
     return seconds, peak
 
 
-def measure(model: Path, name: str, llama_quantize: str, threads: int, rounds: int, folder: Path) -> dict[str, object]:
+def measure(
+    model: Path, name: str, llama_quantize: str, threads: int, rounds: int, folder: Path, *, is_pure: bool = False
+) -> dict[str, object]:
     """One line of the result."""
     ours, theirs = folder / "sirocco.gguf", folder / "llama.gguf"
     sirocco = [sys.executable, "-m", "serve_app", "quantize", "-m", str(model), "--isq", name, "-o", str(ours)]
+    sirocco += ["--isq-organization", "pure"] if is_pure else []
+    llama = [llama_quantize, *(["--pure"] if is_pure else []), str(model), str(theirs), name, str(threads)]
     times: dict[str, list[float]] = {"sirocco": [], "llama": []}
     peak = 0
     for _ in range(rounds):
         seconds, memory = timed([*sirocco, "--threads", str(threads)])
         times["sirocco"].append(seconds)
         peak = max(peak, memory)
-        times["llama"].append(timed([llama_quantize, str(model), str(theirs), name, str(threads)])[0])
+        times["llama"].append(timed(llama)[0])
     medians = {program: round(statistics.median(found), 2) for program, found in times.items()}
     return {
-        "type": name,
+        "type": f"{name} pure" if is_pure else name,
         "seconds": medians,
         "ratio": round(medians["sirocco"] / medians["llama"], 3),
         "rss_anon_mib": peak >> 20,
@@ -75,10 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--types", default="Q4_K_M,Q8_0", help="separated by commas")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--pure", action="store_true", help="all matrices in the one type, embedding and head too")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=options.model.parent) as folder:
         for name in options.types.split(","):
-            line = measure(options.model, name, options.llama_quantize, options.threads, options.rounds, Path(folder))
+            line = measure(
+                options.model, name, options.llama_quantize, options.threads, options.rounds, Path(folder),
+                is_pure=options.pure,
+            )  # fmt: skip
             print(json.dumps(line), flush=True)
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from typing import Any, Final
@@ -68,6 +68,7 @@ class GgufFile:
         self.metadata: dict[str, Any] = shards[0].metadata
         self.tensors: dict[str, GgufTensorInfo] = {}
         self._maps: list[mmap.mmap | None] = [s.map for s in shards]
+        self._spans = shards[0].spans
         for shard in shards:
             for name, info in shard.tensors.items():
                 if name in self.tensors:
@@ -80,6 +81,12 @@ class GgufFile:
         mapped = self._maps[info.shard]
         assert mapped is not None, "the file is closed"
         return np.frombuffer(mapped, np.uint8, info.n_bytes, info.offset)
+
+    def raw_metadata(self) -> dict[str, bytes]:
+        """key → the bytes of its value, its type before them, as a writer needs them: of all keys, texts too."""
+        mapped = self._maps[0]
+        assert mapped is not None, "the file is closed"
+        return {key: mapped[begin:end] for key, (begin, end) in self._spans.items()}
 
     def close(self) -> None:
         """Unmaps the file; where arrays from data() are still alive, the last of them does it."""
@@ -129,6 +136,7 @@ class Shard:
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensorInfo]
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def split_value(self, key: str, default: int) -> int:
         value = self.metadata.get(f"split.{key}", default)
@@ -185,8 +193,9 @@ def _read_shard(path: Path, with_texts: bool) -> Shard:
     try:
         reader = _HeaderReader(path, mapped, with_texts)
         version, num_tensors, num_keys = reader.counts()
-        metadata = reader.metadata(num_keys)
-        return Shard(path, mapped, version, metadata, reader.tensors(num_tensors, _alignment(path, metadata)))
+        metadata, spans = reader.metadata(num_keys)
+        tensors = reader.tensors(num_tensors, _alignment(path, metadata))
+        return Shard(path, mapped, version, metadata, tensors, spans)
     except BaseException:
         close_map(mapped)
         raise
@@ -260,16 +269,20 @@ class _HeaderReader:
         self._check_count(num_tensors, _MIN_TENSOR_BYTES, "header counts {} tensors")
         return version, num_tensors, num_keys
 
-    def metadata(self, num_keys: int) -> dict[str, Any]:
+    def metadata(self, num_keys: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+        """The values that are wanted, and where each value begins with its type, and ends."""
         metadata: dict[str, Any] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for i in range(num_keys):
             key = self._string(f"metadata key {i}", _MAX_NAME_BYTES)
             if key in metadata:
                 raise self._bad(f"key {shown(key)} occurs twice")
             what = f"key {shown(key)}"
+            begin = self._pos
             type_id = self._number(_U32, what)
             metadata[key] = self._array(what) if type_id == _ARRAY else self._scalar(type_id, what)
-        return {key: value for key, value in metadata.items() if value is not None}
+            spans[key] = begin, self._pos
+        return {key: value for key, value in metadata.items() if value is not None}, spans
 
     def tensors(self, num_tensors: int, alignment: int) -> dict[str, GgufTensorInfo]:
         """The tensors in file order, all inside the file and apart from each other."""

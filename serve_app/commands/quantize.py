@@ -76,7 +76,7 @@ def _write(files: "ModelFiles", recipe: "Recipe", target: Path, steps: "Sequence
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(recipe.name, total=sum(step.stored.data.size for step in steps))
+        task = bar.add_task(recipe.name, total=sum(step.source.num_bytes for step in steps))
 
         def progress(name: str, num_bytes: int) -> None:
             bar.update(task, advance=num_bytes, description=name)

@@ -54,3 +54,9 @@ def num_elements(shape: Sequence[int]) -> int:
     for dim in shape:
         total *= dim
     return total
+
+
+def num_bytes(form: BlockFormat, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of that type; a number by itself is a row of one. ValueError for rows of no whole blocks."""
+    rows, columns = (shape[:-1], shape[-1]) if shape else ((), 1)
+    return num_elements(rows) * form.row_bytes(columns)

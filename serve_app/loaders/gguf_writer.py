@@ -1,18 +1,16 @@
 """Writes GGUF v3 piece by piece. Source: ggml's docs/gguf.md."""
 
-import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kernels.formats import BlockFormat
+from serve_app.loaders.checkpoint import num_bytes
 
 ALIGNMENT = 32
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64 = 4, 5, 6, 7, 8, 9, 10
-# Bytes of a value of each type id; strings and arrays have their lengths in the file.
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,46 +24,7 @@ class TensorPlan:
     @property
     def num_bytes(self) -> int:
         """Bytes of its data."""
-        rows = 1
-        for size in self.shape[:-1]:
-            rows *= size
-        return rows * self.form.row_bytes(self.shape[-1])
-
-
-def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Key → its value's type and bytes as they are in a GGUF that has been opened before, so that it is sound."""
-    with path.open("rb") as file:
-        file.seek(16)
-        (num_keys,) = struct.unpack("<Q", file.read(8))
-        found = {}
-        for _ in range(num_keys):
-            key = file.read(_length(file)).decode()
-            start = file.tell()
-            (kind,) = struct.unpack("<I", file.read(4))
-            _skip(file, kind)
-            end = file.tell()
-            file.seek(start)
-            found[key] = file.read(end - start)
-    return found
-
-
-def _length(file: BinaryIO) -> int:
-    length: int = struct.unpack("<Q", file.read(8))[0]
-    return length
-
-
-def _skip(file: BinaryIO, kind: int) -> None:
-    if kind in _SIZES:
-        file.seek(_SIZES[kind], os.SEEK_CUR)
-    elif kind == _STRING:
-        file.seek(_length(file), os.SEEK_CUR)
-    else:
-        element, count = struct.unpack("<IQ", file.read(12))
-        if element in _SIZES:
-            file.seek(_SIZES[element] * count, os.SEEK_CUR)
-        else:
-            for _ in range(count):
-                _skip(file, element)
+        return num_bytes(self.form, self.shape)
 
 
 def encoded(value: Any) -> bytes:

@@ -78,21 +78,25 @@ def find_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
     The arguments have the context that is served: with it go the size of rotary tables and, where it stays within the
     original length, the only set of longrope that is needed.
     """
-    try:
-        family = find_family(_architecture(files), files.config_file)
-    except UnknownArchitecture as error:
-        near = suggestion(near_families(files, open_checkpoint))
-        raise UnknownArchitecture(f"{error}{near}") from None
-    if files.gguf_metadata is not None:
-        args = family.args.from_gguf(files.gguf_metadata, files.config_file)
-    else:
-        args = family.args.from_hf(files.config or {}, files.config_file)
+    family, args = stated_args(files)
     longest = args.max_position_embeddings
     scaling = args.rope.scaling if isinstance(args, DecoderArgs) else RopeScaling()
     if scaling.kind == "dynamic":
         # The base grows with the text, so that it may be as much longer than the configuration says.
         longest = int(scaling.factor * scaling.original_max_position_embeddings)
     return family, replace(cast(Any, args), max_position_embeddings=min(longest, files.max_seq_len))
+
+
+def stated_args(files: ModelFiles) -> tuple[Family, ModelArgs]:
+    """The model's family, and its arguments as the files have them; ModelFileError as for find_args."""
+    try:
+        family = find_family(_architecture(files), files.config_file)
+    except UnknownArchitecture as error:
+        near = suggestion(near_families(files, open_checkpoint))
+        raise UnknownArchitecture(f"{error}{near}") from None
+    if files.gguf_metadata is not None:
+        return family, family.args.from_gguf(files.gguf_metadata, files.config_file)
+    return family, family.args.from_hf(files.config or {}, files.config_file)
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:

@@ -1,14 +1,15 @@
 """GGUF's tensor names for those of Hugging Face checkpoints, and the order of its q and k rows.
 
-Names: gguf's tensor-name table. A family that names something in its own way has a table of its own.
+Names: gguf's tensor-name table. What a family has of its own is said in its GgufForm.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Final
 
 import torch
 from torch import Tensor
+
+from serve_app.models.registry import gguf_form
 
 _GLOBAL: Final = {
     "model.embed_tokens": "token_embd",
@@ -36,13 +37,6 @@ _OF_LAYER: Final = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-# Norms on both sides of attention and MLP.
-_SANDWICH: Final = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_OWN_OF_LAYER: Final[Mapping[str, Mapping[str, str]]] = {"gemma2": _SANDWICH, "gemma3": _SANDWICH}
 _OF_MIXTURE: Final = {
     "mlp.gate": "ffn_gate_inp",
     "mlp.experts.gate_proj": "ffn_gate_exps",
@@ -69,10 +63,6 @@ _OF_EXPERT: Final = {
 _EXPERT: Final = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
-# Architectures whose q and k rows GGUF keeps in pairs: rows 2i and 2i + 1 of a head belong together, not i and
-# i + head_dim / 2.
-_PAIRED_ROTARY: Final = frozenset({"llama", "granite"})
-
 
 def gguf_name(name: str, architecture: str = "llama") -> str:
     """GGUF's name of a checkpoint's tensor; one without a rule ("rope_freqs.weight") stays as it is."""
@@ -86,7 +76,7 @@ def gguf_name(name: str, architecture: str = "llama") -> str:
     if match and match[2] in _OF_MIXTURE:
         return f"blk.{match[1]}.{_OF_MIXTURE[match[2]]}{dot}{kind}"
     if match:
-        stored = _OWN_OF_LAYER.get(architecture, {}).get(match[2], _OF_LAYER.get(match[2]))
+        stored = gguf_form(architecture).layer_names.get(match[2], _OF_LAYER.get(match[2]))
         if stored is not None:
             return f"blk.{match[1]}.{stored}{dot}{kind}"
     return name
@@ -94,7 +84,7 @@ def gguf_name(name: str, architecture: str = "llama") -> str:
 
 def rotary_heads(architecture: str, name: str, n_heads: int, n_kv_heads: int) -> int | None:
     """How many heads the rows of this tensor hold in GGUF's paired order; None where its rows need no reordering."""
-    if architecture not in _PAIRED_ROTARY:
+    if not gguf_form(architecture).has_paired_rotary:
         return None
     if ".self_attn.q_proj." in name:
         return n_heads

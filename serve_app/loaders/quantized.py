@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.formats import BY_NAME, BlockFormat
+from kernels.reference.quant import dequantize as decode
 from serve_app.errors import LaunchError, ModelFileError
 from serve_app.loaders.checkpoint import StoredTensor, num_elements
 from serve_app.loaders.load import open_checkpoint
@@ -27,17 +28,51 @@ _WHOLE = (QuantType.HQQ4, QuantType.HQQ8)
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor that is to be written. name: as it will be called; gguf_name: as types and importance go by.
+
+    parts: as they are stored, one or one for each expert, which follow each other. shape: of the whole. shift: what is
+    added to each number.
+    """
+
+    name: str
+    gguf_name: str
+    parts: tuple[StoredTensor, ...]
+    shape: tuple[int, ...]
+    shift: float = 0.0
+
+    @staticmethod
+    def of(stored: StoredTensor, gguf_name: str) -> "Source":
+        """A stored tensor under its own name."""
+        return Source(stored.name, gguf_name, (stored,), stored.shape)
+
+    @property
+    def stored_form(self) -> BlockFormat:
+        """The type of all parts."""
+        return self.parts[0].form
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the source."""
+        return sum(part.data.size for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor's way: stored as it is in the source; name and form as they will be; wanted: before any fallback.
+    """One tensor's way. form: as it will be; wanted: before any fallback.
 
     importance: float32 [columns], or [experts * columns]; None where all columns count alike.
     """
 
-    stored: StoredTensor
-    name: str
+    source: Source
     form: BlockFormat
     wanted: QuantType | None
     importance: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """As the tensor will be called."""
+        return self.source.name
 
 
 class Sink(Protocol):
@@ -65,37 +100,39 @@ def stored_tensors(files: ModelFiles) -> list[StoredTensor]:
 
 
 def plan_steps(
-    tensors: Sequence[tuple[StoredTensor, str, str]],
-    recipe: Recipe,
-    facts: ModelFacts,
-    importance: Importance | None,
-    *,
-    needs_gguf: bool,
+    sources: Sequence[Source], recipe: Recipe, facts: ModelFacts, importance: Importance | None, *, needs_gguf: bool
 ) -> list[Step]:
-    """What becomes of each tensor (as stored, its new name, its GGUF name); what fell back is logged in one line.
+    """What becomes of each tensor; what fell back is logged in one line.
 
     ModelFileError for a tensor that is no weight's, and an importance matrix of another model.
     """
     steps = []
-    for stored, name, gguf_name in tensors:
-        if not stored.form.is_decodable:
-            raise ModelFileError(f"{stored.file}: tensor {stored.name!r} has type {stored.form.name}, no weight's")
-        chosen = recipe.type_of(gguf_name, stored.shape, facts)
-        form = stored.form if chosen is None else chosen[1].form
-        if needs_gguf and chosen is None and len(stored.shape) == 1:
-            form = BY_NAME["F32"]  # as llama.cpp wants its norms
+    for source in sources:
+        old = source.stored_form
+        if not old.is_decodable:
+            stored = source.parts[0]
+            raise ModelFileError(f"{stored.file}: tensor {stored.name!r} has type {old.name}, no weight's")
+        chosen = recipe.type_of(source.gguf_name, source.shape, facts)
+        form = old if chosen is None else chosen[1].form
+        # As llama.cpp wants its norms and routers; and what a shift has been added to has no type of its own.
+        if chosen is None and (source.shift or (needs_gguf and _is_float32(source))):
+            form = BY_NAME["F32"]
         counts = None
-        if importance is not None and chosen is not None and form.name != stored.form.name:
-            counts = importance_of(stored, gguf_name, importance)
-        steps.append(Step(stored, name, form, None if chosen is None else chosen[0], counts))
+        if importance is not None and chosen is not None and form.name != old.name:
+            counts = importance_of(source, importance)
+        steps.append(Step(source, form, None if chosen is None else chosen[0], counts))
     _report(steps)
     if importance is not None:
         _report_importance(steps)
     return steps
 
 
+def _is_float32(source: Source) -> bool:
+    return len(source.shape) == 1 or ".ffn_gate_inp." in source.gguf_name
+
+
 def _report_importance(steps: Sequence[Step]) -> None:
-    changed = [step for step in steps if step.wanted is not None and step.form.name != step.stored.form.name]
+    changed = [step for step in steps if step.wanted is not None and step.form.name != step.source.stored_form.name]
     without = [step.name for step in changed if step.importance is None]
     if changed and len(without) == len(changed):
         raise ModelFileError("the importance matrix has no entry for any tensor of this model")
@@ -116,34 +153,38 @@ def run_steps(steps: Sequence[Step], sink: Sink, progress: Progress) -> None:
     """Writes every tensor. ModelFileError naming the tensor whose values cannot be encoded."""
     for step in steps:
         sink.begin()
-        expect_pages(step.stored.data)
-        try:
-            for data, source_bytes in _encoded(step):
-                sink.write(data.numpy())
-                progress(step.name, source_bytes)
-        except ValueError as error:
-            raise ModelFileError(f"{step.stored.file}: tensor {step.stored.name!r}: {error}") from error
-        drop_pages(step.stored.data)
+        for number, part in enumerate(step.source.parts):
+            expect_pages(part.data)
+            try:
+                for data, source_bytes in _encoded(step, number, part):
+                    sink.write(data.numpy())
+                    progress(step.name, source_bytes)
+            except ValueError as error:
+                raise ModelFileError(f"{part.file}: tensor {part.name!r}: {error}") from error
+            drop_pages(part.data)
 
 
-def _encoded(step: Step) -> Iterator[tuple[Tensor, int]]:
-    """The tensor's new bytes in pieces, and how many of the source each came from."""
-    stored, form = step.stored, step.form
+def _encoded(step: Step, number: int, stored: StoredTensor) -> Iterator[tuple[Tensor, int]]:
+    """A part's new bytes in pieces, and how many of the source each came from."""
+    form, shift = step.form, step.source.shift
     # A bias in another order is a column of rows, a number by itself a row of one.
     is_column = len(stored.shape) == 0 or (len(stored.shape) == 1 and stored.row_order is not None)
     columns = 1 if is_column else stored.shape[-1]
     num_rows = num_elements(stored.shape) // max(1, columns)
     rows = as_tensor(stored.data).view(num_rows, -1)
     row_bytes = rows.shape[1]
-    is_same = form.name == stored.form.name
+    is_same = form.name == stored.form.name and not shift
     whole = form.name in _WHOLE
     out = torch.empty(0, dtype=torch.uint8)
-    for expert_rows, weights in _experts(num_rows, columns, step.importance):
+    for expert_rows, weights in _experts(num_rows, columns, _importance_of_part(step, number, columns)):
         for piece in pieces(len(expert_rows), row_bytes, stored.data.size if whole else PIECE_BYTES):
             part = slice(expert_rows.start + piece.start, expert_rows.start + piece.stop)
             source = rows[part] if stored.row_order is None else rows[stored.row_order[part]]
             if is_same:
                 yield source, source.nbytes
+            elif shift:
+                values = decode(stored.form, source) + shift
+                yield values.view(torch.uint8), source.nbytes
             else:
                 size = (len(source), form.row_bytes(columns))
                 if out.shape[:1] != size[:1]:
@@ -151,6 +192,14 @@ def _encoded(step: Step) -> Iterator[tuple[Tensor, int]]:
                 yield requantize(stored.form.name, source, QuantType(form.name), weights, out), source.nbytes
             if stored.row_order is None:
                 drop_pages(stored.data[part.start * row_bytes : part.stop * row_bytes])
+
+
+def _importance_of_part(step: Step, number: int, columns: int) -> Tensor | None:
+    """Of a part that is an expert: its own, where each has one."""
+    counts = step.importance
+    if counts is None or len(step.source.parts) == 1 or len(counts) == columns:
+        return counts
+    return counts[number * columns : (number + 1) * columns]
 
 
 def _experts(num_rows: int, columns: int, counts: Tensor | None) -> Iterator[tuple[range, Tensor | None]]:
@@ -161,16 +210,17 @@ def _experts(num_rows: int, columns: int, counts: Tensor | None) -> Iterator[tup
         yield range(e * each, (e + 1) * each), None if counts is None else counts[e * columns : (e + 1) * columns]
 
 
-def importance_of(stored: StoredTensor, gguf_name: str, importance: Importance) -> Tensor | None:
+def importance_of(source: Source, importance: Importance) -> Tensor | None:
     """The importance of a matrix's columns, None without an entry; ModelFileError for one of another size."""
-    values = importance.get(gguf_name)
+    values = importance.get(source.gguf_name)
     if values is None:
         return None
-    columns = stored.shape[-1]
-    experts = stored.shape[0] if len(stored.shape) == 3 else 1
+    columns = source.shape[-1]
+    experts = source.shape[0] if len(source.shape) == 3 else 1
     if values.size not in (columns, experts * columns):
         raise ModelFileError(
-            f"the importance matrix has {values.size} values for {gguf_name!r}, whose rows have {columns} weights"
+            f"the importance matrix has {values.size} values for {source.gguf_name!r}, "
+            f"whose rows have {columns} weights"
         )
     return torch.from_numpy(values)
 
@@ -183,8 +233,3 @@ def require_gguf_types(recipe: Recipe) -> None:
             f"{recipe.base} cannot be written as .gguf: ggml {known}. "
             "Give -o a folder, for SafeTensors that Sirocco loads."
         )
-
-
-def with_row_order(stored: StoredTensor, order: Tensor | None) -> StoredTensor:
-    """The tensor with its rows to be taken in another order."""
-    return stored if order is None else replace(stored, row_order=order)

@@ -1,20 +1,22 @@
-"""A quantised SafeTensors folder out of another one, for every type that there is.
+"""A quantised SafeTensors folder out of another one or of a GGUF, for every type that there is.
 
 Packed matrices are U8 tensors [rows, bytes per row]; the file's metadata says under QUANTISED which type each has.
 """
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from serve_app.errors import LaunchError
-from serve_app.loaders.load import find_args
+from serve_app.loaders.checkpoint import num_bytes
+from serve_app.loaders.folder_of_gguf import gguf_sources, write_side_files
+from serve_app.loaders.load import stated_args
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name
-from serve_app.loaders.quantized import Progress, Step, plan_steps, run_steps, stored_tensors
+from serve_app.loaders.quantized import Progress, Source, Step, plan_steps, run_steps, stored_tensors
 from serve_app.loaders.safetensors import QUANTISED
+from serve_app.models.decoder_args import DecoderArgs
 from serve_app.quant.imatrix import Importance
 from serve_app.quant.mix import ModelFacts, Recipe
 
@@ -25,34 +27,36 @@ _NOT_COPIED = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json")
 
 
 def plan_folder(files: ModelFiles, recipe: Recipe, importance: Importance | None) -> list[Step]:
-    """The steps from a folder to another; LaunchError where the source is no folder."""
-    if files.config is None:
-        raise LaunchError(
-            f"{files.model_name}: a folder of SafeTensors is made of a model that is one, not of a GGUF; "
-            "give -o a name that ends in .gguf."
-        )
-    config: Mapping[str, Any] = files.config
+    """The steps from a folder, or a GGUF, to a folder; errors for a model that none can be made of."""
     stored = stored_tensors(files)
-    _, args = find_args(files)
-    has_head = any(tensor.name == "lm_head.weight" for tensor in stored)
+    if files.config is None:
+        sources, args = gguf_sources(files)
+    else:
+        _, found = stated_args(files)
+        assert isinstance(found, DecoderArgs)
+        args = found
+        sources = [Source.of(tensor, gguf_name(tensor.name, args.GGUF.architecture)) for tensor in stored]
+    has_head = any(source.name == "lm_head.weight" for source in sources)
     facts = ModelFacts(
-        str(config.get("model_type", "")),
+        args.GGUF.architecture,
         args.n_layers,
         args.n_heads,
         args.n_kv_heads,
-        int(config.get("num_local_experts") or config.get("num_experts") or 0),
-        not has_head or bool(config.get("tie_word_embeddings", False)),
+        getattr(args, "num_local_experts", 0) or getattr(args, "num_experts", 0),
+        not has_head or bool(args.tie_word_embeddings),
     )
-    tensors = [(tensor, tensor.name, gguf_name(tensor.name)) for tensor in stored]
-    return plan_steps(tensors, recipe, facts, importance, needs_gguf=False)
+    return plan_steps(sources, recipe, facts, importance, needs_gguf=False)
 
 
 def write_folder(folder: Path, files: ModelFiles, steps: Sequence[Step], progress: Progress) -> None:
-    """Copies what the model's folder has besides weights, then writes those under their name, once they are whole."""
+    """Writes what a model's folder has besides weights, then those under their name, once they are whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(files.folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_NOT_COPIED):
-            shutil.copy(path, folder / path.name)
+    if files.config is None:
+        write_side_files(folder, files)
+    else:
+        for path in sorted(files.folder.iterdir()):
+            if path.is_file() and not path.name.endswith(_NOT_COPIED):
+                shutil.copy(path, folder / path.name)
     part = folder / (_WEIGHTS + ".part")
     try:
         with part.open("wb") as file:
@@ -83,16 +87,12 @@ def _header(steps: Sequence[Step]) -> bytes:
     types: dict[str, str] = {}
     at = 0
     for step in steps:
-        shape = list(step.stored.shape)
-        dtype = step.form.name
+        shape = list(step.source.shape)
+        dtype, size = step.form.name, num_bytes(step.form, shape)
         if dtype not in _PLAIN:
             types[step.name] = dtype
             shape[-1] = step.form.row_bytes(shape[-1])
             dtype = "U8"
-        size = 1
-        for n in shape:
-            size *= n
-        size *= {"F32": 4, "U8": 1}.get(dtype, 2)
         entries[step.name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
         at += size
     entries = {"__metadata__": {"format": "pt", QUANTISED: json.dumps(types)}, **entries}

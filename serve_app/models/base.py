@@ -1,9 +1,11 @@
 """What a model family fulfils and what it is built from; no code to inherit."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from torch import Tensor
+
+from serve_app.models.gguf_form import GgufForm
 
 if TYPE_CHECKING:
     from serve_app.layers.step import Rows, Step
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class ModelArgs(Protocol):
-    """The facts that every family's frozen args dataclass exposes to loaders and engine."""
+    """The facts that every family's frozen args dataclass exposes to loaders and engine. GGUF: that format's way."""
+
+    GGUF: ClassVar[GgufForm]
 
     @property
     def n_layers(self) -> int: ...

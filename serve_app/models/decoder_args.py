@@ -1,10 +1,24 @@
 """The facts that every decoder's configuration holds, and how both formats name them."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Final
 
 from serve_app.models.config_reader import ConfigReader
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.rope_config import RopeConfig
+
+HF_KEYS: Final[Mapping[str, str]] = {
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+}
+"""Fields of every decoder's args → keys of config.json."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,8 +26,12 @@ class DecoderArgs:
     """What families' args have in common.
 
     norm_eps: of all norms. tie_word_embeddings: None = as the file's tensors show (GGUF has no key for it). windows:
-    for each layer the keys that a query sees, itself included, 0 = all; empty = all in every layer.
+    for each layer the keys that a query sees, itself included, 0 = all; empty = all in every layer. GGUF: see GgufForm.
+    NORM_EPS: the key of norm_eps in config.json.
     """
+
+    GGUF: ClassVar[GgufForm]
+    NORM_EPS: ClassVar[str] = "rms_norm_eps"
 
     n_layers: int
     n_heads: int
@@ -38,6 +56,11 @@ class DecoderArgs:
         """Rows of queries, keys and values."""
         return [n * self.head_dim for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
 
+    @property
+    def sliding_window(self) -> int:
+        """The window of the layers that have one, 0 = none has."""
+        return max(self.windows, default=0)
+
     def window(self, layer: int) -> int:
         """Keys that a query of the layer sees, 0 = all."""
         return self.windows[layer] if self.windows else 0
@@ -47,41 +70,33 @@ def common_from_hf(
     reader: ConfigReader, *, eps_key: str = "rms_norm_eps", eps: float = 1e-6, is_tied: bool = False
 ) -> dict[str, Any]:
     """DecoderArgs' fields of a config.json, without rope and windows. eps, is_tied: where the file is silent."""
-    n_heads = reader.count("num_attention_heads")
-    hidden_size = reader.count("hidden_size")
-    fields = {
-        "n_layers": reader.count("num_hidden_layers"),
-        "n_heads": n_heads,
-        "n_kv_heads": reader.count("num_key_value_heads", n_heads),
-        "head_dim": reader.count("head_dim", max(1, hidden_size // n_heads)),
-        "hidden_size": hidden_size,
-        "intermediate_size": reader.count("intermediate_size"),
-        "vocab_size": reader.count("vocab_size"),
-        "max_position_embeddings": reader.count("max_position_embeddings", 2048),
-        "norm_eps": reader.number(eps_key, eps),
-        "tie_word_embeddings": reader.flag("tie_word_embeddings", is_tied),
-    }
-    _check_groups(fields, reader, "num_key_value_heads")
+    fields = _counts(reader, HF_KEYS.__getitem__, {"max_position_embeddings": 2048})
+    fields["norm_eps"] = reader.number(eps_key, eps)
+    fields["tie_word_embeddings"] = reader.flag("tie_word_embeddings", is_tied)
     return fields
 
 
-def common_from_gguf(reader: ConfigReader, prefix: str, *, eps_key: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
-    """DecoderArgs' fields of a GGUF whose keys begin with the prefix, without rope and windows."""
+def common_from_gguf(reader: ConfigReader, form: GgufForm) -> dict[str, Any]:
+    """DecoderArgs' fields of a GGUF, without rope and windows."""
     tokens = reader.get("tokenizer.ggml.tokens")
-    n_heads = reader.count(f"{prefix}.attention.head_count")
-    hidden_size = reader.count(f"{prefix}.embedding_length")
-    fields = {
-        "n_layers": reader.count(f"{prefix}.block_count"),
-        "n_heads": n_heads,
-        "n_kv_heads": reader.count(f"{prefix}.attention.head_count_kv", n_heads),
-        "head_dim": reader.count(f"{prefix}.attention.key_length", max(1, hidden_size // n_heads)),
-        "hidden_size": hidden_size,
-        "intermediate_size": reader.count(f"{prefix}.feed_forward_length"),
-        "vocab_size": reader.count(f"{prefix}.vocab_size", None if tokens is None else len(tokens)),
-        "max_position_embeddings": reader.count(f"{prefix}.context_length"),
-        "norm_eps": reader.number(f"{prefix}.attention.{eps_key}"),
-    }
-    _check_groups(fields, reader, f"{prefix}.attention.head_count_kv")
+    fields = _counts(reader, form.key, {} if tokens is None else {"vocab_size": len(tokens)})
+    fields["norm_eps"] = reader.number(form.key("norm_eps"))
+    return fields
+
+
+def _counts(reader: ConfigReader, key: Callable[[str], str], defaults: dict[str, int]) -> dict[str, Any]:
+    """The fields of HF_KEYS. Where the file is silent every head has its own keys, and as much of the width."""
+    fields: dict[str, Any] = {}
+    for name in HF_KEYS:
+        if name == "n_kv_heads":
+            defaults[name] = fields["n_heads"]
+        elif name == "head_dim":
+            defaults[name] = max(1, reader.count(key("hidden_size")) // fields["n_heads"])
+        fields[name] = reader.count(key(name), defaults.get(name))
+    if fields["n_heads"] % fields["n_kv_heads"]:
+        raise reader.fail(
+            key("n_kv_heads"), f"is {fields['n_kv_heads']}, which does not divide the {fields['n_heads']} heads"
+        )
     return fields
 
 
@@ -93,8 +108,3 @@ def check_rotary(args: DecoderArgs, reader: ConfigReader, key: str) -> None:
         count = len(getattr(args.rope.scaling, name))
         if count and count != args.rotary_dim // 2:
             raise reader.fail(name, f"has {count} numbers, the heads need {args.rotary_dim // 2}")
-
-
-def _check_groups(fields: dict[str, Any], reader: ConfigReader, key: str) -> None:
-    if fields["n_heads"] % fields["n_kv_heads"]:
-        raise reader.fail(key, f"is {fields['n_kv_heads']}, which does not divide the {fields['n_heads']} heads")

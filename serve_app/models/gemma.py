@@ -1,13 +1,14 @@
 """Gemma 1: norm weights kept as differences from 1, embeddings scaled by the root of their width, tied head."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 
@@ -15,6 +16,8 @@ from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmaArgs(DecoderArgs):
     """norm_offset: what is added to norm weights; GGUF's have it in them already."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm("gemma")
 
     norm_offset: float = 0.0
 
@@ -32,8 +35,8 @@ class GemmaArgs(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "GemmaArgs":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        args = cls(**common_from_gguf(reader, "gemma"), rope=rope_from_gguf(reader, "gemma"))
-        check_rotary(args, reader, "gemma.attention.key_length")
+        args = cls(**common_from_gguf(reader, cls.GGUF), rope=rope_from_gguf(reader, cls.GGUF))
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -1,7 +1,7 @@
 """Gemma 2: Gemma's norms on both sides of attention and MLP, capped scores and logits, every other layer a window."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Block, Decoder
 from serve_app.models import decoder_parts as parts
@@ -9,6 +9,7 @@ from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
 from serve_app.models.gemma_parts import sandwich, score_divisor
+from serve_app.models.gguf_form import SANDWICH_NAMES, GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 from serve_app.models.window_config import windows_from_gguf, windows_from_hf
@@ -19,6 +20,16 @@ _LAYERS_OF_27B = 46
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemma2Args(DecoderArgs):
     """norm_offset: see GemmaArgs. query_pre_attn_scalar: scores are divided by its root. Caps: 0 = none."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm(
+        "gemma2",
+        {
+            "sliding_window": "attention.sliding_window",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        layer_names=SANDWICH_NAMES,
+    )
 
     query_pre_attn_scalar: float
     attn_logit_softcapping: float
@@ -47,16 +58,16 @@ class Gemma2Args(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "Gemma2Args":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        common = common_from_gguf(reader, "gemma2")
+        common = common_from_gguf(reader, cls.GGUF)
         args = cls(
             **common,
-            rope=rope_from_gguf(reader, "gemma2"),
-            windows=windows_from_gguf(reader, "gemma2", common["n_layers"], _is_sliding, default=4096),
+            rope=rope_from_gguf(reader, cls.GGUF),
+            windows=windows_from_gguf(reader, cls.GGUF, common["n_layers"], _is_sliding, default=4096),
             query_pre_attn_scalar=score_divisor(common, _LAYERS_OF_27B),
-            attn_logit_softcapping=reader.number_or_none("gemma2.attn_logit_softcapping"),
-            final_logit_softcapping=reader.number_or_none("gemma2.final_logit_softcapping"),
+            attn_logit_softcapping=reader.number_or_none(cls.GGUF.key("attn_logit_softcapping")),
+            final_logit_softcapping=reader.number_or_none(cls.GGUF.key("final_logit_softcapping")),
         )
-        check_rotary(args, reader, "gemma2.attention.key_length")
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -2,7 +2,7 @@
 with a rotary base for each of the two kinds."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Block, Decoder
 from serve_app.models import decoder_parts as parts
@@ -10,6 +10,7 @@ from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
 from serve_app.models.gemma_parts import sandwich, score_divisor
+from serve_app.models.gguf_form import SANDWICH_NAMES, GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import RopeConfig, rope_from_gguf, scaling_from_hf, unscaled
 from serve_app.models.window_config import windows_from_gguf, windows_from_hf
@@ -22,11 +23,32 @@ _LAYERS_OF_27B = 62
 class Gemma3Args(DecoderArgs):
     """norm_offset: see GemmaArgs. rope is that of full layers, local_rope that of layers with a window."""
 
+    GGUF: ClassVar[GgufForm] = GgufForm(
+        "gemma3",
+        {
+            "sliding_window": "attention.sliding_window",
+            "sliding_window_pattern": "attention.sliding_window_pattern",
+            "local_theta": "rope.freq_base_swa",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        layer_names=SANDWICH_NAMES,
+    )
+
     local_rope: RopeConfig
     query_pre_attn_scalar: float
     attn_logit_softcapping: float = 0.0
     final_logit_softcapping: float = 0.0
     norm_offset: float = 0.0
+
+    @property
+    def local_theta(self) -> float:
+        """The rotary base of layers with a window."""
+        return self.local_rope.theta
+
+    @property
+    def sliding_window_pattern(self) -> int:
+        """The number of the first layer without a window, counted from 1; GGUF repeats it. 0 = there is none."""
+        return next((layer + 1 for layer, window in enumerate(self.windows) if not window), 0)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "Gemma3Args":
@@ -58,18 +80,18 @@ class Gemma3Args(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "Gemma3Args":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        common = common_from_gguf(reader, "gemma3")
-        pattern = reader.count("gemma3.attention.sliding_window_pattern", _PATTERN)
-        rope = rope_from_gguf(reader, "gemma3")
+        common = common_from_gguf(reader, cls.GGUF)
+        pattern = reader.count(cls.GGUF.key("sliding_window_pattern"), _PATTERN)
+        rope = rope_from_gguf(reader, cls.GGUF)
         args = cls(
             **common,
             rope=rope,
-            local_rope=unscaled(rope, reader.number("gemma3.rope.freq_base_swa", 10000.0)),
-            windows=windows_from_gguf(reader, "gemma3", common["n_layers"], lambda layer: (layer + 1) % pattern != 0),
+            local_rope=unscaled(rope, reader.number(cls.GGUF.key("local_theta"), 10000.0)),
+            windows=windows_from_gguf(reader, cls.GGUF, common["n_layers"], lambda layer: (layer + 1) % pattern != 0),
             query_pre_attn_scalar=score_divisor(common, _LAYERS_OF_27B),
-            final_logit_softcapping=reader.number_or_none("gemma3.final_logit_softcapping"),
+            final_logit_softcapping=reader.number_or_none(cls.GGUF.key("final_logit_softcapping")),
         )
-        check_rotary(args, reader, "gemma3.attention.key_length")
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

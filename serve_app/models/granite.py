@@ -1,7 +1,7 @@
 """Granite 3: a Llama whose embeddings, scores, residual and logits have multipliers."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock, Sublayer
 from serve_app.layers.step import Rows, Step
@@ -9,6 +9,7 @@ from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 
@@ -16,6 +17,18 @@ from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraniteArgs(DecoderArgs):
     """The multipliers by their names in config.json; logits are divided by logits_scaling. Biases: see LlamaArgs."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm(
+        "granite",
+        {
+            "embedding_multiplier": "embedding_scale",
+            "attention_multiplier": "attention.scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_scale",
+        },
+        has_paired_rotary=True,
+        pre_tokenizer="refact",
+    )
 
     embedding_multiplier: float
     attention_multiplier: float
@@ -48,14 +61,14 @@ class GraniteArgs(DecoderArgs):
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
         args = cls(
-            **common_from_gguf(reader, "granite"),
-            rope=rope_from_gguf(reader, "granite"),
-            embedding_multiplier=reader.number("granite.embedding_scale", 1.0),
-            attention_multiplier=reader.number("granite.attention.scale"),
-            residual_multiplier=reader.number("granite.residual_scale", 1.0),
-            logits_scaling=reader.number("granite.logit_scale", 1.0),
+            **common_from_gguf(reader, cls.GGUF),
+            rope=rope_from_gguf(reader, cls.GGUF),
+            embedding_multiplier=reader.number(cls.GGUF.key("embedding_multiplier"), 1.0),
+            attention_multiplier=reader.number(cls.GGUF.key("attention_multiplier")),
+            residual_multiplier=reader.number(cls.GGUF.key("residual_multiplier"), 1.0),
+            logits_scaling=reader.number(cls.GGUF.key("logits_scaling"), 1.0),
         )
-        check_rotary(args, reader, "granite.attention.key_length")
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -1,13 +1,14 @@
 """Llama 1 to 3.3, and Mistral in GGUF: RMS norms, grouped queries, rotary positions, gated MLP, tied or free head."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 
@@ -15,6 +16,8 @@ from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaArgs(DecoderArgs):
     """See DecoderArgs. attention_bias, mlp_bias: None = as the file's tensors show (GGUF has no keys for them)."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm("llama", has_paired_rotary=True)
 
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
@@ -38,8 +41,8 @@ class LlamaArgs(DecoderArgs):
         reader = ConfigReader(metadata, file)
         if reader.get("llama.expert_count"):
             raise reader.fail("llama.expert_count", "is set: mixtures of experts are not supported")
-        args = cls(**common_from_gguf(reader, "llama"), rope=rope_from_gguf(reader, "llama"))
-        check_rotary(args, reader, "llama.attention.key_length")
+        args = cls(**common_from_gguf(reader, cls.GGUF), rope=rope_from_gguf(reader, cls.GGUF))
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

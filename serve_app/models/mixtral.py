@@ -1,7 +1,7 @@
 """Mixtral: Mistral's attention, and in place of the MLP the renormalised sum of the two likeliest of its experts."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.layers.step import AngleTable, Routing
@@ -9,6 +9,7 @@ from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.mixture_parts import MIXTRAL_NAMES, expert_counts, mixture
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
@@ -18,6 +19,16 @@ from serve_app.models.window_config import every_layer, windows_from_gguf, windo
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtralArgs(DecoderArgs):
     """intermediate_size: of each expert."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm(
+        "llama",
+        {
+            "sliding_window": "attention.sliding_window",
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+        },
+        has_paired_rotary=True,
+    )
 
     num_local_experts: int
     num_experts_per_tok: int
@@ -42,17 +53,17 @@ class MixtralArgs(DecoderArgs):
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "MixtralArgs":
         """See ModelArgs. GGUF's name of the architecture is llama; that there are experts tells them apart."""
-        reader = ConfigReader(metadata, file)
-        common = common_from_gguf(reader, "llama")
-        num_experts, top_k = expert_counts(reader, "llama.expert_count", "llama.expert_used_count")
+        reader, key = ConfigReader(metadata, file), cls.GGUF.key
+        common = common_from_gguf(reader, cls.GGUF)
+        num_experts, top_k = expert_counts(reader, key("num_local_experts"), key("num_experts_per_tok"))
         args = cls(
             **common,
-            rope=rope_from_gguf(reader, "llama"),
-            windows=windows_from_gguf(reader, "llama", common["n_layers"], every_layer),
+            rope=rope_from_gguf(reader, cls.GGUF),
+            windows=windows_from_gguf(reader, cls.GGUF, common["n_layers"], every_layer),
             num_local_experts=num_experts,
             num_experts_per_tok=top_k,
         )
-        check_rotary(args, reader, "llama.attention.key_length")
+        check_rotary(args, reader, key("head_dim"))
         return args
 
 

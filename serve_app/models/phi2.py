@@ -1,7 +1,7 @@
 """Phi-1, 1.5 and 2: layer norms, attention and MLP side by side, partial rotation, biases, the head too."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.attention import Attention
 from serve_app.layers.decoder import Decoder, ParallelBlock
@@ -11,6 +11,7 @@ from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 
@@ -21,6 +22,9 @@ _FUSED_QKV = "self_attn.qkv_proj"
 class Phi2Args(DecoderArgs):
     """See DecoderArgs."""
 
+    GGUF: ClassVar[GgufForm] = GgufForm("phi2", norm_eps="attention.layer_norm_epsilon", pre_tokenizer="phi-2")
+    NORM_EPS: ClassVar[str] = "layer_norm_eps"
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "Phi2Args":
         """See ModelArgs."""
@@ -28,7 +32,7 @@ class Phi2Args(DecoderArgs):
         reader.choice("hidden_act", "gelu_new", ("gelu_new",))
         if reader.get("qk_layernorm"):
             raise reader.fail("qk_layernorm", "is set, which no published model has")
-        common = common_from_hf(reader, eps_key="layer_norm_eps", eps=1e-5)
+        common = common_from_hf(reader, eps_key=cls.NORM_EPS, eps=1e-5)
         args = cls(**common, rope=rope_from_hf(reader, common["head_dim"], share=0.5))
         check_rotary(args, reader, "head_dim")
         return args
@@ -37,10 +41,8 @@ class Phi2Args(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "Phi2Args":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        args = cls(
-            **common_from_gguf(reader, "phi2", eps_key="layer_norm_epsilon"), rope=rope_from_gguf(reader, "phi2")
-        )
-        check_rotary(args, reader, "phi2.attention.key_length")
+        args = cls(**common_from_gguf(reader, cls.GGUF), rope=rope_from_gguf(reader, cls.GGUF))
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -1,7 +1,7 @@
 """Phi-3 and 3.5, mini and medium: fused qkv and gate_up, longrope, a window where the configuration has one."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.attention import Attention
 from serve_app.layers.decoder import Decoder, PreNormBlock
@@ -11,6 +11,7 @@ from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 from serve_app.models.window_config import every_layer, windows_from_gguf, windows_from_hf
@@ -19,6 +20,8 @@ from serve_app.models.window_config import every_layer, windows_from_gguf, windo
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phi3Args(DecoderArgs):
     """See DecoderArgs."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm("phi3", {"sliding_window": "attention.sliding_window"})
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "Phi3Args":
@@ -38,13 +41,13 @@ class Phi3Args(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "Phi3Args":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        common = common_from_gguf(reader, "phi3")
+        common = common_from_gguf(reader, cls.GGUF)
         args = cls(
             **common,
-            rope=rope_from_gguf(reader, "phi3", has_longrope=True),
-            windows=windows_from_gguf(reader, "phi3", common["n_layers"], every_layer),
+            rope=rope_from_gguf(reader, cls.GGUF, has_longrope=True),
+            windows=windows_from_gguf(reader, cls.GGUF, common["n_layers"], every_layer),
         )
-        check_rotary(args, reader, "phi3.attention.key_length")
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

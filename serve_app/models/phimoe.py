@@ -1,7 +1,7 @@
 """Phi-3.5-MoE: biases everywhere, layer norms, longrope, and two experts a token chosen by sparsemixer."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.layers.step import AngleTable, Routing
@@ -9,6 +9,7 @@ from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.mixture_parts import MIXTRAL_NAMES, expert_counts, mixture
 from serve_app.models.rope_config import RopeConfig, rope_from_gguf, rope_from_hf
@@ -18,12 +19,26 @@ from serve_app.models.window_config import every_layer, windows_from_gguf, windo
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhimoeArgs(DecoderArgs):
     """intermediate_size: of each expert. attention_bias: None = as the file's tensors show. mscales: of longrope's
-    short and long set, None = rope.scaling.magnitude for both (GGUF has one)."""
+    short and long set where they differ, None = rope.scaling.magnitude for both (GGUF has one)."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm(
+        "phimoe",
+        {
+            "sliding_window": "attention.sliding_window",
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+        },
+    )
 
     num_local_experts: int
     router_jitter_noise: float = 0.01
     attention_bias: bool | None = None
     mscales: tuple[float, float] | None = None
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Sparsemixer takes two."""
+        return 2
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "PhimoeArgs":
@@ -47,15 +62,15 @@ class PhimoeArgs(DecoderArgs):
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "PhimoeArgs":
         """See ModelArgs. The format has no key for the jitter."""
-        reader = ConfigReader(metadata, file)
-        common = common_from_gguf(reader, "phimoe")
+        reader, key = ConfigReader(metadata, file), cls.GGUF.key
+        common = common_from_gguf(reader, cls.GGUF)
         args = cls(
             **common,
-            rope=rope_from_gguf(reader, "phimoe", has_longrope=True),
-            windows=windows_from_gguf(reader, "phimoe", common["n_layers"], every_layer),
-            num_local_experts=_num_experts(reader, "phimoe.expert_count", "phimoe.expert_used_count"),
+            rope=rope_from_gguf(reader, cls.GGUF, has_longrope=True),
+            windows=windows_from_gguf(reader, cls.GGUF, common["n_layers"], every_layer),
+            num_local_experts=_num_experts(reader, key("num_local_experts"), key("num_experts_per_tok")),
         )
-        check_rotary(args, reader, "phimoe.attention.key_length")
+        check_rotary(args, reader, key("head_dim"))
         return args
 
 
@@ -77,7 +92,7 @@ class PhimoeForCausalLM(Decoder):
 def _block(args: PhimoeArgs, weights: WeightSource, layer: int, rotary: AngleTable) -> PreNormBlock:
     prefix, bias = f"model.layers.{layer}.", args.attention_bias
     own, hidden = LayerWeights(weights, prefix), args.hidden_size
-    routing = Routing(2, "sparsemixer", jitter=args.router_jitter_noise)
+    routing = Routing(args.num_experts_per_tok, "sparsemixer", jitter=args.router_jitter_noise)
     sizes = (args.num_local_experts, hidden, args.intermediate_size)
     return PreNormBlock(
         own.layer_norm("input_layernorm", hidden, args.norm_eps),
@@ -94,7 +109,10 @@ def _rope(reader: ConfigReader, head_dim: int) -> tuple[RopeConfig, tuple[float,
         return rope, None
     nested = reader.section("rope_parameters") or reader.section("rope_scaling")
     assert nested is not None
-    return rope, (nested.number("short_mscale"), nested.number("long_mscale"))
+    short, long = nested.number("short_mscale"), nested.number("long_mscale")
+    if short == long:
+        return replace(rope, scaling=replace(rope.scaling, magnitude=short)), None
+    return rope, (short, long)
 
 
 def _num_experts(reader: ConfigReader, count_key: str, used_key: str) -> int:

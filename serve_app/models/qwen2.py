@@ -1,13 +1,14 @@
 """Qwen 2 and 2.5: a Llama whose queries, keys and values have biases; a window in the upper layers where asked for."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 from serve_app.models.window_config import upper_windows
@@ -16,6 +17,8 @@ from serve_app.models.window_config import upper_windows
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen2Args(DecoderArgs):
     """See DecoderArgs."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm("qwen2")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], file: str = "config.json") -> "Qwen2Args":
@@ -32,8 +35,8 @@ class Qwen2Args(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "Qwen2Args":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        args = cls(**common_from_gguf(reader, "qwen2"), rope=rope_from_gguf(reader, "qwen2"))
-        check_rotary(args, reader, "qwen2.attention.key_length")
+        args = cls(**common_from_gguf(reader, cls.GGUF), rope=rope_from_gguf(reader, cls.GGUF))
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -1,7 +1,7 @@
 """Qwen2-MoE (Qwen1.5-MoE too): Qwen2's attention with biases, experts, and one that all tokens share behind a gate."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock, Sublayer
 from serve_app.layers.linear import Linear
@@ -12,6 +12,7 @@ from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.mixture_parts import HF_NAMES, expert_counts, mixture, sparse_layers
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
@@ -23,6 +24,16 @@ from serve_app.quant.weight import DenseWeight
 class Qwen2MoeArgs(DecoderArgs):
     """intermediate_size: of the layers that are no mixtures; sparse: which layers are. qkv_bias: None = as the file's
     tensors show."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm(
+        "qwen2moe",
+        {
+            "num_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "moe_intermediate_size": "expert_feed_forward_length",
+            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+        },
+    )
 
     num_experts: int
     num_experts_per_tok: int
@@ -65,20 +76,20 @@ class Qwen2MoeArgs(DecoderArgs):
         """See ModelArgs. The format has no keys for norm_topk_prob and for layers that are no mixtures: factors stay as
         they are and all layers are mixtures, as llama.cpp has it."""
         reader = ConfigReader(metadata, file)
-        common = common_from_gguf(reader, "qwen2moe")
-        num_experts, top_k = expert_counts(reader, "qwen2moe.expert_count", "qwen2moe.expert_used_count")
-        inner, inner_key = common["intermediate_size"], "qwen2moe.expert_feed_forward_length"
+        common = common_from_gguf(reader, cls.GGUF)
+        num_experts, top_k = expert_counts(reader, cls.GGUF.key("num_experts"), cls.GGUF.key("num_experts_per_tok"))
+        inner, inner_key = common["intermediate_size"], cls.GGUF.key("moe_intermediate_size")
         args = cls(
             **common,
-            rope=rope_from_gguf(reader, "qwen2moe"),
+            rope=rope_from_gguf(reader, cls.GGUF),
             num_experts=num_experts,
             num_experts_per_tok=top_k,
             moe_intermediate_size=reader.count(inner_key, max(1, inner // top_k)),
-            shared_expert_intermediate_size=reader.count("qwen2moe.expert_shared_feed_forward_length", inner),
+            shared_expert_intermediate_size=reader.count(cls.GGUF.key("shared_expert_intermediate_size"), inner),
             norm_topk_prob=False,
             sparse=(True,) * common["n_layers"],
         )
-        check_rotary(args, reader, "qwen2moe.attention.key_length")
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -1,13 +1,14 @@
 """Qwen 3: a Llama with a norm over each query and key head; a window in the upper layers where asked for."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 from serve_app.models.window_config import upper_windows
@@ -16,6 +17,8 @@ from serve_app.models.window_config import upper_windows
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3Args(DecoderArgs):
     """See DecoderArgs."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm("qwen3")
 
     attention_bias: bool | None = None
 
@@ -37,8 +40,8 @@ class Qwen3Args(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "Qwen3Args":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        args = cls(**common_from_gguf(reader, "qwen3"), rope=rope_from_gguf(reader, "qwen3"))
-        check_rotary(args, reader, "qwen3.attention.key_length")
+        args = cls(**common_from_gguf(reader, cls.GGUF), rope=rope_from_gguf(reader, cls.GGUF))
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3's attention with normalised heads, and many small experts of which a token takes a few."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock, Sublayer
 from serve_app.layers.step import AngleTable, Routing
@@ -9,6 +9,7 @@ from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.mixture_parts import HF_NAMES, expert_counts, mixture, sparse_layers
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
@@ -19,6 +20,15 @@ from serve_app.models.window_config import every_layer, windows_from_hf
 class Qwen3MoeArgs(DecoderArgs):
     """intermediate_size: of the layers that are no mixtures; sparse: which layers are. attention_bias: None = as the
     file's tensors show."""
+
+    GGUF: ClassVar[GgufForm] = GgufForm(
+        "qwen3moe",
+        {
+            "num_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "moe_intermediate_size": "expert_feed_forward_length",
+        },
+    )
 
     num_experts: int
     num_experts_per_tok: int
@@ -56,18 +66,18 @@ class Qwen3MoeArgs(DecoderArgs):
         """See ModelArgs. The format has no keys for norm_topk_prob and for layers that are no mixtures: factors are
         renormalised and all layers are mixtures, as llama.cpp has it."""
         reader = ConfigReader(metadata, file)
-        common = common_from_gguf(reader, "qwen3moe")
-        num_experts, top_k = expert_counts(reader, "qwen3moe.expert_count", "qwen3moe.expert_used_count")
+        common = common_from_gguf(reader, cls.GGUF)
+        num_experts, top_k = expert_counts(reader, cls.GGUF.key("num_experts"), cls.GGUF.key("num_experts_per_tok"))
         args = cls(
             **common,
-            rope=rope_from_gguf(reader, "qwen3moe"),
+            rope=rope_from_gguf(reader, cls.GGUF),
             num_experts=num_experts,
             num_experts_per_tok=top_k,
-            moe_intermediate_size=reader.count("qwen3moe.expert_feed_forward_length"),
+            moe_intermediate_size=reader.count(cls.GGUF.key("moe_intermediate_size")),
             norm_topk_prob=True,
             sparse=(True,) * common["n_layers"],
         )
-        check_rotary(args, reader, "qwen3moe.attention.key_length")
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

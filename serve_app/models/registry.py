@@ -5,10 +5,12 @@ Families are imported when they are asked for; no torch before that, so that nam
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from serve_app.errors import LaunchError, ModelFileError
+from serve_app.models.gguf_form import GgufForm
 
 if TYPE_CHECKING:
     from serve_app.models.base import CausalLM, ModelArgs, WeightSource
@@ -71,6 +73,22 @@ def gguf_architecture(metadata: Mapping[str, Any]) -> Any:
     """The name under which a GGUF's family is found: Mixtral's files call themselves llama, but have experts."""
     name = metadata.get("general.architecture")
     return "MixtralForCausalLM" if name == "llama" and metadata.get("llama.expert_count") else name
+
+
+def hf_architecture(family: Family) -> str:
+    """The name in config.json of a family that was found."""
+    return next(
+        entry.config_names[0]
+        for entry in _FAMILIES.values()
+        if _module(entry).__name__ == family.args.__module__ and entry.args == family.args.__name__
+    )
+
+
+@cache
+def gguf_form(architecture: str) -> GgufForm:
+    """How GGUF writes the families of that name of its own; a form without particulars for an unknown name."""
+    is_known = any(entry.gguf_name == architecture for entry in _FAMILIES.values())
+    return find_family(architecture, "").args.GGUF if is_known else GgufForm(architecture)
 
 
 @dataclass(frozen=True, slots=True)

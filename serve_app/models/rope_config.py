@@ -1,9 +1,11 @@
 """The rotary settings of a checkpoint, in the forms that configurations have had."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from serve_app.layers.rope_scaling import RopeScaling, longrope_magnitude, yarn_magnitude
 from serve_app.models.config_reader import ConfigReader
+from serve_app.models.gguf_form import GgufForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,22 @@ def rope_from_hf(config: ConfigReader, head_dim: int, *, share: float = 1.0) -> 
     theta = (config if outer else nested).number("rope_theta", 10000.0)
     share = (config if nested.get("partial_rotary_factor") is None else nested).number("partial_rotary_factor", share)
     return RopeConfig(theta, None if share == 1.0 else int(head_dim * share), scaling_from_hf(config, nested))
+
+
+def rope_for_hf(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
+    """`rope_parameters` that rope_from_hf reads again; longrope's divisors are left to the caller."""
+    scaling = rope.scaling
+    values: dict[str, Any] = {"rope_type": scaling.kind, "rope_theta": rope.theta}
+    if rope.dim not in (None, head_dim):
+        values["partial_rotary_factor"] = (rope.dim + 0.5) / head_dim  # rounded down
+    if scaling.kind in ("linear", "yarn"):
+        values["factor"] = scaling.factor
+    if scaling.kind in ("yarn", "longrope"):
+        values["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+        values["attention_factor"] = scaling.magnitude
+    if scaling.kind == "yarn":
+        values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncates}
+    return values
 
 
 def scaling_from_hf(config: ConfigReader, nested: ConfigReader) -> RopeScaling:
@@ -89,41 +107,65 @@ def _longrope(config: ConfigReader, nested: ConfigReader) -> RopeScaling:
     )
 
 
-def rope_from_gguf(config: ConfigReader, prefix: str, *, has_longrope: bool = False) -> RopeConfig:
-    """From the keys `<prefix>.rope.*`. Llama 3's and longrope's divisors are tensors in these files, not keys.
+def rope_from_gguf(config: ConfigReader, form: GgufForm, *, has_longrope: bool = False) -> RopeConfig:
+    """From the keys `rope.*`. Llama 3's and longrope's divisors are tensors in these files, not keys.
 
     has_longrope: an original length below the context length stands for longrope (Phi-3).
     """
-    key = f"{prefix}.rope.scaling.type"
-    kind = config.get(key) or "none"
-    factor_key = f"{prefix}.rope.scaling.factor"
-    original_key = f"{prefix}.rope.scaling.original_context_length"
-    magnitude_key = f"{prefix}.rope.scaling.attn_factor"
-    longest = config.count(f"{prefix}.context_length")
-    original = config.count(original_key, longest)
-    if has_longrope and config.get(magnitude_key) is not None and kind in ("none", "longrope"):
-        magnitude = config.number(magnitude_key)
+    keys = _RopeKeys(form.architecture)
+    kind = config.get(keys.kind) or "none"
+    longest = config.count(form.key("max_position_embeddings"))
+    original = config.count(keys.original, longest)
+    if has_longrope and config.get(keys.magnitude) is not None and kind in ("none", "longrope"):
+        magnitude = config.number(keys.magnitude)
         scaling = RopeScaling("longrope", original_max_position_embeddings=original, magnitude=magnitude)
     elif kind == "linear":
-        scaling = RopeScaling("linear", config.number(factor_key, 1.0))
+        scaling = RopeScaling("linear", config.number(keys.factor, 1.0))
     elif kind == "yarn":
-        factor = config.number(factor_key)
+        factor = config.number(keys.factor)
         scaling = RopeScaling(
             "yarn",
             factor,
             original_max_position_embeddings=original,
-            magnitude=yarn_magnitude(factor) * config.number(magnitude_key, 1.0),
-            beta_fast=config.number(f"{prefix}.rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=config.number(f"{prefix}.rope.scaling.yarn_beta_slow", 1.0),
+            magnitude=yarn_magnitude(factor) * config.number(keys.magnitude, 1.0),
+            beta_fast=config.number(keys.beta_fast, 32.0),
+            beta_slow=config.number(keys.beta_slow, 1.0),
         )
     elif kind == "none":
-        old = f"{prefix}.rope.scale_linear"
+        old = f"{form.architecture}.rope.scale_linear"
         scaling = RopeScaling("linear", config.number(old)) if config.get(old) else RopeScaling()
     else:
-        raise config.fail(key, f"is {kind!r}; supported are none, linear and yarn")
-    dim_key = f"{prefix}.rope.dimension_count"
-    dim = config.count(dim_key) if config.get(dim_key) is not None else None
-    return RopeConfig(config.number(f"{prefix}.rope.freq_base", 10000.0), dim, scaling)
+        raise config.fail(keys.kind, f"is {kind!r}; supported are none, linear and yarn")
+    dim = config.count(keys.dim) if config.get(keys.dim) is not None else None
+    return RopeConfig(config.number(keys.theta, 10000.0), dim, scaling)
+
+
+def rope_for_gguf(rope: RopeConfig, rotary_dim: int, form: GgufForm) -> dict[str, str | int | float]:
+    """What rope_from_gguf reads. Nothing of Llama 3's scaling, and of longrope's the magnitude only."""
+    keys, scaling = _RopeKeys(form.architecture), rope.scaling
+    values: dict[str, str | int | float] = {keys.theta: rope.theta, keys.dim: rotary_dim}
+    if scaling.kind in ("linear", "yarn"):
+        values |= {keys.kind: scaling.kind, keys.factor: scaling.factor}
+    if scaling.kind == "yarn":
+        values |= {keys.beta_fast: scaling.beta_fast, keys.beta_slow: scaling.beta_slow}
+        values[keys.magnitude] = scaling.magnitude / yarn_magnitude(scaling.factor)
+    if scaling.kind == "longrope":
+        values |= {keys.kind: scaling.kind, keys.magnitude: scaling.magnitude}
+    if scaling.kind in ("yarn", "longrope"):
+        values[keys.original] = scaling.original_max_position_embeddings
+    return values
+
+
+class _RopeKeys:
+    """GGUF's keys of a RopeConfig."""
+
+    def __init__(self, architecture: str) -> None:
+        prefix = f"{architecture}.rope"
+        self.theta, self.dim = f"{prefix}.freq_base", f"{prefix}.dimension_count"
+        self.kind, self.factor = f"{prefix}.scaling.type", f"{prefix}.scaling.factor"
+        self.original = f"{prefix}.scaling.original_context_length"
+        self.magnitude = f"{prefix}.scaling.attn_factor"
+        self.beta_fast, self.beta_slow = (f"{prefix}.scaling.yarn_beta_{speed}" for speed in ("fast", "slow"))
 
 
 def unscaled(rope: RopeConfig, theta: float) -> RopeConfig:

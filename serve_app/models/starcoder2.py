@@ -1,7 +1,7 @@
 """StarCoder 2: layer norms with bias, grouped queries, a plain MLP, biases, a window where asked for."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from serve_app.layers.decoder import Decoder, PreNormBlock
 from serve_app.layers.mlp import PlainMLP
@@ -10,6 +10,7 @@ from serve_app.models import decoder_parts as parts
 from serve_app.models.base import WeightSource
 from serve_app.models.config_reader import ConfigReader
 from serve_app.models.decoder_args import DecoderArgs, check_rotary, common_from_gguf, common_from_hf
+from serve_app.models.gguf_form import GgufForm
 from serve_app.models.layer_weights import LayerWeights
 from serve_app.models.rope_config import rope_from_gguf, rope_from_hf
 from serve_app.models.window_config import every_layer, windows_from_gguf, windows_from_hf
@@ -19,6 +20,14 @@ from serve_app.models.window_config import every_layer, windows_from_gguf, windo
 class Starcoder2Args(DecoderArgs):
     """use_bias: of all linears except the head; None = as the file's tensors show."""
 
+    GGUF: ClassVar[GgufForm] = GgufForm(
+        "starcoder2",
+        {"sliding_window": "attention.sliding_window"},
+        norm_eps="attention.layer_norm_epsilon",
+        pre_tokenizer="starcoder",
+    )
+    NORM_EPS: ClassVar[str] = "norm_epsilon"
+
     use_bias: bool | None = None
 
     @classmethod
@@ -26,7 +35,7 @@ class Starcoder2Args(DecoderArgs):
         """See ModelArgs."""
         reader = ConfigReader(config, file)
         reader.choice("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-        common = common_from_hf(reader, eps_key="norm_epsilon", eps=1e-5, is_tied=True)
+        common = common_from_hf(reader, eps_key=cls.NORM_EPS, eps=1e-5, is_tied=True)
         args = cls(
             **common,
             rope=rope_from_hf(reader, common["head_dim"]),
@@ -40,13 +49,13 @@ class Starcoder2Args(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "Starcoder2Args":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        common = common_from_gguf(reader, "starcoder2", eps_key="layer_norm_epsilon")
+        common = common_from_gguf(reader, cls.GGUF)
         args = cls(
             **common,
-            rope=rope_from_gguf(reader, "starcoder2"),
-            windows=windows_from_gguf(reader, "starcoder2", common["n_layers"], every_layer),
+            rope=rope_from_gguf(reader, cls.GGUF),
+            windows=windows_from_gguf(reader, cls.GGUF, common["n_layers"], every_layer),
         )
-        check_rotary(args, reader, "starcoder2.attention.key_length")
+        check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from serve_app.models.config_reader import ConfigReader
+from serve_app.models.gguf_form import GgufForm
 
 _KINDS = ("full_attention", "sliding_attention")
 
@@ -34,10 +35,10 @@ def upper_windows(reader: ConfigReader, n_layers: int) -> tuple[int, ...]:
 
 
 def windows_from_gguf(
-    reader: ConfigReader, prefix: str, n_layers: int, is_sliding: Callable[[int], bool], default: int | None = None
+    reader: ConfigReader, form: GgufForm, n_layers: int, is_sliding: Callable[[int], bool], default: int | None = None
 ) -> tuple[int, ...]:
-    """DecoderArgs.windows from `<prefix>.attention.sliding_window`; default: where the key is missing."""
-    key = f"{prefix}.attention.sliding_window"
+    """DecoderArgs.windows from the form's key of `sliding_window`; default: where the key is missing."""
+    key = form.key("sliding_window")
     if not reader.get(key) and default is None:
         return ()
     return alternating(reader.count(key, default), n_layers, is_sliding)

@@ -37,6 +37,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 _KEPT = (
     "_norm.weight",
     "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
     "position_embd",
     "token_types",
     "ssm_conv1d",

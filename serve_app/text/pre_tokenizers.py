@@ -3,11 +3,12 @@
 The patterns are those of each model's published tokenizer.json.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 _CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -83,3 +84,34 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizer]] = {
     # For files from before GGUF named the kind: ggml's rules for them.
     "default": PreTokenizer(_split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
+
+
+def pre_tokenizer_name(tokenizer: Tokenizer, preferred: str | None = None) -> str | None:
+    """GGUF's name for the way a byte-level tokenizer cuts and normalises texts; None where it has none that is known.
+
+    preferred: the name to take where several mean the same.
+    """
+    wanted = _description(tokenizer)
+    for name in (preferred, *PRE_TOKENIZERS):
+        if name is None:
+            continue
+        kind = PRE_TOKENIZERS[name]
+        same = Tokenizer(models.BPE(ignore_merges=kind.ignores_merges))
+        same.pre_tokenizer = kind.build()
+        if kind.normalizer is not None:
+            same.normalizer = kind.normalizer()
+        if _description(same) == wanted:
+            return name
+    return None
+
+
+def _description(tokenizer: Tokenizer) -> Any:
+    """What decides over the words of a text, as plain values that can be compared."""
+    content = json.loads(tokenizer.to_str())
+    cutter = content["pre_tokenizer"] or {}
+    cuts = [dict(part) for part in cutter.get("pretokenizers", [cutter])]
+    for cut in cuts:
+        cut.pop("trim_offsets", None)  # concerns where a word is said to begin, not which one it is
+    normalizer = content["normalizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    return cuts, steps, bool(content["model"].get("ignore_merges"))

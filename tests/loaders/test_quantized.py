@@ -93,7 +93,6 @@ def test_types_that_no_gguf_holds_are_refused(isq: str, tmp_path: Path, capsys: 
         ("", "a.gguf", "needs a type"),
         ("Q4K,4", "a.gguf", "names a type twice"),
         ("Q4K", "missing/a.gguf", "there is no folder"),
-        ("Q4K", "folder", "is made of a model that is one"),
     ],
 )
 def test_mistakes_are_one_sentence(

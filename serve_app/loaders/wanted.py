@@ -1,0 +1,64 @@
+"""Which tensors a family takes out of a checkpoint: its constructor is run once over a source that writes them down."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serve_app.loaders.checkpoint import Checkpoint, StoredTensor
+from serve_app.loaders.weight_source import CheckpointSource
+from serve_app.models.base import ModelArgs
+from serve_app.models.registry import Family
+from serve_app.quant.experts import DenseExperts, Experts
+from serve_app.quant.weight import DenseWeight, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class WantedTensor:
+    """name: of the Hugging Face checkpoint, that of experts without their number; shape: as the model has it.
+
+    parts: one stored tensor, or one for each expert, row_order set as WeightSource needs it.
+    """
+
+    name: str
+    parts: tuple[StoredTensor, ...]
+    shape: tuple[int, ...]
+
+
+def wanted_tensors(family: Family, args: ModelArgs, checkpoint: Checkpoint) -> tuple[list[WantedTensor], list[str]]:
+    """What the model is made of, in the order of asking, and the stored names of what it does not use.
+
+    ModelFileError where one is missing, misshapen or no weight.
+    """
+    recorder = _Recorder(checkpoint)
+    family.build(args, recorder)
+    return list(recorder.wanted.values()), recorder.unused()
+
+
+class _Recorder(CheckpointSource):
+    """Gives tensors that hold nothing."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint, torch.float32, torch.device("cpu"))
+        self.wanted: dict[str, WantedTensor] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See WeightSource."""
+        self._note(name, (self._take(name, shape),), shape)
+        return torch.ones(shape)
+
+    def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
+        """See WeightSource."""
+        for name, rows in zip(names, out_features, strict=True):
+            self._note(name, (self._take(name, (rows, in_features)),), (rows, in_features))
+        return DenseWeight(torch.empty((sum(out_features), in_features), device="meta"))
+
+    def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
+        """See WeightSource."""
+        shape = (num_experts, out_features, in_features)
+        self._note(name.replace("{}.", ""), tuple(self._expert_parts(name, *shape)), shape)
+        return DenseExperts(torch.empty(shape, device="meta"))
+
+    def _note(self, name: str, parts: tuple[StoredTensor, ...], shape: tuple[int, ...]) -> None:
+        self.wanted[name] = WantedTensor(name, parts, shape)
