@@ -1,11 +1,13 @@
 """Times `sirocco quantize` beside llama-quantize on one GGUF: seconds, and the peak of anonymous memory.
 
 Both run one after the other in rounds, with as many threads, on a file that has been read before. Prints a line of JSON
-for every type: the median seconds of each, their ratio, and Sirocco's peak memory beside what it may take.
+for every type: the median seconds of each, their ratio, the same for what processors have worked (which says more on a
+machine that does other things too), and Sirocco's peak memory beside what it may take.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,9 +30,9 @@ def anonymous_bytes(pid: int) -> int:
     return 0
 
 
-def timed(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds from start to end, and the peak of anonymous memory."""
-    started = time.monotonic()
+def timed(command: Sequence[str]) -> tuple[float, float, int]:
+    """Seconds from start to end, those that processors have worked, and the peak of anonymous memory."""
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     # A file: what a program says may be more than a pipe holds, and nobody reads meanwhile.
     with tempfile.TemporaryFile() as words:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=words)
@@ -42,7 +44,8 @@ def timed(command: Sequence[str]) -> tuple[float, int]:
         if process.returncode:
             words.seek(0)
             raise SystemExit(f"{command[0]} failed: {words.read().decode(errors='replace')[-2000:]}")
-    return seconds, peak
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak
 
 
 def measure(
@@ -53,18 +56,23 @@ def measure(
     sirocco = [sys.executable, "-m", "serve_app", "quantize", "-m", str(model), "--isq", name, "-o", str(ours)]
     sirocco += ["--isq-organization", "pure"] if is_pure else []
     llama = [llama_quantize, *(["--pure"] if is_pure else []), str(model), str(theirs), name, str(threads)]
-    times: dict[str, list[float]] = {"sirocco": [], "llama": []}
+    times: dict[str, list[tuple[float, float]]] = {"sirocco": [], "llama": []}
     peak = 0
     for _ in range(rounds):
-        seconds, memory = timed([*sirocco, "--threads", str(threads)])
-        times["sirocco"].append(seconds)
+        seconds, worked, memory = timed([*sirocco, "--threads", str(threads)])
+        times["sirocco"].append((seconds, worked))
         peak = max(peak, memory)
-        times["llama"].append(timed(llama)[0])
-    medians = {program: round(statistics.median(found), 2) for program, found in times.items()}
+        times["llama"].append(timed(llama)[:2])
+    passed, worked_all = (
+        {program: round(statistics.median(pair[i] for pair in pairs), 2) for program, pairs in times.items()}
+        for i in (0, 1)
+    )
     return {
         "type": f"{name} pure" if is_pure else name,
-        "seconds": medians,
-        "ratio": round(medians["sirocco"] / medians["llama"], 3),
+        "seconds": passed,
+        "ratio": round(passed["sirocco"] / passed["llama"], 3),
+        "processor_seconds": worked_all,
+        "processor_ratio": round(worked_all["sirocco"] / worked_all["llama"], 3),
         "rss_anon_mib": peak >> 20,
         "limit_mib": (ours.stat().st_size + ALLOWANCE_BYTES) >> 20,
         "bytes": {"sirocco": ours.stat().st_size, "llama": theirs.stat().st_size},

@@ -1,9 +1,9 @@
 """`sirocco quantize`: a model's files in other types."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -59,7 +59,9 @@ def _plan(files: "ModelFiles", recipe: "Recipe", target: Path, importance: "Impo
     from serve_app.loaders.quantized_folder import plan_folder
     from serve_app.loaders.quantized_gguf import plan_gguf
 
-    return (plan_gguf if _is_gguf(target) else plan_folder)(files, recipe, importance)
+    if _is_gguf(target):
+        return plan_gguf(files, recipe, importance, _Tokenizers())
+    return plan_folder(files, recipe, importance)
 
 
 def _write(files: "ModelFiles", recipe: "Recipe", target: Path, steps: "Sequence[Step]") -> None:
@@ -82,11 +84,27 @@ def _write(files: "ModelFiles", recipe: "Recipe", target: Path, steps: "Sequence
             bar.update(task, advance=num_bytes, description=name)
 
         if _is_gguf(target):
-            write_gguf(target, files, recipe, steps, progress)
+            write_gguf(target, files, recipe, steps, progress, _Tokenizers())
         else:
-            write_folder(target, files, steps, progress)
+            write_folder(target, files, steps, progress, _Tokenizers())
     size = target.stat().st_size if _is_gguf(target) else (target / "model.safetensors").stat().st_size
     print(f"{target}: {recipe.name}, {size / 2**20:.1f} MiB in {time.monotonic() - started:.1f} s")
+
+
+class _Tokenizers:
+    """See TokenizerForms."""
+
+    def gguf_values(
+        self, folder: Path, config: Mapping[str, Any], vocab_size: int, pre_tokenizer: str | None
+    ) -> dict[str, Any]:
+        from serve_app.text.gguf_tokenizer import tokenizer_values
+
+        return tokenizer_values(folder, config, vocab_size, pre_tokenizer)
+
+    def write_files(self, folder: Path, metadata: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+        from serve_app.text.tokenizer_export import write_tokenizer
+
+        return write_tokenizer(folder, metadata)
 
 
 def _names(given: str | None) -> list[str]:

@@ -14,10 +14,9 @@ from serve_app.loaders.hf_config import hf_config
 from serve_app.loaders.load import open_checkpoint, stated_args
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name
-from serve_app.loaders.quantized import Source
+from serve_app.loaders.quantized import Source, TokenizerForms
 from serve_app.loaders.wanted import wanted_tensors
 from serve_app.models.decoder_args import DecoderArgs
-from serve_app.text.tokenizer_export import write_tokenizer
 
 
 def gguf_sources(files: ModelFiles) -> tuple[list[Source], DecoderArgs]:
@@ -46,12 +45,12 @@ def gguf_sources(files: ModelFiles) -> tuple[list[Source], DecoderArgs]:
     ], args
 
 
-def write_side_files(folder: Path, files: ModelFiles) -> None:
+def write_side_files(folder: Path, files: ModelFiles, tokenizers: TokenizerForms) -> None:
     """config.json, and the tokenizer's files where the GGUF has a tokenizer; generation_config.json from beside it."""
     config, _ = _config(files)
     metadata = files.gguf_metadata or {}
     if metadata.get("tokenizer.ggml.model", "none") != "none":
-        bos_id, eos_ids = write_tokenizer(folder, metadata)
+        bos_id, eos_ids = tokenizers.write_files(folder, metadata)
         config |= {"bos_token_id": bos_id, "eos_token_id": list(eos_ids)}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     beside = files.folder / "generation_config.json"

@@ -1,8 +1,9 @@
 """Quantises a model's files into others, tensor by tensor: what is in memory is never more than a piece of one."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +85,20 @@ class Sink(Protocol):
 
     def write(self, data: Any) -> None:
         """Its next bytes."""
+        ...
+
+
+class TokenizerForms(Protocol):
+    """A tokenizer in the words of either format; text has it, which loaders do not know."""
+
+    def gguf_values(
+        self, folder: Path, config: Mapping[str, Any], vocab_size: int, pre_tokenizer: str | None
+    ) -> dict[str, Any]:
+        """A folder's tokenizer and chat template as keys and values of a GGUF; see text.gguf_tokenizer."""
+        ...
+
+    def write_files(self, folder: Path, metadata: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+        """A GGUF's as files of the folder; the ids of BOS and of the ends; see text.tokenizer_export."""
         ...
 
 

@@ -14,7 +14,7 @@ from serve_app.loaders.folder_of_gguf import gguf_sources, write_side_files
 from serve_app.loaders.load import stated_args
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name
-from serve_app.loaders.quantized import Progress, Source, Step, plan_steps, run_steps, stored_tensors
+from serve_app.loaders.quantized import Progress, Source, Step, TokenizerForms, plan_steps, run_steps, stored_tensors
 from serve_app.loaders.safetensors import QUANTISED
 from serve_app.models.decoder_args import DecoderArgs
 from serve_app.quant.imatrix import Importance
@@ -48,11 +48,13 @@ def plan_folder(files: ModelFiles, recipe: Recipe, importance: Importance | None
     return plan_steps(sources, recipe, facts, importance, needs_gguf=False)
 
 
-def write_folder(folder: Path, files: ModelFiles, steps: Sequence[Step], progress: Progress) -> None:
+def write_folder(
+    folder: Path, files: ModelFiles, steps: Sequence[Step], progress: Progress, tokenizers: TokenizerForms
+) -> None:
     """Writes what a model's folder has besides weights, then those under their name, once they are whole."""
     folder.mkdir(parents=True, exist_ok=True)
     if files.config is None:
-        write_side_files(folder, files)
+        write_side_files(folder, files, tokenizers)
     else:
         for path in sorted(files.folder.iterdir()):
             if path.is_file() and not path.name.endswith(_NOT_COPIED):

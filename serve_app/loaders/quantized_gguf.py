@@ -15,7 +15,6 @@ from serve_app.gguf_file import open_gguf
 from serve_app.layers.rope_scaling import RopeScaling, inverse_frequencies
 from serve_app.loaders.checkpoint import StoredTensor
 from serve_app.loaders.gguf_args import gguf_values
-from serve_app.loaders.gguf_tokenizer import tokenizer_values
 from serve_app.loaders.gguf_writer import GgufWriter, TensorPlan, encoded
 from serve_app.loaders.load import open_checkpoint, stated_args
 from serve_app.loaders.model_files import ModelFiles
@@ -24,6 +23,7 @@ from serve_app.loaders.quantized import (
     Progress,
     Source,
     Step,
+    TokenizerForms,
     plan_steps,
     require_gguf_types,
     run_steps,
@@ -55,7 +55,9 @@ def gguf_facts(metadata: dict[str, Any], has_head: bool) -> ModelFacts:
     )
 
 
-def plan_gguf(files: ModelFiles, recipe: Recipe, importance: Importance | None) -> list[Step]:
+def plan_gguf(
+    files: ModelFiles, recipe: Recipe, importance: Importance | None, tokenizers: TokenizerForms
+) -> list[Step]:
     """The steps from a model to a GGUF; LaunchError for a type that none holds, or a model that none is made of."""
     require_gguf_types(recipe)
     stored = stored_tensors(files)
@@ -63,7 +65,7 @@ def plan_gguf(files: ModelFiles, recipe: Recipe, importance: Importance | None) 
         has_head = any(tensor.name == "output.weight" for tensor in stored)
         sources = [Source.of(tensor, tensor.name) for tensor in stored]
         return plan_steps(sources, recipe, gguf_facts(files.gguf_metadata, has_head), importance, needs_gguf=True)
-    metadata = _values_of_folder(files)  # refuses before anything is written
+    metadata = _values_of_folder(files, tokenizers)  # refuses before anything is written
     family, args = stated_args(files)
     assert isinstance(args, DecoderArgs)
     wanted, unused = wanted_tensors(family, args, open_checkpoint(files))
@@ -106,27 +108,34 @@ def _rotary_divisors(args: DecoderArgs) -> Iterator[tuple[str, NDArray[np.float3
         yield "rope_factors_short.weight", np.array(scaling.short_factor, np.float32)
 
 
-def _values_of_folder(files: ModelFiles) -> dict[str, Any]:
+def _values_of_folder(files: ModelFiles, tokenizers: TokenizerForms) -> dict[str, Any]:
     """Metadata made of the folder's files. LaunchError, with the reason, for what a GGUF cannot describe."""
     _, args = stated_args(files)
     assert isinstance(args, DecoderArgs)
     values = gguf_values(args, files.config_file)
     values |= {"general.type": "model", "general.name": files.model_name}
-    return values | tokenizer_values(files, args.vocab_size, args.GGUF)
+    return values | tokenizers.gguf_values(files.folder, files.config or {}, args.vocab_size, args.GGUF.pre_tokenizer)
 
 
-def _metadata(files: ModelFiles) -> dict[str, bytes]:
+def _metadata(files: ModelFiles, tokenizers: TokenizerForms) -> dict[str, bytes]:
     """That of the GGUF itself, as it is, or one made of the folder's files."""
     if files.gguf_metadata is None:
-        return {key: encoded(value) for key, value in _values_of_folder(files).items()}
+        return {key: encoded(value) for key, value in _values_of_folder(files, tokenizers).items()}
     with open_gguf(files.weight_files, with_texts=False) as file:
         found = file.raw_metadata()
     return {k: value for k, value in found.items() if k not in _DROPPED and not k.startswith("split.")}
 
 
-def write_gguf(path: Path, files: ModelFiles, recipe: Recipe, steps: Sequence[Step], progress: Progress) -> None:
+def write_gguf(
+    path: Path,
+    files: ModelFiles,
+    recipe: Recipe,
+    steps: Sequence[Step],
+    progress: Progress,
+    tokenizers: TokenizerForms,
+) -> None:
     """Writes the file; nothing bears its name until it is whole."""
-    metadata = _metadata(files)
+    metadata = _metadata(files, tokenizers)
     metadata["general.quantization_version"] = encoded(_QUANTISATION_VERSION)
     if recipe.file_type is not None:
         metadata["general.file_type"] = encoded(recipe.file_type)

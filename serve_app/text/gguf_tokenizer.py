@@ -12,13 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from serve_app.errors import LaunchError
-from serve_app.loaders.model_files import ModelFiles
-from serve_app.loaders.weight_files import read_json
-from serve_app.models.gguf_form import GgufForm
 from serve_app.text.pre_tokenizers import pre_tokenizer_name
 from serve_app.text.sentencepiece_file import read_sentencepiece
 from serve_app.text.sentencepiece_vocab import PieceType
-from serve_app.text.tokenizer_files import token_text_of, vocabulary_from_folder
+from serve_app.text.tokenizer_files import read_json, token_text_of, vocabulary_from_folder
 from serve_app.text.vocabulary import SPACE_MARK
 
 logger = logging.getLogger(__name__)
@@ -27,12 +24,14 @@ _KEY = "tokenizer.ggml."
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
 
-def tokenizer_values(files: ModelFiles, vocab_size: int, form: GgufForm) -> dict[str, Any]:
+def tokenizer_values(
+    folder: Path, config: Mapping[str, Any], vocab_size: int, pre_tokenizer: str | None
+) -> dict[str, Any]:
     """Key → value. LaunchError, with the reason, for a tokenizer that a GGUF cannot describe.
 
-    vocab_size: rows of the embedding. llama.cpp wants as many tokens; those without a row are left out.
+    config: of config.json. vocab_size: rows of the embedding. llama.cpp wants as many tokens; those without a row are
+    left out. pre_tokenizer: see pre_tokenizer_name.
     """
-    folder = files.folder
     settings = _settings(folder)
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
@@ -42,7 +41,7 @@ def tokenizer_values(files: ModelFiles, vocab_size: int, form: GgufForm) -> dict
         is_spm = bool(content["model"].get("byte_fallback"))
         table = _Table(vocab_size, content["model"]["vocab"])
         table.add({token["id"]: token for token in content.get("added_tokens") or []}, is_spm)
-        values = _spm(folder, content, table) if is_spm else _bpe(folder, content, form)
+        values = _spm(folder, content, table) if is_spm else _bpe(folder, content, pre_tokenizer)
     elif (folder / "tokenizer.model").is_file():
         is_spm = True
         pieces = read_sentencepiece(folder / "tokenizer.model")
@@ -61,7 +60,7 @@ def tokenizer_values(files: ModelFiles, vocab_size: int, form: GgufForm) -> dict
     values |= {"tokens": table.texts, "token_type": table.types}
     if is_spm:
         values |= {"model": "llama", "pre": "default", "scores": table.scores}
-    values |= _special(files, settings, vocab_size)
+    values |= _special(folder, config, settings, vocab_size)
     return {_KEY + key: value for key, value in values.items()} | _templates(folder, settings)
 
 
@@ -149,9 +148,9 @@ def _adds_space(content: Mapping[str, Any]) -> bool:
     return is_metaspace or any(p.get("type") == "Prepend" for p in parts)
 
 
-def _bpe(folder: Path, content: Mapping[str, Any], form: GgufForm) -> dict[str, Any]:
+def _bpe(folder: Path, content: Mapping[str, Any], pre_tokenizer: str | None) -> dict[str, Any]:
     """Byte-level BPE, as GPT-2's."""
-    name = pre_tokenizer_name(Tokenizer.from_file(str(folder / "tokenizer.json")), form.pre_tokenizer)
+    name = pre_tokenizer_name(Tokenizer.from_file(str(folder / "tokenizer.json")), pre_tokenizer)
     if name is None:
         raise LaunchError(
             f"{folder}: the way its tokenizer cuts texts into words has no name in a GGUF that is known here."
@@ -160,10 +159,9 @@ def _bpe(folder: Path, content: Mapping[str, Any], form: GgufForm) -> dict[str, 
     return {"model": "gpt2", "pre": name, "merges": merges}
 
 
-def _special(files: ModelFiles, settings: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def _special(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Ids with a role, and what is put around a text."""
-    vocabulary = vocabulary_from_folder(files.folder)
-    config = files.config or {}
+    vocabulary = vocabulary_from_folder(folder)
     ids: dict[str, Any] = {"bos": vocabulary.bos_id, "eos": next(iter(vocabulary.eos_ids), None)}
     texts = {text: i for i, text in enumerate(vocabulary.texts) if text is not None}
     ids["padding"] = texts.get(token_text_of(settings.get("pad_token")) or "")

@@ -10,26 +10,22 @@ from tokenizers import Tokenizer
 
 from serve_app.errors import LaunchError
 from serve_app.gguf_file import open_gguf
-from serve_app.loaders.gguf_tokenizer import tokenizer_values
-from serve_app.loaders.model_files import ModelFiles
-from serve_app.models.gguf_form import GgufForm
+from serve_app.text.gguf_tokenizer import tokenizer_values
 from serve_app.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.tokenizer_export import write_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 VOCAB = DATA / "vocab"
-LLAMA = GgufForm("llama")
 
 
 def texts_of(name: str) -> list[str]:
     return (VOCAB / f"{name}.gguf.inp").read_text().split("\n__ggml_vocab_test__\n")
 
 
-def values_of(folder: Path, form: GgufForm = LLAMA, vocab_size: int | None = None) -> dict[str, Any]:
-    files = ModelFiles("plain", "m", folder, (), {}, None, folder, {}, 64, ())
+def values_of(folder: Path, architecture: str = "llama", vocab_size: int | None = None) -> dict[str, Any]:
     count = open_tokenizer(folder).vocab_size if vocab_size is None else vocab_size
-    return {"general.architecture": form.architecture} | tokenizer_values(files, count, form)
+    return {"general.architecture": architecture} | tokenizer_values(folder, {}, count, None)
 
 
 def cut_to(count: int, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +102,7 @@ def test_a_sentencepiece_model_alone(tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_phi_3s_tokenizer_with_added_tokens() -> None:
     folder = DATA / "tokenizers/phi-3-mini"
-    values = values_of(folder, GgufForm("phi3"))
+    values = values_of(folder, "phi3")
     ours, theirs = open_tokenizer(values), open_tokenizer(folder)
     for text in ["<|user|>\nHi <|end|>\n<|assistant|>\n", "x <|end|>  y", *texts_of("ggml-vocab-llama-spm")[:20]]:
         assert ours.encode(text, parse_special=True) == theirs.encode(text, parse_special=True)
