@@ -96,9 +96,9 @@ def test_experts_of_a_file_stay_packed(
     close(ours, full_logits(plain, IDS, "torch"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2moe", "phimoe"])
 def test_no_operator_of_a_mixtures_step_waits_for_the_device(family: str, device: torch.device, tmp_path: Path) -> None:
-    """Decodes and a prefill, the whole forward: nothing is read back, and no shape depends on what a tensor holds."""
+    """Both ways to route, an expert for all, decodes and a prefill: nothing is read back, no shape follows contents."""
     hf = hf_mixture(family, num_hidden_layers=1)
     model = our_model(hf, DictSource(saved(hf, tmp_path), device=device))
     pool = TinyPool(model.args, 4, 16, device=device)
@@ -131,9 +131,9 @@ def test_a_graph_holds_for_every_routing(device: torch.device, tmp_path: Path) -
         cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
     eager = TorchForward(model, pool, device, TritonAttention())
     recorder = CudaRecorder(device) if device.type == "cuda" else Rerun()
-    graphs = GraphForward(eager.run, eager, pool, model.args.vocab_size, GraphLimits(3, 16), recorder)
-    assert graphs.num_graphs == 3
-    for some in ([IDS, IDS[9:], IDS[17:]], [IDS[3:]], [IDS[5:], IDS[11:]]):
+    graphs = GraphForward(eager.run, eager, pool, model.args.vocab_size, GraphLimits(2, 16), recorder)
+    assert graphs.num_graphs == 2
+    for some in ([IDS, IDS[9:]], [IDS[3:]]):
         pieces = [Piece(ids, 4, 5, [3 - block]) for block, ids in enumerate(some)]
         batch = make_batch(pool, pieces, rows=range(len(some)))
         logits = graphs(batch).clone()
