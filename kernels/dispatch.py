@@ -155,3 +155,10 @@ def set_num_threads(count: int, *, parks_at_once: bool = False) -> None:
         ops._native.set_spin(idle_ns=0)
     else:
         ops._native.set_spin()
+
+
+def work_alone() -> None:
+    """Native kernels of this thread use no other threads from now on, so that those do not wait for it."""
+    ops = native().ops
+    if ops is not None:
+        ops._native.stay_out_of_team()

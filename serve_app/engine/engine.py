@@ -11,6 +11,7 @@ from typing import Protocol
 
 from serve_app.batch import ForwardBatch
 from serve_app.engine.batch_builder import BatchBuilder
+from serve_app.engine.border import Border
 from serve_app.engine.model_runner import StepResult
 from serve_app.engine.outputs import OutputCollector
 from serve_app.engine.request import Request, RequestState
@@ -18,6 +19,7 @@ from serve_app.engine.request_factory import RequestFactory
 from serve_app.engine.scheduler import Schedule, Scheduler
 from serve_app.engine.stats import EngineStats
 from serve_app.engine.throughput import DrainRate
+from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed, QueueFull, ServeError, Unavailable
 from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.messages import FinishReason, GenerateRequest, TokenDelta
@@ -88,6 +90,9 @@ class Engine:
         self._num_sent = self._num_taken = 0
         self._sending = threading.Lock()
         self._wake = threading.Event()
+        self.border = Border(self._scheduler, self._wake)
+        # Of an engine that was built from a model's files.
+        self.switch: WeightSwitch | None = None
         self._live: dict[str, list[Request]] = {}
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -210,6 +215,7 @@ class Engine:
         """One step: schedule → forward and sample → update. Returns what it brought, possibly nothing."""
         deltas = self._take_inbox()
         self._expire(deltas)
+        self.border.cross()
         schedule = self._scheduler.schedule()
         self._is_idle = schedule.is_empty
         try:

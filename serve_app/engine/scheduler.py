@@ -43,6 +43,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         # In order of arrival: the last is the youngest, the first to be preempted.
         self.running: list[Request] = []
+        # Requests that have not begun wait on (engine.border).
+        self.holds_new = False
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -112,6 +114,8 @@ class Scheduler:
             if request.is_paused:
                 skipped.append(self.waiting.popleft())
                 continue
+            if self.holds_new and not request.has_begun:
+                break
             if self.pool.num_free == self._blocked_at or not self._take_prompt_blocks(request):
                 self._blocked_at = self.pool.num_free
                 break
@@ -221,13 +225,17 @@ class Scheduler:
         return started, copies
 
     def preempt(self, request: Request) -> None:
-        """Takes a running request's blocks; it waits at the head of the queue and is computed again."""
+        """Takes a running request's blocks for others; it waits at the head of the queue and is computed again."""
+        self.requeue(request)
+        self.num_preemptions += 1
+
+    def requeue(self, request: Request) -> None:
+        """Sends a running request back to the head of the queue, without blocks: it is computed again."""
         self._release(request)
         request.num_computed = request.num_published = 0
         request.state = RequestState.PREEMPTED
         self.running.remove(request)
         self.waiting.appendleft(request)
-        self.num_preemptions += 1
 
     def finish(self, request: Request) -> None:
         """Forgets a request wherever it stands; its blocks are free at once."""
@@ -248,10 +256,13 @@ class Scheduler:
     def expired(self, timeout_s: float) -> Iterable[Request]:
         """The waiting requests that have waited too long since they arrived.
 
-        Those that have run do not expire: preempted ones, and further choices of a request that runs.
+        Those that have begun do not expire: preempted ones, and further choices of a request that runs. Nor does one
+        that is held back.
         """
+        if self.holds_new:
+            return []
         deadline = time.monotonic() - timeout_s
-        return [r for r in self.waiting if r.arrival_s < deadline and r.state is RequestState.WAITING and not r.choice]
+        return [r for r in self.waiting if r.arrival_s < deadline and not r.has_begun]
 
 
 def _by_arrival(request: Request) -> tuple[float, int]:

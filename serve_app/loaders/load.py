@@ -16,7 +16,7 @@ from serve_app.loaders.kv_scales import KvScales, read_kv_scales
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.number_formats import compute_dtype, kv_dtype
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
-from serve_app.loaders.weight_source import CheckpointSource
+from serve_app.loaders.weight_source import CheckpointSource, Progress
 from serve_app.models.base import CausalLM, ModelArgs
 from serve_app.models.registry import Family, find_family, gguf_architecture
 from serve_app.options import DType, KvDType
@@ -41,17 +41,24 @@ class LoadedModel:
 
 
 def load_model(
-    files: ModelFiles, *, dtype: DType, device: str, kv: KvDType = "auto", is_exact: bool = False
+    files: ModelFiles,
+    *,
+    dtype: DType,
+    device: str,
+    kv: KvDType = "auto",
+    is_exact: bool = False,
+    progress: Progress | None = None,
 ) -> LoadedModel:
     """Builds the model over its mapped files; weights stay in the files where their form allows it.
 
-    dtype, kv, is_exact: see loaders.number_formats. Resident memory peaks at the files' size plus the
-    process. Raises ModelFileError naming the file and the tensor or key that is missing, misshapen or not supported.
+    dtype, kv, is_exact: see loaders.number_formats. progress: told of each tensor that is read; what it
+    raises ends the loading. Resident memory peaks at the files' size plus the process. Raises ModelFileError naming the
+    file and the tensor or key that is missing, misshapen or not supported.
     """
     family, args = find_args(files)
     checkpoint = open_checkpoint(files)
     chosen = compute_dtype(dtype, checkpoint, torch.device(device))
-    source = CheckpointSource(checkpoint, chosen, torch.device(device), is_exact=is_exact)
+    source = CheckpointSource(checkpoint, chosen, torch.device(device), is_exact=is_exact, progress=progress)
     try:
         model = family.build(args, source)
     finally:
