@@ -153,7 +153,16 @@ class CompletionRequest(GenerationRequest):
         return [prompt] if is_single else list(prompt)
 
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+class IsqRequest(_Body):
+    """POST /v1/re_isq. isq_type: a type, a mix or a width in bits; ggml_type: mistral.rs's name of it."""
+
+    isq_type: str | int | None = None
+    ggml_type: str | int | None = None
+    mode: Literal["drain", "swap"] = "drain"
+    target: Literal["target", "draft"] = "target"
+
+
+RequestT = TypeVar("RequestT", bound=_Body)
 
 
 def parse_request(model: type[RequestT], fields: dict[str, Any]) -> RequestT:
