@@ -39,6 +39,8 @@ def find_isq(wanted: str | int, given: IsqOptions | None) -> IsqOptions | None:
         return None
     isq = replace(given or IsqOptions(), type=name)
     try:
+        if not name:
+            raise ValueError(name)
         return replace(isq, type=type_name(isq))
     except ValueError:
         raise InvalidRequest(
