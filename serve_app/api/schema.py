@@ -22,6 +22,8 @@ _EXPECTED = {
     "stop": "a non-empty string or an array of non-empty strings",
     "messages": "an array of messages or a string",
     "content": "a string, an array of content parts, or null next to tool_calls",
+    "isq_type": "the name of a type, or a width in bits",
+    "ggml_type": "the name of a type, or a width in bits",
     "logit_bias": "an object of token ids (as strings) and biases from -100 to 100",
 }
 

@@ -117,24 +117,26 @@ class ModelSwitch:
                 self._install(previous, drains=False)
         self._free()
 
+    @property
+    def source_bytes(self) -> int:
+        """What is read while weights are made."""
+        return max(1, self._plan.source if self._plan is not None else 1)
+
+    def note(self, done: float) -> None:
+        """Called while weights are made. Raises CancelledError when that is to end."""
+        if self._is_stopped:
+            raise CancelledError
+        self._progress(done)
+
     def _load(self, isq: IsqOptions | None) -> _Weights:
-        files, done = replace(self._files, isq=isq), 0
-        total = max(1, self._plan.source if self._plan is not None else 1)
-
-        def tell(name: str, num_bytes: int) -> None:
-            nonlocal done
-            if self._is_stopped:
-                raise CancelledError
-            done += num_bytes
-            self._progress(min(1.0, done / total))
-
+        files = replace(self._files, isq=isq)
         loaded = load_model(
             files,
             dtype=files.dtype,
             device=str(self._runner.device),
             kv=_KV_NAMES[self._runner.kv_pool.dtype],
             is_exact=self._config.cpu_exact,
-            progress=tell,
+            progress=_Listener(self),
         )
         self._check(loaded)
         return _Weights(isq, loaded.fingerprint, loaded.model, self._runner.forward_of(loaded.model))
@@ -214,6 +216,26 @@ class ModelSwitch:
         gc.collect()
         if torch.device(self._runner.device).type == "cuda":
             torch.cuda.empty_cache()
+
+
+class _Listener:
+    """A LoadProgress: says how much of a model is loaded, and ends the loading when the switch is stopped."""
+
+    def __init__(self, switch: ModelSwitch) -> None:
+        self._switch = switch
+        self._total, self._done = switch.source_bytes, 0
+
+    def start(self, title: str, total_bytes: int) -> None:
+        """See LoadProgress."""
+        self._total, self._done = max(1, total_bytes), 0
+
+    def advance(self, tensor: str, num_bytes: int) -> None:
+        """See LoadProgress."""
+        self._done += num_bytes
+        self._switch.note(min(1.0, self._done / self._total))
+
+    def finish(self) -> None:
+        """See LoadProgress."""
 
 
 def recompute_running(engine: Engine) -> int:

@@ -12,11 +12,12 @@ from serve_app.gguf_file import open_gguf
 from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.loaders.fingerprint import fingerprint
 from serve_app.loaders.gguf import GgufCheckpoint
+from serve_app.loaders.isq_progress import LoadProgress
 from serve_app.loaders.kv_scales import KvScales, read_kv_scales
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.number_formats import compute_dtype, kv_dtype
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
-from serve_app.loaders.weight_source import CheckpointSource, Progress
+from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.base import CausalLM, ModelArgs
 from serve_app.models.registry import Family, find_family, gguf_architecture
 from serve_app.options import DType, KvDType
@@ -47,7 +48,7 @@ def load_model(
     device: str,
     kv: KvDType = "auto",
     is_exact: bool = False,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
 ) -> LoadedModel:
     """Builds the model over its mapped files; weights stay in the files where their form allows it.
 
@@ -58,7 +59,9 @@ def load_model(
     family, args = find_args(files)
     checkpoint = open_checkpoint(files)
     chosen = compute_dtype(dtype, checkpoint, torch.device(device))
-    source = CheckpointSource(checkpoint, chosen, torch.device(device), is_exact=is_exact, progress=progress)
+    source = CheckpointSource(
+        checkpoint, chosen, torch.device(device), is_exact=is_exact, progress=progress and progress.advance
+    )
     try:
         model = family.build(args, source)
     finally:
