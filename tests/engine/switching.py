@@ -16,7 +16,7 @@ from serve_app.engine.weight_switch import Mode, WeightSwitch
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.messages import GenerateRequest, TokenDelta
-from serve_app.options import EngineConfig, ModelSource, SamplingParams
+from serve_app.options import EngineConfig, IsqOptions, ModelSource, SamplingParams
 
 MODELS = Path(__file__).parents[1] / "data" / "models" / "stories3M"
 FILES = {name: MODELS / f"stories3M-{name}.gguf" for name in ("F32", "Q4_0", "Q6_K")}
@@ -117,9 +117,11 @@ def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
 class Plain:
     """What the weights of one type say, alone and undisturbed."""
 
-    def __init__(self, isq_type: str) -> None:
-        file = FILES.get(isq_type)
-        self._llm = LLM(None if file is None else str(file), config=CONFIG)
+    def __init__(self, file_type: str, isq: IsqOptions | None = None) -> None:
+        file = FILES.get(file_type)
+        self._llm = LLM(ModelSource(model=None if file is None else str(file), isq=isq), config=CONFIG)
+        assert self._llm.engine.switch is not None
+        self.isq_type = self._llm.engine.switch.isq_type
 
     def __call__(self, prompt: list[int], **sampling: Any) -> Any:
         return self._llm.generate([prompt], request("x", prompt, **sampling).sampling)[0].choices

@@ -17,8 +17,9 @@ import pytest
 from serve_app.engine import model_switch, switch_plan
 from serve_app.engine.request_factory import _derive
 from serve_app.errors import Conflict, EngineFailed, InvalidRequest, ModelFileError
+from serve_app.loaders.load import load_model
 from serve_app.loaders.weight_files import EMBEDDED_MODEL
-from serve_app.options import ModelSource
+from serve_app.options import IsqOptions, ModelSource
 from tests.engine.switching import CONFIG, FILES, Plain, Served, load_other_file, request, until
 
 NEW = "Q4_0"
@@ -306,6 +307,7 @@ def test_a_drain_can_be_stopped(served: Served, old: Plain) -> None:
 
 
 def test_stopping_ends_the_loading(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_switch, "load_model", load_model)
     seen: list[float] = []
 
     def note(done: float) -> None:
@@ -469,6 +471,22 @@ def test_memory_follows_the_type(served: Served, old: Plain) -> None:
     assert min(heavy) - max(light) > 0.7 * (weights["F32"] - weights["Q4_0"])
     assert max(light) - min(light) < 2 << 20
     assert max(heavy) - min(heavy) < 2 << 20
+
+
+def test_with_the_real_loader(old: Plain) -> None:
+    """Weights made anew while serving are those of a start with that type, and so is the model's identity."""
+    served, plain = Served(), Plain("none", IsqOptions(type=NEW))
+    try:
+        with served.switching("q4-0", "drain"):
+            served.step()
+        for i, prompt in enumerate(prompts(old, 3)):
+            served.engine.add(request(f"r{i}", prompt, seed=i))
+            served.finish()
+            assert served.ids(f"r{i}") == plain(prompt, seed=i)[0].token_ids
+        assert served.switch.isq_type == plain.isq_type == NEW
+    finally:
+        served.close()
+        plain.close()
 
 
 def test_preparing_gives_way(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
