@@ -60,7 +60,11 @@ def load_model(
     checkpoint = open_checkpoint(files)
     chosen = compute_dtype(dtype, checkpoint, torch.device(device))
     source = CheckpointSource(
-        checkpoint, chosen, torch.device(device), is_exact=is_exact, progress=progress and progress.advance
+        checkpoint,
+        chosen,
+        torch.device(device),
+        is_exact=is_exact,
+        progress=None if progress is None else progress.advance,
     )
     try:
         model = family.build(args, source)
