@@ -7,20 +7,26 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.actor_options import INGRESS
 from deployments.listener import Listener, bind
 from deployments.pump_receiver import TokenReceiver
 from deployments.replica_process import Surroundings, prepare_process
+from deployments.requantizer import SwitchCalls
 from deployments.serve_backend import STATUS_TIMEOUT_S, Replicas, ServeBackend
+from deployments.switch_part import PartState, Wish
 from deployments.target import TargetStatus
-from serve_app.api.backend import Backend, ModelCard
+from serve_app.api.backend import Backend, IsqJob, ModelCard
 from serve_app.config import AppConfig, HttpConfig
 from serve_app.messages import Finish, GenerateRequest, PromptInput, TokenDelta
 from serve_app.metrics import HttpMetrics, Snapshot
 
 log = logging.getLogger(__name__)
+
+# Of commands that come back only when something is done: a plan, memory freed, old weights put back.
+_SWITCH_TIMEOUTS_S = {"reserve": 30.0, "settle": 60.0, "cancel": 1800.0}
 
 # app.py hands it over: the routes know nothing of Ray, and this package nothing of the routes.
 AsgiBuilder = Callable[[Callable[[], Backend], HttpConfig, HttpMetrics], Any]
@@ -54,6 +60,17 @@ class HandleReplicas(Replicas):
     async def target_statuses(self) -> list[TargetStatus]:
         return await _all(self._target, "status")
 
+    def switch_groups(self) -> dict[str, SwitchCalls]:
+        return {"target": HandleSwitch(self._target)}
+
+    async def other_isq_jobs(self) -> list[IsqJob]:
+        if self._num_ingresses == 1:
+            return []
+        context = serve.get_replica_context()
+        others = serve.get_deployment_handle(INGRESS, context.app_name)
+        lists = await _all(others, "isq_jobs_for", context.replica_id.unique_id)
+        return [job for jobs in lists for job in jobs]
+
     async def snapshots(self) -> list[Snapshot]:
         snapshots: list[Snapshot] = await _all(self._target, "snapshot") + await _all(self._preprocessor, "snapshot")
         if self._num_ingresses > 1:
@@ -61,6 +78,25 @@ class HandleReplicas(Replicas):
             others = serve.get_deployment_handle(INGRESS, context.app_name)
             snapshots += await _all(others, "snapshot_for", context.replica_id.unique_id)
         return snapshots
+
+
+class HandleSwitch(SwitchCalls):
+    """The replicas of a deployment that has an engine."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def each(self, command: str, *args: Any) -> list[PartState | BaseException]:
+        timeout_s = _SWITCH_TIMEOUTS_S.get(command, STATUS_TIMEOUT_S)
+        try:
+            calls = self._handle.broadcast("re_isq", command, *args)
+            answers: list[PartState | BaseException] = await calls.results_async(
+                timeout_s=timeout_s, return_exceptions=True
+            )
+        except (DeploymentUnavailableError, TimeoutError) as error:
+            log.debug("no target answers to %s: %r", command, error)
+            return []
+        return answers
 
 
 async def _all(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[Any]:
@@ -114,6 +150,14 @@ class Ingress:
     async def snapshot_for(self, asker: str) -> Snapshot:
         """This replica's metrics; nothing for the replica that asks, it counts its own."""
         return {} if asker == self._replica_id else self._backend.own_snapshot()
+
+    async def isq_jobs_for(self, asker: str) -> list[IsqJob]:
+        """The changes of weights that this replica leads or has led; nothing for the replica that asks."""
+        return [] if asker == self._replica_id else self._backend.own_isq_jobs()
+
+    async def isq_wish(self) -> Wish:
+        """The type of weights that targets are to serve, as far as this replica knows."""
+        return self._backend.isq_wish
 
     async def num_open(self) -> int:
         """Requests that are running for this replica's clients."""

@@ -4,14 +4,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any, Protocol
 
 from deployments.actor_options import INGRESS
 from deployments.call_errors import ReplicaLost, to_serve_error
 from deployments.pump_receiver import IncomingTokens, TokenReceiver
+from deployments.requantizer import Requantizer, SwitchCalls
+from deployments.switch_part import PartState, Wish
 from deployments.target import TargetStatus
-from serve_app.api.backend import DeltaSink, Health, ModelCard, Started
+from serve_app.api.backend import DeltaSink, Health, IsqJob, IsqMode, IsqState, ModelCard, Started
 from serve_app.errors import EngineFailed, QueueFull, ServeError, Unavailable
 from serve_app.messages import Finish, GenerateRequest, PromptInput, TokenDelta
 from serve_app.metrics import HttpMetrics, Snapshot, merge_snapshots, process_snapshot, render
@@ -35,6 +37,12 @@ class Replicas(Protocol):
     def generate(self, request: GenerateRequest) -> Awaitable[list[Finish]]: ...
     def generate_stream(self, request: GenerateRequest) -> AsyncIterator[list[TokenDelta]]: ...
     def target_statuses(self) -> Awaitable[list[TargetStatus]]: ...
+    def switch_groups(self) -> Mapping[str, SwitchCalls]:
+        """The deployments whose weights can be changed, by the name that clients call them."""
+
+    def other_isq_jobs(self) -> Awaitable[list[IsqJob]]:
+        """Those that other ingress replicas lead."""
+
     def snapshots(self) -> Awaitable[list[Snapshot]]:
         """Of all targets, and of the other ingress replicas."""
 
@@ -52,6 +60,8 @@ class ServeBackend:
         self._max_requests = max_requests
         self._receiver = receiver
         self._metrics = metrics
+        self._switches = replicas.switch_groups()
+        self._requantizer = Requantizer(self._switches, metrics)
         self._card: ModelCard | None = None
         self._started_s = time.monotonic()
         self._is_stopping = False
@@ -101,6 +111,34 @@ class ServeBackend:
             return Health(False, "No target replica answers; Serve is starting another one.")
         return Health(False, f"The model is loading, for {time.monotonic() - self._started_s:.0f} s by now.")
 
+    async def requantize(self, isq_type: str, mode: IsqMode, target: str) -> IsqJob:
+        """See Backend."""
+        if self._is_stopping:
+            raise _shutting_down()
+        return await self._requantizer.begin(isq_type, mode, target)
+
+    async def wait_for_isq(self, job_id: str) -> IsqJob:
+        """See Backend."""
+        return await self._requantizer.wait(job_id)
+
+    async def isq_state(self) -> IsqState:
+        """See Backend."""
+        answers, others = await asyncio.gather(
+            self._switches["target"].each("state", None), self._replicas.other_isq_jobs()
+        )
+        types = dict.fromkeys(answer.isq_type for answer in answers if isinstance(answer, PartState))
+        jobs = sorted([*self.own_isq_jobs(), *others], key=lambda job: job.created, reverse=True)
+        return IsqState(list(types), jobs)
+
+    def own_isq_jobs(self) -> list[IsqJob]:
+        """Those that this replica leads or has led, the newest first."""
+        return list(self._requantizer.jobs)
+
+    @property
+    def isq_wish(self) -> Wish:
+        """Which type the targets are to serve, as far as this replica knows."""
+        return self._requantizer.wish
+
     async def metrics(self) -> bytes:
         """All replicas' metrics; those of one that does not answer in time are left out."""
         snapshots: list[Snapshot] = []
@@ -117,6 +155,7 @@ class ServeBackend:
     def stop(self) -> None:
         """Ends every request with an error that its client is told; new ones are refused."""
         self._is_stopping = True
+        self._requantizer.stop()
         for stopped in list(self._running):
             if not stopped.done():
                 stopped.set_result(None)

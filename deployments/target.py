@@ -4,9 +4,9 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 from ray import serve
 
@@ -14,11 +14,15 @@ from deployments.actor_options import TARGET, target_engine
 from deployments.handle_stream import HandleStreams
 from deployments.pump_sender import TokenSender
 from deployments.replica_process import Surroundings, prepare_process
+from deployments.switch_part import NO_WISH, PartState, Wish
+from deployments.target_switch import AskWish, TargetSwitch
+from deployments.wish_call import latest_wish
 from serve_app.config import AppConfig
+from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed
 from serve_app.messages import Finish, GenerateRequest, TokenDelta
 from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot, process_snapshot
-from serve_app.options import EngineConfig, ModelSource
+from serve_app.options import EngineConfig, IsqOptions, ModelSource
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +49,11 @@ class EngineLike(Protocol):
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def stats(self) -> Stats: ...
+    @property
+    def switch(self) -> WeightSwitch | None: ...
 
 
+SwitchCommand = Literal["state", "reserve", "start", "commit", "settle", "cancel"]
 EngineBuilder = Callable[[ModelSource, EngineConfig, Callable[[list[TokenDelta]], None]], EngineLike]
 
 
@@ -76,16 +83,22 @@ class TargetServer:
         build_engine: EngineBuilder | None = None,
         *,
         is_private: bool = False,
+        wish: Wish = NO_WISH,
+        ask_wish: AskWish | None = None,
     ) -> None:
-        """is_private: on a cluster of this machine alone, whose cores the targets divide."""
+        """is_private: on a cluster of this machine alone, whose cores the targets divide. wish: the type of the weights
+        that the targets serve by now; ask_wish: see TargetSwitch."""
         loop = asyncio.get_running_loop()
         started_s = time.monotonic()
         build = build_engine or _engine_builder()
         engine_config = target_engine(config, is_private=is_private)
-        self._engine = build(config.model.to_source(), engine_config, self._publish)
+        self._engine = build(wished_source(config.model.to_source(), wish), engine_config, self._publish)
         pause, resume = self._engine.pause, self._engine.resume
         self._sender = TokenSender(replica_id, node_id, loop, pause=pause, resume=resume)
         self._handle_streams = HandleStreams(loop, pause=pause, resume=resume)
+        self._switch = TargetSwitch(self._engine.switch, replica_id, wish, ask_wish)
+        if ask_wish is not None:
+            self._switch.keep_catching_up()
         self._is_stopped = False
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._engine.start()
@@ -141,7 +154,17 @@ class TargetServer:
 
     async def snapshot(self) -> Snapshot:
         """This engine's metrics."""
-        return engine_snapshot(self._engine.stats()) | process_snapshot(TARGET)
+        weights: Snapshot = {"sirocco_isq_info": {self._switch.isq_type: [1.0]}}
+        return engine_snapshot(self._engine.stats()) | process_snapshot(TARGET) | weights
+
+    async def re_isq(self, command: SwitchCommand, *args: Any) -> PartState:
+        """A command of TargetSwitch."""
+        run: Callable[..., Awaitable[PartState]] = getattr(self._switch, command)
+        return await run(*args)
+
+    async def isq_wish(self) -> Wish:
+        """The type of weights that targets are to serve, as far as this one knows."""
+        return self._switch.wish
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds and replaces the replica when it raises."""
@@ -152,12 +175,22 @@ class TargetServer:
         """Ends all requests with an error, and frees model and cache."""
         if not self._is_stopped:
             self._is_stopped = True
+            self._switch.stop()
             self._engine.stop()
             self._sender.stop()
 
     def _publish(self, deltas: list[TokenDelta]) -> None:
         self._sender.publish(deltas)
         self._handle_streams.publish(deltas)
+
+
+def wished_source(source: ModelSource, wish: Wish) -> ModelSource:
+    """The model in the type that is wished for; all other options of quantisation stay."""
+    if wish.isq_type is None:
+        return source
+    if wish.isq_type == "none":
+        return replace(source, isq=None)
+    return replace(source, isq=replace(source.isq or IsqOptions(), type=wish.isq_type))
 
 
 def _engine_builder() -> EngineBuilder:
@@ -171,13 +204,24 @@ def _engine_builder() -> EngineBuilder:
 class Target(TargetServer):
     """TargetServer as a Serve replica."""
 
-    def __init__(self, config: AppConfig, surroundings: Surroundings) -> None:
+    # Serve waits for a constructor that is a coroutine.
+    async def __init__(self, config: AppConfig, surroundings: Surroundings) -> None:  # type: ignore[misc]
         import ray
 
         prepare_process(config, surroundings)
         context = serve.get_replica_context()
         node_id = ray.get_runtime_context().get_node_id()
-        super().__init__(config, context.replica_id.unique_id, node_id, is_private=surroundings.is_private)
+        wish = await latest_wish()
+        # One that is alone sees every job from its beginning.
+        is_alone = (config.deployment.max_target_replicas or config.deployment.target_replicas) == 1
+        super().__init__(
+            config,
+            context.replica_id.unique_id,
+            node_id,
+            is_private=surroundings.is_private,
+            wish=wish,
+            ask_wish=None if is_alone else latest_wish,
+        )
 
     def __del__(self) -> None:
         # Serve calls this when it stops the replica; after a failed constructor there is nothing to stop.

@@ -125,6 +125,13 @@ def native_matrix(type_id: int, rows: int, columns: int) -> "PackedMatrix | None
     return PackedMatrix(type_id, rows, columns)
 
 
+def work_alone() -> None:
+    """Native kernels of this thread use no other threads from now on, so that those do not wait for it."""
+    ops = native().ops
+    if ops is not None:
+        ops._native.stay_out_of_team()
+
+
 def triton_computes(device: torch.device | str) -> tuple[bool, str]:
     """Whether Triton's kernels multiply on this device, and why, or why not.
 

@@ -71,6 +71,14 @@ class MethodNotAllowed(ServeError):
     type = "invalid_request_error"
 
 
+class Conflict(ServeError):
+    """What is asked for cannot be done as things stand; the message says what stands against it."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class RequestTooLarge(ServeError):
     """The body is over its limit."""
 

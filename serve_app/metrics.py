@@ -65,6 +65,8 @@ METRICS: dict[str, Description] = {
     "sirocco_process_resident_bytes": Description("gauge", "Resident memory, by kind of replica.", ("replica",)),
     "sirocco_process_open_fds": Description("gauge", "Open files and sockets, by kind of replica.", ("replica",)),
     "sirocco_event_loop_tasks": Description("gauge", "Tasks of the event loops, by kind of replica.", ("replica",)),
+    "sirocco_isq_info": Description("gauge", "Target replicas by the type of their weights.", ("isq_type",)),
+    "sirocco_re_isq_jobs_total": Description("counter", "Changes of that type while serving, by outcome.", ("state",)),
     "sirocco_targets": Description("gauge", "Target replicas that were counted in this scrape."),
 }
 
@@ -126,6 +128,7 @@ class HttpMetrics:
     def __init__(self) -> None:
         self.requests: defaultdict[tuple[str, int], int] = defaultdict(int)
         self.disconnects: defaultdict[str, int] = defaultdict(int)
+        self.isq_jobs: defaultdict[str, int] = defaultdict(int)
         self.in_flight = 0
         self.first_token = Histogram(_FIRST_TOKEN_S)
         self.inter_token = Histogram(_INTER_TOKEN_S)
@@ -137,6 +140,7 @@ class HttpMetrics:
             "sirocco_requests_total": requests,
             "sirocco_requests_in_flight": {"": [float(self.in_flight)]},
             "sirocco_disconnects_total": {reason: [float(count)] for reason, count in self.disconnects.items()},
+            "sirocco_re_isq_jobs_total": {state: [float(count)] for state, count in self.isq_jobs.items()},
             "sirocco_time_to_first_token_seconds": {"": self.first_token.numbers()},
             "sirocco_inter_token_latency_seconds": {"": self.inter_token.numbers()},
             "sirocco_request_duration_seconds": {"": self.duration.numbers()},

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from serve_app.errors import ServeError
 from serve_app.messages import PromptInput, TokenDelta
 
 
@@ -47,6 +48,45 @@ class DeltaSink(Protocol):
         """Deltas accepted but not yet taken by the client: the pump stops giving credit when it grows."""
 
 
+IsqMode = Literal["drain", "swap"]
+IsqJobState = Literal["preparing", "draining", "switching", "done", "failed"]
+
+
+@dataclass(slots=True)
+class IsqJob:
+    """A change of the type of a model's weights while it serves.
+
+    in_place: on some replica old and new weights do not fit beside each other. progress: of the preparation, 0 to 1, of
+    the replica that has come least far. created, finished in Unix seconds. error: why it failed; the old weights serve.
+    """
+
+    id: str
+    isq_type: str
+    from_type: str
+    mode: IsqMode
+    target: str
+    created: int
+    replicas: int
+    in_place: bool = False
+    state: IsqJobState = "preparing"
+    progress: float = 0.0
+    finished: int | None = None
+    error: ServeError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will change."""
+        return self.state in ("done", "failed")
+
+
+@dataclass(slots=True)
+class IsqState:
+    """The types that targets serve now (one, where no job is at work), and the jobs, the newest first."""
+
+    isq_types: list[str]
+    jobs: list[IsqJob]
+
+
 class Backend(Protocol):
     """The application behind the HTTP routes."""
 
@@ -61,6 +101,19 @@ class Backend(Protocol):
 
     async def health(self) -> Health:
         """Whether a target can answer now."""
+
+    async def requantize(self, isq_type: str, mode: IsqMode, target: str) -> IsqJob:
+        """Begins to change the type of the weights that `target` serves with; the job goes on by itself.
+
+        Raises InvalidRequest for a bad type, NotFound for a target that there is not, Conflict where a job is at work
+        or memory does not suffice, Unavailable where no replica answers.
+        """
+
+    async def wait_for_isq(self, job_id: str) -> IsqJob:
+        """The job once it is over. For jobs of this process; cancelling the call leaves the job alone."""
+
+    async def isq_state(self) -> IsqState:
+        """What is served, and the jobs of all ingress replicas."""
 
     async def metrics(self) -> bytes:
         """All replicas' metrics in Prometheus' text format, summed."""

@@ -32,8 +32,6 @@ LATER_TREES: Sequence[str] = (
 )
 
 LATER_ROUTES: Sequence[str] = (
-    "/re_isq",
-    "/v1/re_isq",
     "/activate_adapters",
     "/v1/lora_adapters",
     "/v1/load_lora_adapter",

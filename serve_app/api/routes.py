@@ -10,8 +10,9 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from serve_app import __version__
+from serve_app.api import isq
 from serve_app.api.application import Application
-from serve_app.api.backend import Backend
+from serve_app.api.backend import Backend, IsqJob
 from serve_app.api.call import SCOPE_KEY, Call
 from serve_app.api.convert import chat_prompt, completion_prompts
 from serve_app.api.error_shape import ClientGone, error_headers, error_object
@@ -22,7 +23,7 @@ from serve_app.api.model_names import find_listed, resolve
 from serve_app.api.refusals import refuse_in_chat, refuse_in_completion
 from serve_app.api.responses import Head, model_object
 from serve_app.api.run import Generation
-from serve_app.api.schema import ChatRequest, CompletionRequest, parse_request
+from serve_app.api.schema import ChatRequest, CompletionRequest, IsqRequest, parse_request
 from serve_app.config import HttpConfig
 from serve_app.errors import NotImplementedHere, ServeError, Unavailable
 from serve_app.metrics import HttpMetrics
@@ -65,6 +66,9 @@ class _Routes:
         app.post("/v1/chat/completions")(self.chat_completions)
         app.post("/v1/completions")(self.completions)
         app.get("/v1/models")(self.list_models)
+        app.post("/v1/re_isq", status_code=202, openapi_extra=isq.DESCRIPTION)(self.re_isq)
+        app.get("/v1/re_isq")(self.isq_state)
+        app.post("/re_isq", openapi_extra=isq.DESCRIPTION)(self.re_isq_of_mistral)
         app.api_route("/health", methods=["GET", "HEAD"])(self.health)
         app.get("/metrics")(self.metrics)
         for path, methods in later_routes():
@@ -117,6 +121,31 @@ class _Routes:
 
     async def get_model(self, model_id: str) -> Response:
         return _json(model_object(find_listed(model_id, await self._get_backend().models())))
+
+    async def re_isq(self, request: Request) -> Response:
+        return isq.job_response(await self._requantize(request))
+
+    async def re_isq_of_mistral(self, request: Request) -> Response:
+        """mistral.rs's answer is a sentence."""
+        job = await self._requantize(request)
+        if job.error is not None:
+            raise job.error
+        call: Call = request.scope[SCOPE_KEY]
+        name = isq.wanted_type(parse_request(IsqRequest, call.body or {}))
+        return Response(f"Re ISQ: {json.dumps(name, ensure_ascii=False)}", media_type="text/plain")
+
+    async def isq_state(self) -> Response:
+        return _json(isq.state_object(await self._get_backend().isq_state()))
+
+    async def _requantize(self, request: Request) -> IsqJob:
+        call, fields = await self._read(request)
+        body = parse_request(IsqRequest, fields)
+        name = isq.wanted_type(body)
+        waits = isq.wants_to_wait(request.query_params.get("wait"))
+        backend = self._get_backend()
+        job = await backend.requantize(name, body.mode, body.target)
+        call.outcome["re_isq"] = job.id
+        return await backend.wait_for_isq(job.id) if waits else job
 
     async def health(self) -> Response:
         health = await self._get_backend().health()

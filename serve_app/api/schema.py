@@ -22,6 +22,8 @@ _EXPECTED = {
     "stop": "a non-empty string or an array of non-empty strings",
     "messages": "an array of messages or a string",
     "content": "a string, an array of content parts, or null next to tool_calls",
+    "isq_type": "the name of a type, or a width in bits",
+    "ggml_type": "the name of a type, or a width in bits",
     "logit_bias": "an object of token ids (as strings) and biases from -100 to 100",
 }
 
@@ -153,7 +155,16 @@ class CompletionRequest(GenerationRequest):
         return [prompt] if is_single else list(prompt)
 
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+class IsqRequest(_Body):
+    """POST /v1/re_isq. isq_type: a type, a mix or a width in bits; ggml_type: mistral.rs's name of it."""
+
+    isq_type: str | int | None = None
+    ggml_type: str | int | None = None
+    mode: Literal["drain", "swap"] = "drain"
+    target: Literal["target", "draft"] = "target"
+
+
+RequestT = TypeVar("RequestT", bound=_Body)
 
 
 def parse_request(model: type[RequestT], fields: dict[str, Any]) -> RequestT:

@@ -12,6 +12,7 @@ from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.kv_plan import KvPlan
 from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.model_switch import ModelSwitch
 from serve_app.engine.no_collection import no_collection
 from serve_app.engine.sampler import Sampler
 from serve_app.errors import LaunchError
@@ -78,7 +79,9 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
         runner, pool, kv, tokenizer, config, files.max_seq_len, eos_ids, files.sampling_defaults(), windows,
         plan.angles,
     )  # fmt: skip
-    return Engine(parts, config, on_deltas)
+    engine = Engine(parts, config, on_deltas)
+    engine.switch = ModelSwitch(engine, runner, files, loaded)
+    return engine
 
 
 def _say_what_computes(device: str) -> None:

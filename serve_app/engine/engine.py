@@ -11,6 +11,7 @@ from typing import Protocol
 
 from serve_app.batch import ForwardBatch
 from serve_app.engine.batch_builder import BatchBuilder
+from serve_app.engine.border import Border
 from serve_app.engine.model_runner import StepResult
 from serve_app.engine.outputs import OutputCollector
 from serve_app.engine.request import UNKNOWN, Request, RequestState
@@ -18,6 +19,7 @@ from serve_app.engine.request_factory import RequestFactory
 from serve_app.engine.scheduler import Schedule, Scheduler
 from serve_app.engine.stats import EngineStats
 from serve_app.engine.throughput import DrainRate
+from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed, QueueFull, ServeError, Unavailable
 from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.messages import FinishReason, GenerateRequest, TokenDelta
@@ -111,6 +113,9 @@ class Engine:
         self._num_sent = self._num_taken = 0
         self._sending = threading.Lock()
         self._wake = threading.Event()
+        self.border = Border(self._scheduler, self._wake)
+        # Of an engine that was built from a model's files.
+        self.switch: WeightSwitch | None = None
         self._live: dict[str, list[Request]] = {}
         # Begun, not yet looked at; one where the runner overlaps, and else none between two steps.
         self._under_way: deque[_Launched] = deque()
@@ -239,6 +244,9 @@ class Engine:
         self._expire(deltas)
         is_launched = False
         try:
+            if self.border.is_due:
+                self._collect(deltas)
+            self.border.cross()
             is_launched = self._launch()
             self._collect(deltas, leave=1 if is_launched and self.parts.runner.overlaps else 0)
         except Exception as error:

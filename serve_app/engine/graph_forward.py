@@ -64,7 +64,9 @@ class CudaRecorder:
             run()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads may use the device meanwhile: graphs of other weights are recorded beside a running engine.
+        place = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with place:
             run()
         return graph.replay
 

@@ -1,6 +1,7 @@
 """One step on the device: a batch in, token ids out, exactly one forward."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from serve_app.batch import ForwardBatch
 from serve_app.engine.device_choice import on_device
-from serve_app.engine.forward import choose_forward
+from serve_app.engine.forward import Forward, choose_forward
 from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.last_tokens import LastTokens
 from serve_app.engine.sampler import Draw, Sampler, StepLogprobs
@@ -73,16 +74,35 @@ class ModelRunner:
         """attention: name of an attention backend, 'auto' = the first of the order that can run here (LaunchError
         where the named one cannot). is_exact: native products take their input as it is. graphs: see choose_forward.
         overlaps: on a CUDA device a step may be begun before the host knows the tokens of the last one."""
-        self.model = model
+        self.model: CausalLM | None = model
         self.sampler = sampler
         self.kv_pool = kv_pool
+        self.device = device
+        can_overlap = torch.device(device).type in OVERLAPPING
+        self._drawn = LastTokens(sampler.max_rows, device) if overlaps and can_overlap else None
+        self._choose = partial(
+            choose_forward,
+            kv=kv_pool,
+            device=device,
+            attention=attention,
+            is_exact=is_exact,
+            graphs=graphs,
+            drawn=self._drawn,
+        )
         self._place = on_device(device)
-        with self._place:
-            can_overlap = torch.device(device).type in OVERLAPPING
-            self._drawn = LastTokens(sampler.max_rows, device) if overlaps and can_overlap else None
-            self._forward = choose_forward(
-                model, kv_pool, device, attention, is_exact=is_exact, graphs=graphs, drawn=self._drawn
-            )
+        self._forward: Forward | None = self.forward_of(model)
+
+    def forward_of(self, model: CausalLM) -> Forward:
+        """How a model of the same shape is run over the same pool: recorded and planned now, in whichever thread."""
+        with on_device(self.device):
+            return self._choose(model)
+
+    def exchange(self, model: CausalLM | None, forward: Forward | None) -> tuple[CausalLM | None, Forward | None]:
+        """Puts another model in the place of this one, which it returns. Only between two steps; None: no step can run
+        until there is one again."""
+        old = self.model, self._forward
+        self.model, self._forward = model, forward
+        return old
 
     @property
     def overlaps(self) -> bool:
@@ -99,6 +119,7 @@ class ModelRunner:
             return self._execute(batch)
 
     def _execute(self, batch: ForwardBatch) -> StepResult | PendingStep:
+        assert self._forward is not None, "a step without a model"
         logits = self._forward(batch)
         num_sampled, num_wanted = len(batch.sample_rows), len(batch.logit_index)
         extra = None

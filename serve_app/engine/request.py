@@ -123,6 +123,11 @@ class Request:
         return self.token_ids[self.num_prompt :]
 
     @property
+    def has_begun(self) -> bool:
+        """Whether its client request has run: it does so now, was preempted, or is a further choice."""
+        return self.state in (RequestState.RUNNING, RequestState.PREEMPTED) or self.choice > 0
+
+    @property
     def is_finished(self) -> bool:
         """Whether it has ended, for whatever reason."""
         return self.state is RequestState.FINISHED

@@ -55,6 +55,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         # In order of arrival: the last is the youngest, the first to be preempted.
         self.running: list[Request] = []
+        # Requests that have not begun wait on (engine.border).
+        self.holds_new = False
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -97,7 +99,7 @@ class Scheduler:
     def _recompute_outgrown(self) -> None:
         """Requests whose tokens want another rotary set begin again, where they stand in the queue."""
         for request in reversed([r for r in self.running if self._angles.is_outgrown(r.angles, r.num_tokens)]):
-            self._put_back(request)
+            self.requeue(request)
             self.num_outgrown += 1
 
     def _schedule_decodes(self, step: Schedule) -> None:
@@ -158,6 +160,8 @@ class Scheduler:
                 continue
             if request.is_under_way:
                 break  # preempted since its step began, whose results it still has to get
+            if self.holds_new and not request.has_begun:
+                break
             if self.pool.num_free == self._blocked_at or not self._take_blocks(request):
                 self._blocked_at = self.pool.num_free
                 break
@@ -228,11 +232,12 @@ class Scheduler:
         return started, copies
 
     def preempt(self, request: Request) -> None:
-        """Takes a running request's blocks; it waits at the head of the queue and is computed again."""
-        self._put_back(request)
+        """Takes a running request's blocks for others; it waits at the head of the queue and is computed again."""
+        self.requeue(request)
         self.num_preemptions += 1
 
-    def _put_back(self, request: Request) -> None:
+    def requeue(self, request: Request) -> None:
+        """Sends a running request back to the head of the queue, without blocks: it is computed again."""
         self._release(request)
         request.num_computed = request.num_published = 0
         request.state = RequestState.PREEMPTED
@@ -259,10 +264,13 @@ class Scheduler:
     def expired(self, timeout_s: float) -> Iterable[Request]:
         """The waiting requests that have waited too long since they arrived.
 
-        Those that have run do not expire: preempted ones, and further choices of a request that runs.
+        Those that have begun do not expire: preempted ones, and further choices of a request that runs. Nor does one
+        that is held back.
         """
+        if self.holds_new:
+            return []
         deadline = time.monotonic() - timeout_s
-        return [r for r in self.waiting if r.arrival_s < deadline and r.state is RequestState.WAITING and not r.choice]
+        return [r for r in self.waiting if r.arrival_s < deadline and not r.has_begun]
 
 
 def _by_arrival(request: Request) -> tuple[float, int]:

@@ -106,6 +106,10 @@ class BlockLedger(Protocol):
         """Forgets every hash: K and V of the same tokens have changed. Only between two steps. Running requests keep
         their blocks, and what they compute on top of them is never published."""
 
+    def renew(self, fingerprint: bytes) -> None:
+        """Forgets every hash and goes on for another model, of which fingerprint tells; no block may be held. Hashes
+        that were made by the hasher so far are worthless then."""
+
     def check(self) -> None:
         """Asserts the ledger's invariants; slow, for tests."""
 

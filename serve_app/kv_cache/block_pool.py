@@ -17,11 +17,10 @@ class BlockPool:
     """
 
     def __init__(self, owner: CacheOwner, fingerprint: bytes, block_size: int, prefix_cache_n: int) -> None:
-        attachment = owner.attach(fingerprint, prefix_cache_n)
         self._owner = owner
-        self._client = attachment.client
+        self._prefix_cache_n = prefix_cache_n
         self.is_caching = prefix_cache_n > 0
-        self.hasher = BlockHasher(attachment.hash_key, fingerprint)
+        self._attach(fingerprint)
         self.block_size = block_size
         self.num_total = owner.num_total
         self.is_contiguous = False
@@ -34,7 +33,12 @@ class BlockPool:
         self._is_published = bytearray(owner.num_total)
         self._num_held = 0
         self._outdated: set[int] = set()
-        self._flushes_seen = owner.flush_count(self._client)
+
+    def _attach(self, fingerprint: bytes) -> None:
+        attachment = self._owner.attach(fingerprint, self._prefix_cache_n)
+        self._client = attachment.client
+        self._flushes_seen = self._owner.flush_count(self._client)
+        self.hasher = BlockHasher(attachment.hash_key, fingerprint)
 
     @property
     def num_free(self) -> int:
@@ -184,6 +188,13 @@ class BlockPool:
     def flush(self) -> None:
         self._owner.flush(self._client)
         self._notice_flush()
+
+    def renew(self, fingerprint: bytes) -> None:
+        assert not self._num_held, f"{self._num_held} blocks are still held"
+        self.flush()
+        self._owner.detach(self._client)
+        self._reserve.clear()
+        self._attach(fingerprint)
 
     def close(self) -> None:
         assert not self._num_held, f"{self._num_held} blocks are still held"

@@ -75,6 +75,9 @@ class ContiguousPool:
     def flush(self) -> None:
         """Nothing is ever found again, so there is nothing to forget."""
 
+    def renew(self, fingerprint: bytes) -> None:
+        assert not self._taken, f"{len(self._taken)} ranges are still held"
+
     def close(self) -> None:
         assert not self._taken, f"{len(self._taken)} ranges are still held"
 

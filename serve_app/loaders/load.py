@@ -14,6 +14,7 @@ from serve_app.layers.rope_scaling import RopeScaling
 from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.loaders.fingerprint import fingerprint
 from serve_app.loaders.gguf import GgufCheckpoint
+from serve_app.loaders.isq_progress import LoadProgress
 from serve_app.loaders.kv_scales import KvScales, read_kv_scales
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.near_families import near_families, suggestion, unused_tensors
@@ -45,17 +46,30 @@ class LoadedModel:
 
 
 def load_model(
-    files: ModelFiles, *, dtype: DType, device: str, kv: KvDType = "auto", is_exact: bool = False
+    files: ModelFiles,
+    *,
+    dtype: DType,
+    device: str,
+    kv: KvDType = "auto",
+    is_exact: bool = False,
+    progress: LoadProgress | None = None,
 ) -> LoadedModel:
     """Builds the model over its mapped files; weights stay in the files where their form allows it.
 
-    dtype, kv, is_exact: see loaders.number_formats. Resident memory peaks at the files' size plus the
-    process. Raises ModelFileError naming the file and the tensor or key that is missing, misshapen or not supported.
+    dtype, kv, is_exact: see loaders.number_formats. progress: told of each tensor that is read; what it
+    raises ends the loading. Resident memory peaks at the files' size plus the process. Raises ModelFileError naming the
+    file and the tensor or key that is missing, misshapen or not supported.
     """
     family, args = find_args(files)
     checkpoint = open_checkpoint(files)
     chosen = compute_dtype(dtype, checkpoint, torch.device(device))
-    source = CheckpointSource(checkpoint, chosen, torch.device(device), is_exact=is_exact)
+    source = CheckpointSource(
+        checkpoint,
+        chosen,
+        torch.device(device),
+        is_exact=is_exact,
+        progress=None if progress is None else progress.advance,
+    )
     try:
         model = family.build(args, source)
     finally:

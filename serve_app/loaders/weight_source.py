@@ -35,6 +35,10 @@ TILE_ROWS = 16
 """Rows are packed in multiples of this, except the last ones of a matrix."""
 
 
+Progress = Callable[[str, int], None]
+"""Called with a tensor's name and how many bytes of the source it takes."""
+
+
 class CheckpointSource:
     """The WeightSource (serve_app.models.base) over a checkpoint.
 
@@ -43,12 +47,19 @@ class CheckpointSource:
     device; those that are asked for together and have one type become one. Elsewhere a matrix whose stored type is the
     compute dtype is a view of the mapped file; one in another plain type that is as wide or wider is converted, its
     pages given back; every other stays packed, float16 for a float32 model included. Remembers which tensors were
-    asked for. is_exact: see NativeWeight.
+    asked for. is_exact: see NativeWeight. progress: told of each.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, is_exact: bool = False
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_exact: bool = False,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
@@ -105,6 +116,8 @@ class CheckpointSource:
         if not stored.form.is_decodable:
             raise ModelFileError(f"{where} has type {stored.form.name}, which cannot be a weight")
         self._taken.add(stored.name)
+        if self._progress is not None:
+            self._progress(stored.name, len(stored.data))
         return stored
 
     def _rows(self, stored: StoredTensor, num_rows: int) -> Tensor:

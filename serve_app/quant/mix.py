@@ -23,6 +23,9 @@ _MIXES = {
     "Q5_K_M": _T.Q5_K,
 }
 
+MIXES = tuple(_MIXES)
+"""Their names."""
+
 # general.file_type of a GGUF, by the name of a type or mix.
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K": 12,

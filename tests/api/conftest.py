@@ -14,7 +14,7 @@ import openai
 import pytest
 import uvicorn
 
-from serve_app.api.backend import Backend, DeltaSink, Health, ModelCard, Started
+from serve_app.api.backend import Backend, DeltaSink, Health, IsqJob, IsqMode, IsqState, ModelCard, Started
 from serve_app.api.routes import build_asgi
 from serve_app.config import HttpConfig
 from serve_app.errors import ServeError
@@ -57,6 +57,8 @@ class FakeBackend:
     prompts: list[PromptInput] = field(default_factory=list)
     aborted: dict[str, float] = field(default_factory=dict)
     max_backlog: int = 0
+    isq_jobs: list[IsqJob] = field(default_factory=list)
+    isq_failure: ServeError | None = None
 
     def __post_init__(self) -> None:
         self._live: dict[str, Live] = {}
@@ -127,6 +129,24 @@ class FakeBackend:
 
     async def health(self) -> Health:
         return self.state
+
+    async def requantize(self, isq_type: str, mode: IsqMode, target: str) -> IsqJob:
+        if self.refusal is not None:
+            raise self.refusal
+        job = IsqJob(f"reisq-{len(self.isq_jobs)}", isq_type, "none", mode, target, 1_700_000_000, 1)
+        self.isq_jobs.insert(0, job)
+        return job
+
+    async def wait_for_isq(self, job_id: str) -> IsqJob:
+        job = next(job for job in self.isq_jobs if job.id == job_id)
+        job.state, job.progress, job.finished = "done", 1.0, 1_700_000_003
+        if self.isq_failure is not None:
+            job.state, job.progress, job.error = "failed", 0.5, self.isq_failure
+        return job
+
+    async def isq_state(self) -> IsqState:
+        done = next((job.isq_type for job in self.isq_jobs if job.state == "done"), "none")
+        return IsqState([done], self.isq_jobs)
 
     async def metrics(self) -> bytes:
         return render(merge_snapshots([self.http_metrics.snapshot()]))

@@ -284,8 +284,6 @@ async def test_metrics_count_requests_by_route_and_code(asgi, backend):
         "/v1/audio/transcriptions",
         "/v1/responses",
         "/v1/responses/resp_1/cancel",
-        "/re_isq",
-        "/v1/re_isq",
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/v1/files",

@@ -2,15 +2,83 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
 
+from deployments.requantizer import SwitchCalls
+from deployments.switch_part import PartState
 from deployments.target import TargetStatus
-from serve_app.api.backend import ModelCard, Started
+from serve_app.api.backend import IsqJob, ModelCard, Started
 from serve_app.engine.stats import EngineStats
-from serve_app.errors import ServeError
+from serve_app.engine.weight_switch import Mode, Progress, SwitchPlan
+from serve_app.errors import InvalidRequest, ServeError
 from serve_app.messages import Finish, GenerateRequest, PromptInput, TokenDelta, Usage
 from serve_app.metrics import Snapshot
 from serve_app.options import SamplingParams
+
+
+class FakeSwitch:
+    """A WeightSwitch over nothing. `failures`: what a method raises, once; prepare and switch wait for `gates`."""
+
+    def __init__(self) -> None:
+        self.isq_type = "none"
+        self.failures: dict[str, BaseException] = {}
+        self.gates = {name: threading.Event() for name in ("prepare", "switch")}
+        for gate in self.gates.values():
+            gate.set()
+        self.calls: list[str] = []
+        self.in_place = False
+        self._old: str | None = None
+        self._new: str | None = None
+        self._is_stopped = threading.Event()
+
+    def _begin(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.failures:
+            raise self.failures.pop(name)
+
+    def _wait(self, name: str) -> None:
+        while not self.gates[name].wait(0.005):
+            if self._is_stopped.is_set():
+                raise CancelledError
+
+    def plan(self, isq_type: str | int) -> SwitchPlan:
+        self._begin("plan")
+        if isq_type == "bogus":
+            raise InvalidRequest("There are Q4_0, Q8_0.", param="isq_type")
+        return SwitchPlan(str(isq_type), self.isq_type, None, self.in_place, 2, 3, 1)
+
+    def prepare(self, plan: SwitchPlan, progress: Progress) -> None:
+        assert self._new is None, "prepared twice"
+        self._is_stopped.clear()
+        self._begin("prepare")
+        progress(0.25)
+        self._wait("prepare")
+        self._new = plan.isq_type
+        progress(1.0)
+
+    def switch(self, mode: Mode) -> None:
+        assert self._new is not None
+        self._begin(f"switch {mode}")
+        if "switch" in self.failures:
+            self._new = None
+            raise self.failures.pop("switch")
+        self._wait("switch")
+        self._old, self.isq_type, self._new = self.isq_type, self._new, None
+
+    def settle(self) -> None:
+        self._begin("settle")
+        self._old = None
+
+    def stop(self) -> None:
+        self._is_stopped.set()
+
+    def undo(self) -> None:
+        self._begin("undo")
+        if self._old is not None:
+            self.isq_type = self._old
+        self._old = self._new = None
 
 
 class FakeEngine:
@@ -28,6 +96,7 @@ class FakeEngine:
         self.refusal: ServeError | None = None
         self.failure: ServeError | None = None
         self.is_failed = False
+        self.switch = FakeSwitch()
 
     def start(self) -> None:
         self._thread.start()
@@ -142,6 +211,12 @@ class FakeReplicas:
         async for deltas in self.target.generate_stream(request):  # type: ignore[union-attr]
             yield deltas
 
+    def switch_groups(self) -> Mapping[str, SwitchCalls]:
+        return {"target": FakeCalls(self)}
+
+    async def other_isq_jobs(self) -> list[IsqJob]:
+        return []
+
     async def target_statuses(self) -> list[TargetStatus]:
         if not self.is_target_there:
             await asyncio.sleep(60)
@@ -149,3 +224,14 @@ class FakeReplicas:
 
     async def snapshots(self) -> list[Snapshot]:
         return [await self.target.snapshot()]  # type: ignore[union-attr]
+
+
+class FakeCalls(SwitchCalls):
+    """Commands for the one target."""
+
+    def __init__(self, replicas: FakeReplicas) -> None:
+        self._replicas = replicas
+
+    async def each(self, command: str, *args: Any) -> list[PartState | BaseException]:
+        answers = asyncio.gather(self._replicas.target.re_isq(command, *args), return_exceptions=True)  # type: ignore[union-attr]
+        return list(await answers)

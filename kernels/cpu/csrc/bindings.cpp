@@ -103,6 +103,7 @@ NB_MODULE(_native, m) {
     m.def("use_instruction_set", use_instruction_set);
     m.def("set_num_threads", set_team_size, nb::call_guard<nb::gil_scoped_release>());
     m.def("num_threads", team_size);
+    m.def("stay_out_of_team", stay_out_of_team);
     m.def("set_spin", set_team_spin, nb::arg("barrier_ns") = kBarrierSpinNs, nb::arg("idle_ns") = kIdleSpinNs);
     m.def("can_decode", can_decode);
     m.def("dequantize", dequantize);

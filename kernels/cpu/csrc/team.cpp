@@ -228,6 +228,9 @@ void set_team_spin(int64_t barrier_ns, int64_t idle_ns) {
     idle_spin_ns = std::max<int64_t>(idle_ns, 0);
 }
 
+// To this thread every run is one within a run.
+void stay_out_of_team() { is_member = true; }
+
 void run_team(const std::function<void(Worker&)>& body) {
     if (is_member) return run_alone(body);
     std::lock_guard lock(owner->mutex);

@@ -53,6 +53,9 @@ int team_size();
 void set_team_spin(int64_t barrier_ns, int64_t idle_ns);
 constexpr int64_t kBarrierSpinNs = 15'000, kIdleSpinNs = 15'000;
 
+// This thread works alone from now on, to its end: what it does beside the team's runs does not hold them up.
+void stay_out_of_team();
+
 // Calls body on every member at once and returns when all are done. A second caller waits for its turn; a call from
 // within a run gets a worker of its own that is alone. body must not throw.
 void run_team(const std::function<void(Worker&)>& body);

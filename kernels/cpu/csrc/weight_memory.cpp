@@ -135,15 +135,20 @@ Stock& stock() {
     return instance;
 }
 
+std::mutex mutex;
+std::weak_ptr<Mapping> shared;  // the one with room; it goes with its matrices
+
 }  // namespace
+
+void end_weight_preparation() {
+    stock().end();
+    const std::lock_guard lock(mutex);
+    shared.reset();
+}
 
 void prepare_weight_memory(const std::vector<int64_t>& sizes) { stock().begin(sizes); }
 
-void end_weight_preparation() { stock().end(); }
-
 std::shared_ptr<uint8_t> weight_memory(int64_t bytes) {
-    static std::mutex mutex;
-    static std::weak_ptr<Mapping> shared;  // the one with room; it goes with its matrices
     const int64_t size = size_of(bytes);
     const std::lock_guard lock(mutex);
     std::shared_ptr<Mapping> mapping = shared.lock();

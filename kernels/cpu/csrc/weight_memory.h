@@ -15,5 +15,6 @@ std::shared_ptr<uint8_t> weight_memory(int64_t bytes);
 // what is ready or being made ready.
 void prepare_weight_memory(const std::vector<int64_t>& sizes);
 
-// Ends that, and gives back what nobody has taken.
+// Ends that, and gives back what nobody has taken. Matrices of the next model do not share a mapping with those so far: either
+// model's memory goes when it does.
 void end_weight_preparation();
