@@ -56,7 +56,7 @@ def is_likeliest(logits: torch.Tensor, token_id: int) -> bool:
     return bool(logits.max() - logits[token_id] <= 1e-4 * logits.abs().max())
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("torch", marks=pytest.mark.nightly)])
 def test_longrope_follows_the_length_as_transformers_does(backend: str, opened: list[TinyEngine]) -> None:
     hf, model = models("longrope")
     opened.append(TinyEngine(model, replace(CONFIG, attention_backend=backend), 40, 4 * ORIGINAL))
