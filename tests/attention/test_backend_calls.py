@@ -17,6 +17,7 @@ from serve_app.attention.flashinfer_backend import PLAN_ARGUMENTS, FlashinferAtt
 from serve_app.attention.torch_backend import TorchAttention
 from serve_app.attention.vllm_flash_backend import FLASH_2, FLASH_3, VllmFlashAttention
 from serve_app.attention.vllm_flash_module import ModuleFlashAttention
+from serve_app.batch import GroupTables
 
 
 @dataclass
@@ -123,8 +124,8 @@ SHAPES = [
 ]
 
 
-def pool() -> TinyPool:
-    found = TinyPool(Args(), 12, 16)
+def pool(num_blocks: int = 12) -> TinyPool:
+    found = TinyPool(Args(), num_blocks, 16)
     for cache in (*found.k, *found.v):
         cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(0)))
     return found
@@ -151,9 +152,42 @@ def test_a_step_is_what_plain_torch_computes(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", [*BACKENDS, "torch"])
+def test_layers_of_two_groups_have_tables_of_their_own(name: str) -> None:
+    """The second group's layer writes and reads where its tables say; blocks behind its window are nobody's."""
+    backend = {**BACKENDS, "torch": TorchAttention()}[name]
+    pieces = [Piece(range(90), 30, 47, [3, 9, 1]), Piece(range(90), 79, 80, range(4, 9))]
+    others = [Piece(range(90), 30, 47, [12, 10, 2]), Piece(range(90), 79, 80, [0, 0, 0, 13, 11])]
+    shapes = [AttentionShape(0, 4, 2, 16, 0.25), AttentionShape(1, 4, 2, 16, 0.3, window=20)]
+    generator = torch.Generator().manual_seed(1)
+    qkvs = [torch.randn(18, 8, 16, generator=generator) for _ in shapes]
+
+    def outputs(groups: list[int]) -> list[Tensor]:
+        cache = pool(14)
+        # Where layers have different blocks, a block's memory may serve both.
+        cache.k[1], cache.v[1] = cache.k[0], cache.v[0]
+        cache.groups = groups
+        batch, other = make_batch(cache, pieces), make_batch(cache, others)
+        batch.further_groups = (GroupTables(other.slot_mapping, other.block_tables),)
+        planned = backend.plan(DeviceBatch.of(batch, cache, torch.device("cpu")))
+        return [
+            planned.run(shape, qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]) for shape, qkv in zip(shapes, qkvs, strict=True)
+        ]
+
+    cache = pool(14)
+    expected = []
+    for shape, qkv, of_group in zip(shapes, qkvs, (pieces, others), strict=True):
+        planned = TorchAttention().plan(DeviceBatch.of(make_batch(cache, of_group), cache, torch.device("cpu")))
+        alone = AttentionShape(0, 4, 2, 16, shape.scale, window=shape.window)
+        expected.append(planned.run(alone, qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]))
+    for ours, theirs in zip(outputs([0, 1]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(outputs([0, 0])[1], expected[1])
+
+
 def test_block_lists_leave_out_what_is_not_used() -> None:
     host = make_batch(pool(), [Piece(range(90), 0, 33, [3, 9, 1]), Piece(range(90), 15, 16, [2])])
-    starts, blocks, last = block_lists(host, 16)
+    starts, blocks, last = block_lists(host.block_tables, host.context_lens, 16)
     assert starts.tolist() == [0, 3, 4]
     assert blocks.tolist() == [3, 9, 1, 2]
     assert last.tolist() == [1, 16]

@@ -95,6 +95,7 @@ class OneLayer:
     v: list[Tensor]
     k_scales: list[Tensor] | None
     v_scales: list[Tensor] | None
+    groups: tuple[int, ...] = (0,)
 
 
 def device_batch(case: PagedCase) -> DeviceBatch:

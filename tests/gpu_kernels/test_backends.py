@@ -62,7 +62,7 @@ class NativeAttention:
     def run(self, shape: AttentionShape, q: Tensor) -> Tensor:
         batch, k_cache = self.batch, self.batch.k[0]
         plan = AttentionPlan(
-            batch.block_tables, batch.query_start, batch.context_lens, len(q), tuple(k_cache.shape), shape.n_heads,
+            batch.tables(0), batch.query_start, batch.context_lens, len(q), tuple(k_cache.shape), shape.n_heads,
             shape.head_dim,
         )  # fmt: skip
         out = plan.run(q.float(), k_cache, batch.v[0], scale=shape.scale, softcap=shape.softcap, window=shape.window)
@@ -138,6 +138,29 @@ def test_error_is_at_most_twice_plain_torchs(
 def test_error_of_the_native_kernels(dtype: torch.dtype, problem: Problem) -> None:
     case = make(problem, dtype, None, torch.device("cpu"))
     check(NativeAttention().plan(device_batch(case)), case, problem.shape)
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.window], ids=["mixed", "decodes"])
+@pytest.mark.parametrize("name", ["native", *EVERYWHERE])
+def test_blocks_behind_the_window_are_not_read(name: str, problem: Problem, device: torch.device) -> None:
+    """They were given up: whatever stands there, even NaN, changes no bit."""
+    case = make(problem, torch.float32, None, torch.device("cpu") if name == "native" else device)
+    candidates = {c.name: c for c in ORDER}
+    make_backend = candidates[name].make if name != "native" else None
+    backend = NativeAttention() if make_backend is None else make_backend(needs_of(problem, case))
+    before = backend.plan(device_batch(case)).run(problem.shape, case.q)
+    for cache in (case.k_cache, case.v_cache):
+        cache.resize_(len(cache) + 1, *cache.shape[1:])
+        cache[-1] = torch.nan
+    num_dead = 0
+    starts, contexts = case.host_lengths
+    for r, context in enumerate(contexts):
+        first_key = context - (starts[r + 1] - starts[r]) - problem.window + 1
+        num_dead += max(0, first_key // problem.block_size)
+        case.block_tables[r, : max(0, first_key // problem.block_size)] = len(case.k_cache) - 1
+    assert num_dead > 2
+    after = backend.plan(device_batch(case)).run(problem.shape, case.q)
+    assert torch.equal(before, after)
 
 
 @pytest.mark.gpu

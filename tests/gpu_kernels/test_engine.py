@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_cases import CASES, hf_model, our_model
 from tiny_llama import full_logits, hf_llama, our_llama
 
 from kernels import dispatch
@@ -16,6 +17,7 @@ from serve_app.engine.forward import TorchForward
 from serve_app.engine.llm import LLM
 from serve_app.layers.gpu_step import GpuStep
 from serve_app.options import EngineConfig, SamplingParams
+from tests.engine.tiny_engine import TinyEngine
 
 FOLDER = Path(__file__).parents[1] / "data" / "models" / "stories260K"
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -126,6 +128,29 @@ def test_logits_of_random_models_are_those_of_transformers(changes: dict[str, ob
     ours = full_logits(our_llama(hf, device=DEVICE), ids, "triton", device=DEVICE).cpu()
     theirs = hf(torch.tensor([ids])).logits[0]
     assert (ours - theirs).abs().amax() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the engine of this test keeps its cache on the CPU")
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        pytest.param("Mistral", {"sliding_window": 9}, id="one group", marks=pytest.mark.nightly),
+        pytest.param("Gemma2", {"head_dim": 16, "sliding_window": 9}, id="two groups"),
+    ],
+)
+def test_windows_give_up_blocks(kind: str, changes: dict[str, object]) -> None:
+    """A chunked prompt and a decode of several windows; blocks that nobody holds are NaN."""
+    CASES["here"] = (kind, {"vocab_size": 512, **changes})
+    model = our_model(hf_model("here"))
+    config = replace(CONFIG, prefill_chunk_tokens=20, max_batched_tokens=20)
+    tiny = TinyEngine(model, config, 8)
+    prompt = torch.randint(3, 512, (45,), generator=torch.Generator().manual_seed(3)).tolist()
+    tiny.add("a", prompt, max_tokens=8)
+    output = tiny.run()["a", 0]
+    assert len(output) == 8
+    logits = full_logits(model, prompt + output, "torch")[len(prompt) - 1 : -1]
+    assert (logits.amax(1) - logits[range(8), output]).max() <= 1e-4 * logits.abs().max()
+    tiny.close()
 
 
 @pytest.mark.nightly
