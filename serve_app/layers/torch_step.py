@@ -8,6 +8,7 @@ from kernels.reference.routing import route
 from serve_app.attention.backend import AttentionBackend, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.layers.step import Activation, AngleTable, MixtureWeights, NormWeights, Routing
+from serve_app.quant.experts import Experts
 from serve_app.quant.weight import Weight
 
 
@@ -56,16 +57,20 @@ class TorchStep:
 
     def experts(self, x: Tensor, weights: MixtureWeights, routing: Routing, activation: Activation) -> Tensor:
         """See Step."""
-        logits = weights.router.matmul(x.float())
+        logits = self.linear(x.float(), weights.router, None)
         chosen, factors = route(logits, routing.kind, routing.top_k, routing.is_renormalised, routing.jitter)
         out = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
             token, place = torch.where(chosen == expert)
             some = x[token]
-            gate_up = torch.cat([part.expert(expert).matmul(some) for part in (weights.gate, weights.up)], dim=-1)
-            result = weights.down.expert(expert).matmul(reference.gate(gate_up, activation))
+            gate_up = torch.cat([self.expert_product(some, part, expert) for part in (weights.gate, weights.up)], dim=-1)
+            result = self.expert_product(reference.gate(gate_up, activation), weights.down, expert)
             out.index_add_(0, token, result * factors[token, place, None].to(result.dtype))
         return out
+
+    def expert_product(self, x: Tensor, part: Experts, expert: int) -> Tensor:
+        """x [n, in] of the tokens that take one expert → x W^T [n, out]."""
+        return part.expert(expert).matmul(x)
 
     def add_gated(self, x: Tensor, other: Tensor, gate: Tensor) -> None:
         """See Step."""

@@ -1,6 +1,7 @@
 """Quantises a model's files into others, tensor by tensor: what is in memory is never more than a piece of one."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20
 _WHOLE = (QuantType.HQQ4, QuantType.HQQ8)
+_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +165,15 @@ def _experts(num_rows: int, columns: int, counts: Tensor | None) -> Iterator[tup
 
 def importance_of(stored: StoredTensor, gguf_name: str, importance: Importance) -> Tensor | None:
     """The importance of a matrix's columns, None without an entry; ModelFileError for one of another size."""
+    columns = stored.shape[-1]
     values = importance.get(gguf_name)
+    expert = _EXPERT.fullmatch(gguf_name)
+    if values is None and expert is not None:
+        # A tensor for each expert, while an importance matrix has one entry for all of them.
+        together = importance.get(f"{expert[1]}_exps.weight")
+        values = None if together is None else together[int(expert[2]) * columns :][:columns]
     if values is None:
         return None
-    columns = stored.shape[-1]
     experts = stored.shape[0] if len(stored.shape) == 3 else 1
     if values.size not in (columns, experts * columns):
         raise ModelFileError(
