@@ -92,8 +92,8 @@ class QualityOptions:
         Option(
             "--chunk-tokens",
             min=8,
-            help="The text is read in chunks of so many tokens, of which the second half is scored. Left out: 512, or "
-            "the model's context where that is shorter.",
+            help="Texts are read in chunks of so many tokens; the second half of each is scored. Left out: 512, or the "
+            "model's context where that is shorter.",
         ),
     ] = None
     chunks: Annotated[

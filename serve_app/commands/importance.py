@@ -30,9 +30,17 @@ def check_options(imatrix: str | None, calibration_file: str | None, save: str |
 
 
 def find_importance(
-    files: "ModelFiles", imatrix: str | None, calibration_file: str | None, num_threads: int, save: str | None = None
+    files: "ModelFiles",
+    imatrix: str | None,
+    calibration_file: str | None,
+    num_threads: int,
+    save: str | None = None,
+    chunk_tokens: int | None = None,
 ) -> "Importance | None":
-    """The importance matrix that the options ask for, None without them; a computed one is saved if wanted."""
+    """The importance matrix that the options ask for, None without them; a computed one is saved if wanted.
+
+    chunk_tokens: see engine.calibration.
+    """
     from serve_app.loaders.saved_imatrix import save_imatrix
     from serve_app.quant.imatrix import read_imatrix
 
@@ -41,7 +49,7 @@ def find_importance(
     if not calibration_file:
         return None
     text = Path(calibration_file).expanduser()
-    made = _calibrated(files, read_text(text, "--calibration-file"), num_threads)
+    made = _calibrated(files, read_text(text, "--calibration-file"), num_threads, chunk_tokens)
     if save:
         target = Path(save).expanduser()
         try:
@@ -64,7 +72,7 @@ def read_text(path: Path, option: str) -> str:
         raise LaunchError(f"The option {option}: {path} is no text in UTF-8 (byte {error.start}).") from error
 
 
-def _calibrated(files: "ModelFiles", text: str, num_threads: int) -> "Calibration":
+def _calibrated(files: "ModelFiles", text: str, num_threads: int, chunk_tokens: int | None) -> "Calibration":
     from serve_app.engine.calibration import measure_inputs
 
     started = time.monotonic()
@@ -72,9 +80,11 @@ def _calibrated(files: "ModelFiles", text: str, num_threads: int) -> "Calibratio
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("importance matrix", total=None)
-        made = measure_inputs(
-            files, text, num_threads=num_threads, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )  # fmt: skip
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        made = measure_inputs(files, text, num_threads=num_threads, chunk_tokens=chunk_tokens, progress=progress)
     tokens, seconds = made.num_chunks * made.chunk_tokens, time.monotonic() - started
     print(f"importance matrix: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
     return made

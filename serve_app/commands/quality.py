@@ -108,7 +108,7 @@ def _imatrix(files: "ModelFiles", options: QualityOptions, num_threads: int) -> 
         return
     with TemporaryDirectory(prefix="sirocco-") as folder:
         made = str(Path(folder) / "imatrix.gguf") if options.calibration_file else None
-        find_importance(files, None, options.calibration_file, num_threads, made)
+        find_importance(files, None, options.calibration_file, num_threads, made, options.chunk_tokens)
         yield made
 
 
@@ -143,8 +143,5 @@ def _rows(
             assert isq.type is not None
             bar.update(task, description=isq.type + (" with importance" if isq.imatrix else ""))
             with quantised(files, isq) as made, open_model(made, engine, len(chunks[0])) as variant:
-                distance = None
-                for distance in compare(reference, variant, chunks):
-                    bar.advance(task)
-                assert distance is not None
+                distance = compare(reference, variant, chunks, lambda: bar.advance(task))
                 yield Row(isq.type, isq.imatrix is not None, size_of(variant), distance)

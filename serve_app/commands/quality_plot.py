@@ -35,13 +35,14 @@ def draw(path: Path, report: Report) -> None:
     axes.grid(which="major", alpha=0.3)
     # A type that changes nothing has no place on a logarithmic axis.
     rows = [row for row in report.rows if row.distance.kl_divergence > 0]
-    for is_weighted, label, style in (
-        (False, "by itself", {"color": "tab:blue", "marker": "o"}),
-        (True, "with an importance matrix", {"color": "tab:orange", "marker": "^"}),
+    for is_weighted, label, color, marker in (
+        (False, "by itself", "tab:blue", "o"),
+        (True, "with an importance matrix", "tab:orange", "^"),
     ):
         points = [_point(row) for row in rows if row.is_weighted == is_weighted]
         if points:
-            axes.plot(*zip(*points, strict=True), linestyle="none", markersize=5, label=label, **style)
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, linestyle="none", markersize=5, label=label, color=color, marker=marker)
     axes.margins(0.07)
     if any(row.is_weighted for row in rows):
         axes.legend(fontsize=8)

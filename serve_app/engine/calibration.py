@@ -58,24 +58,23 @@ def measure_inputs(
     text: str,
     *,
     num_threads: int,
+    chunk_tokens: int | None = None,
     max_chunks: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """Runs the model over a text on the CPU, its inputs not rounded; num_threads 0: the physical cores.
 
-    progress is called with the chunks done and all chunks. LaunchError where the text has no whole chunk,
+    chunk_tokens: at most the model's context; None: 512, or the context where that is shorter. progress is called with the chunks done and all chunks. LaunchError where the text has no whole chunk,
     ModelFileError for a model that does not load or whose activations are not finite.
     """
     dispatch.set_num_threads(num_threads or num_physical_cores())
     family, args = find_args(files)
-    length = min(CHUNK_TOKENS, args.max_position_embeddings)
+    length = chunk_tokens or min(CHUNK_TOKENS, args.max_position_embeddings)
     try:
         chunks = text_chunks(open_tokenizer(files.tokenizer_source), text, length, max_chunks)
     except ValueError as error:
         raise LaunchError(f"Calibration: {error}.") from None
-    source = NamedSource(
-        CheckpointSource(open_checkpoint(files), torch.float32, torch.device("cpu"), is_exact=True)
-    )
+    source = NamedSource(CheckpointSource(open_checkpoint(files), torch.float32, torch.device("cpu"), is_exact=True))
     try:
         model = family.build(args, source)
     finally:

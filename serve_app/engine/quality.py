@@ -1,7 +1,7 @@
 """What quantisation costs a model: how far its predictions move away from those of the model as it is."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,8 +74,10 @@ def chunks_of(llm: LLM, text: str, chunk_tokens: int, most: int | None) -> list[
         raise LaunchError(f"Quality: {error}.") from None
 
 
-def compare(reference: LLM, variant: LLM, chunks: Sequence[Sequence[int]]) -> Iterator[Distance]:
-    """After each chunk, the distance over all chunks so far. Never more than one chunk's logits are held.
+def compare(
+    reference: LLM, variant: LLM, chunks: Sequence[Sequence[int]], on_chunk: Callable[[], object] = lambda: None
+) -> Distance:
+    """The distance over all chunks. Never more than one chunk's logits are held; on_chunk is called after each.
 
     The second half of each chunk is scored, as llama-perplexity does it: tokens chunk / 2 + 1 and after, each with all
     those before it in its chunk.
@@ -90,7 +92,8 @@ def compare(reference: LLM, variant: LLM, chunks: Sequence[Sequence[int]]) -> It
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             scores.add(theirs[part], ours[part].to(theirs.device), targets[part])
-        yield scores.distance()
+        on_chunk()
+    return scores.distance()
 
 
 class _Scores:
@@ -111,6 +114,7 @@ class _Scores:
         self._num_agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
 
     def distance(self) -> Distance:
+        """Over all tokens so far, at least two."""
         count = len(self._nlls)
         mean = math.fsum(self._divergences) / count
         variance = math.fsum((d - mean) ** 2 for d in self._divergences) / (count - 1)

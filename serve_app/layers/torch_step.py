@@ -57,14 +57,14 @@ class TorchStep:
 
     def experts(self, x: Tensor, weights: MixtureWeights, routing: Routing, activation: Activation) -> Tensor:
         """See Step."""
-        logits = self.linear(x.float(), weights.router, None)
+        logits = weights.router.matmul(x.float())
         chosen, factors = route(logits, routing.kind, routing.top_k, routing.is_renormalised, routing.jitter)
         out = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
             token, place = torch.where(chosen == expert)
             some = x[token]
-            gate_up = torch.cat([self.expert_product(some, part, expert) for part in (weights.gate, weights.up)], dim=-1)
-            result = self.expert_product(reference.gate(gate_up, activation), weights.down, expert)
+            gate_up = [self.expert_product(some, part, expert) for part in (weights.gate, weights.up)]
+            result = self.expert_product(reference.gate(torch.cat(gate_up, dim=-1), activation), weights.down, expert)
             out.index_add_(0, token, result * factors[token, place, None].to(result.dtype))
         return out
 

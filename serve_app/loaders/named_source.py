@@ -18,8 +18,10 @@ class NamedSource:
         self._found: dict[int, tuple[Weight | Experts, tuple[str, ...]]] = {}
 
     def names(self, matrix: Weight | Experts) -> tuple[str, ...]:
-        """GGUF names of the tensors that make up a matrix, several where they were fused."""
-        return self._found[id(matrix)][1]
+        """GGUF names of the tensors that make up a matrix, several where they were fused; none for a router, which
+        families take as a tensor."""
+        found = self._found.get(id(matrix))
+        return () if found is None else found[1]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See WeightSource."""
