@@ -64,8 +64,9 @@ def measure_inputs(
 ) -> Calibration:
     """Runs the model over a text on the CPU, its inputs not rounded; num_threads 0: the physical cores.
 
-    chunk_tokens: at most the model's context; None: 512, or the context where that is shorter. progress is called with the chunks done and all chunks. LaunchError where the text has no whole chunk,
-    ModelFileError for a model that does not load or whose activations are not finite.
+    chunk_tokens: at most the model's context; None: 512, or the context where that is shorter. progress is called with
+    the chunks done and all chunks. LaunchError where the text has no whole chunk or activations are not finite,
+    ModelFileError for a model that does not load.
     """
     dispatch.set_num_threads(num_threads or num_physical_cores())
     family, args = find_args(files)

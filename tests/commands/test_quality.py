@@ -34,7 +34,7 @@ def test_the_table_the_json_and_the_plot(tmp_path: Path, capsys: pytest.CaptureF
     worst_first = sorted(rows, key=lambda key: -rows[key]["kl_divergence"])
     assert [name for name, _ in worst_first] == ["Q2_K", "Q2_K", "HQQ4", "Q8_0"]
     assert rows["Q8_0", False]["top1_agreement"] > 0.95 > plain["top1_agreement"] > 0.5
-    assert rows["Q8_0", False]["weight_bytes"] == rows["Q8_0", False]["bits_per_weight"] / 32 * 13168640 > 0
+    assert rows["Q8_0", False]["weight_bytes"] == 8.5 / 32 * report["reference"]["weight_bytes"] == 3481600
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("as it is", "HQQ4", "same top token", "importance", "8.50"))
     with Image.open(plot) as image:

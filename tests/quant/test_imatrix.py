@@ -113,9 +113,9 @@ def test_broken_gguf_forms_name_the_tensor(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     with pytest.raises(ModelFileError, match=r"tensor 'blk\.0\.ffn_up\.weight\.counts' is missing"):
         read_imatrix(gguf_form(path, [[1, 2]], None))
-    with pytest.raises(ModelFileError, match="3 sums of .* do not fit 2 counts"):
+    with pytest.raises(ModelFileError, match=r"3 sums of .* do not fit 2 counts"):
         read_imatrix(gguf_form(path, [[1, 2, 3]], [[1], [1]]))
-    with pytest.raises(ModelFileError, match="counts of .* are negative or not finite"):
+    with pytest.raises(ModelFileError, match=r"counts of .* are negative or not finite"):
         read_imatrix(gguf_form(path, [[1, 2]], [[-1]]))
     with pytest.raises(ModelFileError, match="are no float32"):
         read_imatrix(gguf_form(path, [[1, 2]], [[1]], np.float16))

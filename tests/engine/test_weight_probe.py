@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from serve_app.layers.weight_probe import WeightProbe
+from serve_app.engine.weight_probe import WeightProbe
 from serve_app.loaders.load import load_model
 from serve_app.loaders.model_files import resolve
 from serve_app.options import ModelSource
