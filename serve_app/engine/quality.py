@@ -10,8 +10,8 @@ from torch import Tensor
 from serve_app.engine.llm import LLM
 from serve_app.engine.perplexity import Perplexity, of_nlls
 from serve_app.engine.text_chunks import text_chunks
-from serve_app.errors import LaunchError
 from serve_app.engine.weight_probe import WeightProbe
+from serve_app.errors import LaunchError
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.number_formats import KV_DTYPES
 from serve_app.options import EngineConfig, KvDType
