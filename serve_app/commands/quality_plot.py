@@ -10,6 +10,7 @@ from serve_app.errors import LaunchError
 SUFFIXES = (".png", ".svg", ".pdf")
 _DPI = 110
 _LABEL_POINTS = 7.5
+_MOST_BITS = 12
 
 
 def require_plotting(path: Path) -> None:
@@ -26,15 +27,16 @@ def draw(path: Path, report: Report) -> None:
     """Draws the rows into a file of the kind that its name says."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(8, 5.5), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight, embedding and head included")
     axes.set_ylabel("mean KL divergence from the unquantised model, nats")
     axes.set_title(f"{report.model}: {report.num_tokens} tokens of {report.text}", fontsize=10)
     axes.grid(which="major", alpha=0.3)
-    # A type that changes nothing has no place on a logarithmic axis.
+    # A type that changes nothing has no place on a logarithmic axis; those of 16 bits would press the others together.
     rows = [row for row in report.rows if row.distance.kl_divergence > 0]
+    rows = [row for row in rows if row.size.bits_per_weight < _MOST_BITS] or rows
     for is_weighted, label, color, marker in (
         (False, "by itself", "tab:blue", "o"),
         (True, "with an importance matrix", "tab:orange", "^"),

@@ -38,7 +38,7 @@ def test_the_table_the_json_and_the_plot(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("as it is", "HQQ4", "same top token", "importance", "8.50"))
     with Image.open(plot) as image:
-        assert image.size == (880, 550)
+        assert image.size == (880, 605)
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
 
 
