@@ -72,7 +72,7 @@ def _label(axes: Any, rows: list[Row]) -> None:
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
     for row in best.values():
         x, y = axes.transData.transform(_point(row))
-        width = 0.62 * height * len(row.type)
+        width = 0.68 * height * len(row.type)
         places = [
             (x + dx - (width if dx < 0 else width / 2 if dx == 0 else 0), y + dy - height / 2)
             for reach in (7, 14, 22)
