@@ -71,6 +71,10 @@ def _run(argv: Sequence[str]) -> int:
         from serve_app.commands import quantize
 
         return quantize.run(invocation.config, invocation.quantize)
+    if invocation.command == "quality":
+        from serve_app.commands import quality
+
+        return quality.run(invocation.config, invocation.quality)
     from serve_app import app
 
     return app.run(invocation.config)

@@ -18,8 +18,8 @@ from serve_app.cli_options import (
     EngineOptions,
     LogOptions,
     ModelOptions,
-    QuantizeOptions,
 )
+from serve_app.cli_quant_options import QualityOptions, QuantizeOptions
 from serve_app.cli_server_options import DeploymentOptions, HttpOptions
 from serve_app.config import AppConfig, LogLevel, SettingError, build_config
 from serve_app.errors import LaunchError
@@ -30,6 +30,7 @@ ABOUT: dict[Command, str] = {
     "config": "Print the Serve config file for the same arguments as serve, ready for `serve deploy`.",
     "doctor": "Print what was found on this machine, and what of it is used.",
     "quantize": "Write a model's files in other types: a GGUF, or a folder of SafeTensors.",
+    "quality": "Measure what quantisation costs a model: perplexity, KL divergence and agreement by type.",
 }
 
 KIND_ABOUT: dict[Kind, str] = {
@@ -41,7 +42,7 @@ KIND_ABOUT: dict[Kind, str] = {
 
 OVERVIEW = """Commands: [bold]serve[/] (when none is given), [bold]chat[/] in this terminal, [bold]config[/] for \
 `serve deploy`, [bold]doctor[/] for this machine, [bold]quantize[/] for \
-models in fewer bits.
+models in fewer bits, [bold]quality[/] for what that costs.
 
 Kinds: [bold]gguf[/], [bold]ggml[/] (before GGUF), [bold]plain[/] (SafeTensors), [bold]run[/] (found out by itself). \
 `sirocco COMMAND KIND --help` explains each.
@@ -63,12 +64,13 @@ _USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation:
-    """What the command line asks for. chat and quantize are set for the commands of that name."""
+    """What the command line asks for. chat, quantize and quality are set for the commands of that name."""
 
     command: Command
     config: AppConfig = field(default_factory=AppConfig)
     chat: ChatOptions = field(default_factory=ChatOptions)
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    quality: QualityOptions = field(default_factory=QualityOptions)
     as_json: bool = False
     lists_models: bool = False
 
@@ -169,11 +171,12 @@ def _invocation(command: Command, kind: Kind | None, groups: dict[type, Any]) ->
     if command == "doctor":
         doctor = groups[DoctorOptions]
         return Invocation(command=command, as_json=doctor.as_json, lists_models=doctor.models)
-    log = groups[ChatLogOptions if command == "chat" else LogOptions].log
+    log = groups[ChatLogOptions if ChatLogOptions in groups else LogOptions].log
     config = _config(kind, groups, log)
     chat = groups.get(ChatOptions, ChatOptions())
     quantize = groups.get(QuantizeOptions, QuantizeOptions())
-    return Invocation(command=command, config=config, chat=chat, quantize=quantize)
+    quality = groups.get(QualityOptions, QualityOptions())
+    return Invocation(command=command, config=config, chat=chat, quantize=quantize, quality=quality)
 
 
 def _config(kind: Kind | None, groups: dict[type, Any], log: LogLevel) -> AppConfig:

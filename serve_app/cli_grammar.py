@@ -1,6 +1,6 @@
 """The grammar of the command line: `sirocco [COMMAND] [OPTIONS] [KIND] [OPTIONS]`.
 
-COMMAND is serve (also when left out), chat, config, doctor or quantize; KIND is gguf, ggml, plain or run.
+COMMAND is serve (also when left out), chat, config, doctor, quantize or quality; KIND is gguf, ggml, plain or run.
 Options stand before or after the kind, as users of mistralrs-server write them, so that the two words have to be found
 among options and values.
 """
@@ -17,12 +17,12 @@ from serve_app.cli_options import (
     EngineOptions,
     LogOptions,
     ModelOptions,
-    QuantizeOptions,
 )
+from serve_app.cli_quant_options import QualityOptions, QuantizeOptions
 from serve_app.cli_server_options import DeploymentOptions, HttpOptions
 from serve_app.errors import LaunchError
 
-Command = Literal["serve", "chat", "config", "doctor", "quantize"]
+Command = Literal["serve", "chat", "config", "doctor", "quantize", "quality"]
 Kind = Literal["gguf", "ggml", "plain", "run"]
 
 COMMANDS: tuple[Command, ...] = get_args(Command)
@@ -64,6 +64,7 @@ GROUPS: dict[Command, tuple[type, ...]] = {
     "chat": (ModelOptions, EngineOptions, ChatOptions, ChatLogOptions),
     "doctor": (DoctorOptions,),
     "quantize": (ModelOptions, QuantizeOptions, LogOptions),
+    "quality": (ModelOptions, EngineOptions, QualityOptions, ChatLogOptions),
 }
 
 
@@ -78,7 +79,8 @@ class Words:
 
 def take_apart(argv: Sequence[str]) -> Words:
     """Finds command and kind among the options: options may stand on both sides of either."""
-    takes_value = _known_options()
+    # --json is a flag of one command and takes a value in another; no other word decides what an option is.
+    takes_value = _known_options(next((word for word in argv if word in COMMANDS), None))
     command: Command | None = None
     kind: Kind | None = None
     options: list[str] = []
@@ -109,10 +111,11 @@ def take_apart(argv: Sequence[str]) -> Words:
     return Words(command, kind, options)
 
 
-def _known_options() -> dict[str, bool]:
-    """Every option name of every command → whether a value follows."""
+def _known_options(command: str | None) -> dict[str, bool]:
+    """Every option name of every command → whether a value follows; command's own meaning where they differ."""
     known = {"--help": False, "-h": False, "--version": False}
-    for group in {group for groups in GROUPS.values() for group in groups}:
+    own = next((groups for name, groups in GROUPS.items() if name == command), ())
+    for group in [*(group for groups in GROUPS.values() for group in groups), *own]:
         hints = get_type_hints(group)
         for option, names in option_names(group).items():
             known.update(dict.fromkeys(names, hints[option] is not bool))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from serve_app.cli_options import QuantizeOptions
+from serve_app.cli_quant_options import QuantizeOptions
+from serve_app.commands.importance import check_options, find_importance
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
 
@@ -24,7 +25,6 @@ def run(config: AppConfig, options: QuantizeOptions) -> int:
     from kernels import dispatch
     from serve_app.cpu_info import num_physical_cores
     from serve_app.loaders.model_files import resolve
-    from serve_app.quant.imatrix import read_imatrix
     from serve_app.quant.mix import Recipe
 
     if options.isq_organization not in ("default", "pure"):
@@ -35,12 +35,18 @@ def run(config: AppConfig, options: QuantizeOptions) -> int:
     except ValueError as error:
         raise LaunchError(f"The option --isq: {error}.") from None
     targets = _targets(Path(options.output or "").expanduser(), [recipe.name for recipe in recipes])
+    check_options(options.imatrix, options.calibration_file, options.save_imatrix)
     dispatch.set_num_threads(options.num_threads or num_physical_cores())
     files = resolve(config.model.to_source())
     kept = {path.resolve() for path in files.weight_files} | {files.folder.resolve()}
     if any(target.resolve() in kept for target in targets):
         raise LaunchError(f"The option --output names the model's own files: {options.output}")
-    importance = read_imatrix(Path(options.imatrix).expanduser()) if options.imatrix else None
+    for recipe, target in zip(recipes, targets, strict=True):
+        if options.calibration_file:
+            _plan(files, recipe, target, None)  # what is refused anyway needs no calibration
+    importance = find_importance(
+        files, options.imatrix, options.calibration_file, options.num_threads, options.save_imatrix
+    )
     # All are planned before the first is written: what is refused costs no time.
     plans = [_plan(files, recipe, target, importance) for recipe, target in zip(recipes, targets, strict=True)]
     for recipe, target, steps in zip(recipes, targets, plans, strict=True):

@@ -9,8 +9,11 @@ from typing import cast
 import torch
 
 from serve_app.engine.build import build_engine
+from serve_app.engine.model_runner import ModelRunner
 from serve_app.errors import QueueFull
+from serve_app.loaders.model_files import ModelFiles
 from serve_app.messages import Finish, FinishReason, GenerateRequest, TokenDelta, TokenLogprob
+from serve_app.models.base import CausalLM
 from serve_app.options import DType, EngineConfig, ModelSource, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -62,7 +65,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | ModelSource | None = None,
+        model: str | ModelSource | ModelFiles | None = None,
         *,
         dtype: DType = "auto",
         files: Sequence[str] = (),
@@ -70,10 +73,10 @@ class LLM:
         max_seq_len: int | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        """model: a hub id, folder or file, a whole ModelSource (the other model options are then unused), or None for
-        the embedded model. Raises ModelFileError when it cannot be loaded.
+        """model: a hub id, folder or file, a whole ModelSource or its files (the other model options are then unused),
+        or None for the embedded model. Raises ModelFileError when it cannot be loaded.
         """
-        if not isinstance(model, ModelSource):
+        if not isinstance(model, ModelSource | ModelFiles):
             model = ModelSource(
                 model=model, dtype=dtype, files=tuple(files), tokenizer=tokenizer, max_seq_len=max_seq_len
             )
@@ -104,6 +107,11 @@ class LLM:
             queue.append(request)
         self._run(queue, generations)
         return list(generations.values())
+
+    @property
+    def model(self) -> CausalLM:
+        """The loaded model."""
+        return cast(ModelRunner, self.engine.parts.runner).model
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The model's raw logits after each of the given tokens, float32 [tokens, vocabulary]."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from serve_app.engine.llm import LLM
+from serve_app.engine.text_chunks import text_chunks
 from serve_app.options import SamplingParams
 
 # Logits that one step may have to compute: prompts are scored side by side up to this many.
@@ -23,27 +24,23 @@ class Perplexity:
 def perplexity(llm: LLM, text: str, context: int = 512, max_chunks: int | None = None) -> Perplexity:
     """The perplexity of a text, by llama-perplexity's rules, so that figures can be compared.
 
-    The text's tokens (BOS in front where the model wants it) are cut into chunks of `context`, an incomplete one at
-    the end left out. The first token of each chunk is replaced by BOS, where the model wants it, and the second half
-    is scored: tokens context / 2 + 1 and after, each with all those of the chunk before it. context is below the
-    model's. ValueError where the text has no whole chunk.
+    The text is cut into chunks of `context` tokens (text_chunks), and the second half of each is scored: tokens
+    context / 2 + 1 and after, each with all those of the chunk before it. context is below the model's. ValueError
+    where the text has no whole chunk.
     """
-    nlls = list(_nlls(llm, llm.tokenizer.encode(text), context, max_chunks))
-    if len(nlls) < 2:
-        raise ValueError(f"the text is shorter than one chunk of {context} tokens")
+    return of_nlls(list(_nlls(llm, text_chunks(llm.tokenizer, text, context, max_chunks), context)))
+
+
+def of_nlls(nlls: Sequence[float]) -> Perplexity:
+    """From the negative log-likelihoods of at least two tokens."""
     mean = math.fsum(nlls) / len(nlls)
     variance = math.fsum((nll - mean) ** 2 for nll in nlls) / len(nlls)
     value = math.exp(mean)
     return Perplexity(value, value * math.sqrt(variance / (len(nlls) - 1)), len(nlls))
 
 
-def _nlls(llm: LLM, ids: Sequence[int], context: int, max_chunks: int | None) -> Iterator[float]:
+def _nlls(llm: LLM, chunks: Sequence[Sequence[int]], context: int) -> Iterator[float]:
     """Of each scored token."""
-    bos = llm.tokenizer.bos_id if llm.tokenizer.add_bos else None
-    chunks = [list(ids[i : i + context]) for i in range(0, len(ids) - context + 1, context)][:max_chunks]
-    if bos is not None:
-        for chunk in chunks:
-            chunk[0] = bos
     at_once = max(1, _LOGITS_AT_ONCE // (context * llm.tokenizer.vocab_size))
     # One token is drawn and thrown away: a request has to have an answer.
     scoring = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=True)

@@ -8,6 +8,7 @@ from kernels.reference.routing import route
 from serve_app.attention.backend import AttentionBackend, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.layers.step import Activation, AngleTable, MixtureWeights, NormWeights, Routing
+from serve_app.quant.experts import Experts
 from serve_app.quant.weight import Weight
 
 
@@ -62,10 +63,14 @@ class TorchStep:
         for expert in sorted(set(chosen.flatten().tolist())):
             token, place = torch.where(chosen == expert)
             some = x[token]
-            gate_up = torch.cat([part.expert(expert).matmul(some) for part in (weights.gate, weights.up)], dim=-1)
-            result = weights.down.expert(expert).matmul(reference.gate(gate_up, activation))
+            gate_up = [self.expert_product(some, part, expert) for part in (weights.gate, weights.up)]
+            result = self.expert_product(reference.gate(torch.cat(gate_up, dim=-1), activation), weights.down, expert)
             out.index_add_(0, token, result * factors[token, place, None].to(result.dtype))
         return out
+
+    def expert_product(self, x: Tensor, part: Experts, expert: int) -> Tensor:
+        """x [n, in] of the tokens that take one expert → x W^T [n, out]."""
+        return part.expert(expert).matmul(x)
 
     def add_gated(self, x: Tensor, other: Tensor, gate: Tensor) -> None:
         """See Step."""

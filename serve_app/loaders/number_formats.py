@@ -7,7 +7,11 @@ from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.options import DType, KvDType
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_KV_DTYPES = {**_DTYPES, "q8": torch.uint8, "f8e4m3": torch.float8_e4m3fn}
+KV_DTYPES: dict[KvDType, torch.dtype] = {
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8": torch.uint8,
+    "f8e4m3": torch.float8_e4m3fn,
+}  # fmt: skip
+"""What keys and values are kept in, by the option's name; uint8 stands for q8 rows."""
 
 
 def main_type(checkpoint: Checkpoint) -> str:
@@ -46,7 +50,7 @@ def kv_dtype(
     dtype of activations.
     """
     if kv != "auto":
-        return _KV_DTYPES[kv]
+        return KV_DTYPES[kv]
     if device.type != "cpu" or dispatch.native().ops is None:
         return compute_dtype(dtype, checkpoint, device)
     if is_exact:

@@ -1,6 +1,7 @@
 """Quantises a model's files into others, tensor by tensor: what is in memory is never more than a piece of one."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20
 _WHOLE = (QuantType.HQQ4, QuantType.HQQ8)
+_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +229,15 @@ def _experts(num_rows: int, columns: int, counts: Tensor | None) -> Iterator[tup
 
 def importance_of(source: Source, importance: Importance) -> Tensor | None:
     """The importance of a matrix's columns, None without an entry; ModelFileError for one of another size."""
+    columns = source.shape[-1]
     values = importance.get(source.gguf_name)
+    expert = _EXPERT.fullmatch(source.gguf_name)
+    if values is None and expert is not None:
+        # A tensor for each expert, while an importance matrix has one entry for all of them.
+        together = importance.get(f"{expert[1]}_exps.weight")
+        values = None if together is None else together[int(expert[2]) * columns :][:columns]
     if values is None:
         return None
-    columns = source.shape[-1]
     experts = source.shape[0] if len(source.shape) == 3 else 1
     if values.size not in (columns, experts * columns):
         raise ModelFileError(

@@ -15,6 +15,9 @@ from serve_app.quant.quant_type import QuantType
 ENCODERS = tuple(t for t in QuantType if t in ENCODABLE)
 """The types that weights can be quantised to."""
 
+WEIGHTED = tuple(t for t in ENCODERS if t.startswith(("Q4_", "Q5_", "Q2_", "Q3_", "Q6_")))
+"""Those that an importance matrix changes: the others only round."""
+
 
 def quantize(
     x: Tensor | NDArray[np.float32],

@@ -1,8 +1,8 @@
 """Importance matrices: for each tensor the mean square of what is multiplied by each of its columns.
 
 Two forms, as llama-imatrix writes them: the older .dat (little-endian: count of entries, then for each the length of
-its name, the name, the number of evaluations, the number of values, the sums of squares as float32), and GGUF (tensors
-NAME.in_sum2 and NAME.counts).
+its name, the name, the number of evaluations, the number of values, the sums of squares as float32; behind them the
+number of chunks and the name of the text), and GGUF (tensors NAME.in_sum2 and NAME.counts).
 """
 
 import struct
@@ -32,13 +32,13 @@ def read_imatrix(path: Path) -> Importance:
     return _read_gguf(path) if is_gguf else _read_dat(path, path.read_bytes())
 
 
-def write_imatrix(path: Path, importance: Importance) -> None:
-    """Writes the .dat form, as of one evaluation."""
+def write_imatrix(path: Path, importance: Importance, evaluations: int = 1) -> None:
+    """Writes the .dat form. evaluations: how many chunks the means are of, at least 1."""
     parts = [struct.pack("<i", len(importance))]
     for name, values in importance.items():
         raw = name.encode()
-        parts += [struct.pack("<i", len(raw)), raw, struct.pack("<ii", 1, values.size)]
-        parts += [np.ascontiguousarray(values, "<f4").tobytes()]
+        parts += [struct.pack("<i", len(raw)), raw, struct.pack("<ii", evaluations, values.size)]
+        parts += [(values.astype("<f4") * np.float32(evaluations)).tobytes()]
     path.write_bytes(b"".join(parts))
 
 
@@ -56,12 +56,17 @@ def _read_dat(path: Path, data: bytes) -> Importance:
         return value
 
     found: dict[str, NDArray[np.float32]] = {}
-    for _ in range(count("the number of entries", len(data) // 12)):
+    entries = count("the number of entries", len(data) // 12)
+    if not entries:
+        raise ModelFileError(f"{path}: is an importance matrix without entries")
+    for _ in range(entries):
         length = count("the length of a name", min(_MOST_NAME_BYTES, len(data) - at - 4))
         name = data[at : at + length].decode("utf-8", "replace")
         at += length
         evaluations = count("the number of evaluations", 2**31 - 1)
-        size = count("the number of values", (len(data) - at - 4) // 4)
+        size = count("the number of values", max(0, (len(data) - at - 4) // 4))
+        if not size:
+            raise ModelFileError(f"{path}: the importance of {name!r} has no values")
         values = np.frombuffer(data, "<f4", size, at).astype(np.float32)
         at += 4 * size
         found[name] = _checked(path, name, values / np.float32(max(1, evaluations)))
@@ -82,8 +87,10 @@ def _read_gguf(path: Path) -> Importance:
             if any(info.type_id != 0 for info in infos):
                 raise ModelFileError(f"{path}: the sums and counts of {name!r} are no float32")
             sums, counts = (file.data(info.name).copy().view("<f4") for info in infos)
-            if counts.size == 0 or sums.size % counts.size:
+            if sums.size == 0 or counts.size == 0 or sums.size % counts.size:
                 raise ModelFileError(f"{path}: {sums.size} sums of {name!r} do not fit {counts.size} counts")
+            if not (np.isfinite(counts).all() and (counts >= 0).all()):
+                raise ModelFileError(f"{path}: the counts of {name!r} are negative or not finite")
             per_expert = sums.reshape(counts.size, -1)
             # An expert that no token reached says nothing: all its columns count alike.
             means = np.where(counts[:, None] > 0, per_expert / np.maximum(counts[:, None], 1), 1)

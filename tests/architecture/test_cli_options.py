@@ -18,7 +18,8 @@ RAY = """--ingress --ingress-cpus --max-targets --num-ingress --num-preprocessor
 LOG = "--log"
 CHAT = "--max-tokens --system --temperature --top-k --top-p"
 DOCTOR = "--json --models"
-QUANTIZE = "--imatrix --isq --isq-organization --output -o --threads"
+QUANTIZE = "--calibration-file --imatrix --isq --isq-organization --output -o --save-imatrix --threads"
+QUALITY = "--calibration-file --chunk-tokens --chunks --imatrix --isq --isq-organization --json --plot --text"
 
 EXPECTED: dict[Command, tuple[str, ...]] = {
     "serve": (MODEL, ENGINE, HTTP, RAY, LOG),
@@ -26,6 +27,7 @@ EXPECTED: dict[Command, tuple[str, ...]] = {
     "chat": (MODEL, ENGINE, CHAT, LOG),
     "doctor": (DOCTOR,),
     "quantize": (MODEL, QUANTIZE, LOG),
+    "quality": (MODEL, ENGINE, QUALITY, LOG),
 }
 
 
@@ -36,6 +38,6 @@ def test_options_of_each_command(command: Command) -> None:
 
 
 def test_commands_and_kinds() -> None:
-    assert COMMANDS == ("serve", "chat", "config", "doctor", "quantize")
+    assert COMMANDS == ("serve", "chat", "config", "doctor", "quantize", "quality")
     assert KINDS == ("gguf", "ggml", "plain", "run")
     assert not set(COMMANDS) & {*KINDS, *LATER_KINDS}

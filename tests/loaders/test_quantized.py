@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.formats import BY_NAME
 from serve_app.__main__ import main
 from serve_app.engine.llm import LLM
+from serve_app.errors import ModelFileError
 from serve_app.gguf_file import open_gguf
+from serve_app.loaders.checkpoint import StoredTensor
+from serve_app.loaders.quantized import importance_of
 from serve_app.quant import dequantize, quantize
-from serve_app.quant.imatrix import write_imatrix
+from serve_app.quant.imatrix import read_imatrix, write_imatrix
 
 STORIES = Path(__file__).parents[1] / "data" / "models" / "stories3M"
 SOURCE = STORIES / "stories3M-F32.gguf"
@@ -113,6 +117,54 @@ def test_an_importance_matrix_counts(tmp_path: Path) -> None:
         found = made.data(name).reshape(len(values), -1)
         np.testing.assert_array_equal(found, expected)
         assert np.abs(dequantize(np.ascontiguousarray(found), "Q4_K") - values).max() < 0.2
+
+
+def test_a_calibration_text_gives_the_matrix_that_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((STORIES / "sampled_text.txt").read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    saved = tmp_path / "i.gguf"
+    given = ("--calibration-file", str(text), "--save-imatrix", str(saved))
+    assert quantise(tmp_path / "computed.gguf", "Q3K", *given) == 0
+    assert "importance matrix: 1024 tokens in" in capsys.readouterr().out
+    assert quantise(tmp_path / "read.gguf", "Q3K", "--imatrix", str(saved)) == 0
+    assert quantise(tmp_path / "plain.gguf", "Q3K") == 0
+    computed, read, plain = (
+        np.concatenate([t.data.reshape(-1).view(np.uint8) for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors])
+        for name in ("computed", "read", "plain")
+    )
+    # Sums over counts differ from the means they were made of in the last place.
+    assert (computed != read).mean() < 1e-3
+    assert (computed != plain).mean() > 0.1
+    assert set(read_imatrix(saved)) >= {"token_embd.weight", "blk.3.ffn_down.weight"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--imatrix", "a.dat", "--calibration-file", "b.txt"], "choose one"),
+        (["--save-imatrix", "a.dat"], "--save-imatrix keeps what --calibration-file computes"),
+        (["--calibration-file", "b.txt", "--save-imatrix", "a.bin"], "saved as .gguf or .dat, not as 'a.bin'"),
+        (["--calibration-file", "missing.txt"], "--calibration-file: missing.txt cannot be read"),
+    ],
+)
+def test_mistakes_about_importance(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantise(tmp_path / "a.gguf", "Q4K", *options) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_in_tensors_of_their_own_take_their_part_of_an_entry() -> None:
+    entry = np.arange(3 * 8, dtype=np.float32)
+    importance = {"blk.1.ffn_up_exps.weight": entry}
+    stored = StoredTensor("a", "b", BY_NAME["F32"], (4, 8), np.zeros(128, np.uint8))
+    found = importance_of(stored, "blk.1.ffn_up.2.weight", importance)
+    assert found is not None
+    assert found.tolist() == entry[16:].tolist()
+    assert importance_of(stored, "blk.0.ffn_up.2.weight", importance) is None
+    with pytest.raises(ModelFileError, match=r"has 0 values for 'blk\.1\.ffn_up\.3\.weight'"):
+        importance_of(stored, "blk.1.ffn_up.3.weight", importance)
 
 
 def test_a_broken_off_file_never_bears_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

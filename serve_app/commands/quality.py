@@ -1,0 +1,147 @@
+"""`sirocco quality`: what each type costs a model, beside the model as it is."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+import serve_app
+from serve_app.cli_quant_options import QualityOptions
+from serve_app.commands.importance import check_options, find_importance, read_text
+from serve_app.commands.quality_plot import draw, require_plotting
+from serve_app.commands.quality_report import Report, Row, print_report, write_report
+from serve_app.config import AppConfig
+from serve_app.errors import LaunchError
+from serve_app.options import EngineConfig, IsqOptions
+
+if TYPE_CHECKING:
+    from serve_app.engine.llm import LLM
+    from serve_app.loaders.model_files import ModelFiles
+    from serve_app.quant.mix import Recipe
+
+DEFAULT_TEXT = Path(serve_app.__file__).parent / "assets" / "stories.txt"
+
+
+def run(config: AppConfig, options: QualityOptions) -> int:
+    """Measures every type that was asked for, prints a table, and writes the files that were asked for."""
+    from serve_app.engine import quality
+    from serve_app.loaders.model_files import resolve
+
+    check_options(options.imatrix, options.calibration_file)
+    recipes = _recipes(options)
+    _check_targets(options)
+    text_file = Path(options.text).expanduser() if options.text else DEFAULT_TEXT
+    text = read_text(text_file, "--text")
+    files = resolve(config.model.to_source())
+    recipes = _possible(recipes, files, is_asked=options.isq is not None)
+    length = options.chunk_tokens or min(quality.CHUNK_TOKENS, files.max_seq_len)
+    if length > files.max_seq_len:
+        raise LaunchError(f"The option --chunk-tokens: {length} are more than the model's {files.max_seq_len}.")
+    engine = config.engine.to_config()
+    with (
+        _imatrix(files, options, engine.num_threads) as imatrix,
+        quality.open_model(files, engine, length) as reference,
+    ):
+        chunks = quality.chunks_of(reference, text, length, options.chunks)
+        engine = quality.with_cache_of(reference, engine)
+        rows = [*_rows(reference, files, engine, _variants(recipes, imatrix), chunks)]
+        report = Report(
+            files.model_name, text_file.name, length, rows[0].perplexity.num_tokens,
+            quality.size_of(reference), rows[0].reference_perplexity, rows,
+        )  # fmt: skip
+    print_report(report)
+    try:
+        if options.json:
+            write_report(Path(options.json).expanduser(), report)
+        if options.plot:
+            draw(Path(options.plot).expanduser(), report)
+    except OSError as error:
+        raise LaunchError(f"{error.filename}: cannot be written ({error.strerror}).") from error
+    return 0
+
+
+def _recipes(options: QualityOptions) -> "list[Recipe]":
+    """What --isq names, each once; without it every type."""
+    from serve_app.quant.encode import ENCODERS
+    from serve_app.quant.mix import Recipe
+
+    if options.isq_organization not in ("default", "pure"):
+        raise LaunchError(f"The option --isq-organization is default or pure, not {options.isq_organization!r}.")
+    names = [name.strip() for name in (options.isq or "").split(",") if name.strip()]
+    if options.isq is not None and not names:
+        raise LaunchError("The option --isq names no type.")
+    promotes = options.isq_organization == "default"
+    try:
+        found = [Recipe.parse(name, promotes=promotes) for name in names or ENCODERS if name != "F32"]
+    except ValueError as error:
+        raise LaunchError(f"The option --isq: {error}.") from None
+    return list({recipe.name: recipe for recipe in found}.values())
+
+
+def _possible(recipes: "Sequence[Recipe]", files: "ModelFiles", *, is_asked: bool) -> "list[Recipe]":
+    from serve_app.loaders.variant import can_become
+
+    refused = [recipe.name for recipe in recipes if not can_become(files, recipe)]
+    if refused and is_asked:
+        raise LaunchError(f"The option --isq: {', '.join(refused)} are measured on a folder of SafeTensors only.")
+    return [recipe for recipe in recipes if recipe.name not in refused]
+
+
+def _check_targets(options: QualityOptions) -> None:
+    """LaunchError for files that cannot be written, before the measuring begins."""
+    for option, name in (("--json", options.json), ("--plot", options.plot)):
+        if name and not Path(name).expanduser().parent.is_dir():
+            raise LaunchError(f"The option {option}: there is no folder {Path(name).parent}.")
+    if options.plot:
+        require_plotting(Path(options.plot))
+
+
+@contextmanager
+def _imatrix(files: "ModelFiles", options: QualityOptions, num_threads: int) -> Iterator[str | None]:
+    """The file of the importance matrix, computed once for all types where a text was named."""
+    if options.imatrix:
+        yield str(Path(options.imatrix).expanduser())
+        return
+    with TemporaryDirectory(prefix="sirocco-") as folder:
+        made = str(Path(folder) / "imatrix.gguf") if options.calibration_file else None
+        find_importance(files, None, options.calibration_file, num_threads, made, options.chunk_tokens)
+        yield made
+
+
+def _variants(recipes: "Sequence[Recipe]", imatrix: str | None) -> list[IsqOptions]:
+    """Each type, and those that an importance matrix changes once more with it."""
+    from serve_app.quant.encode import WEIGHTED
+
+    wanted = []
+    for recipe in recipes:
+        wanted.append(IsqOptions(recipe.name, is_pure=not recipe.promotes))
+        if imatrix is not None and recipe.base in WEIGHTED:
+            wanted.append(IsqOptions(recipe.name, is_pure=not recipe.promotes, imatrix=imatrix))
+    return wanted
+
+
+def _rows(
+    reference: "LLM",
+    files: "ModelFiles",
+    engine: EngineConfig,
+    variants: Sequence[IsqOptions],
+    chunks: Sequence[Sequence[int]],
+) -> Iterator[Row]:
+    """One variant after the other, so that only one is in memory beside the reference."""
+    from serve_app.engine.quality import compare, open_model, size_of
+    from serve_app.loaders.variant import quantised
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(variants) * len(chunks))
+        for isq in variants:
+            assert isq.type is not None
+            bar.update(task, description=isq.type + (" with importance" if isq.imatrix else ""))
+            with quantised(files, isq) as made, open_model(made, engine, len(chunks[0])) as variant:
+                distance = compare(reference, variant, chunks, lambda: bar.advance(task))
+                yield Row(isq.type, isq.imatrix is not None, size_of(variant), distance)
