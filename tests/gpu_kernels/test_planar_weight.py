@@ -19,7 +19,7 @@ from serve_app.gguf_file import open_gguf
 from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.quant.packed import PackedWeight
-from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarExperts, PlanarWeight
+from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarExperts, PlanarWeight, grouped_matrix
 from serve_app.quant.weight import DenseWeight, FusedWeight
 
 COLUMNS = 256
@@ -48,13 +48,16 @@ def test_activations_of_sixteen_bits(device: torch.device) -> None:
 
 
 def test_experts(device: torch.device) -> None:
-    matrix, weights = matrix_and_weights("Q8_0", 3 * 20, 64, device)
+    """Each of them is part of the one matrix, in the same memory."""
+    matrix, weights = matrix_and_weights("Q6_K", 3 * 20, COLUMNS, device)
     experts = PlanarExperts(matrix, 3, torch.float32)
-    assert (experts.shape, experts.nbytes) == ((3, 20, 64), matrix.nbytes)
-    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
-    choice = torch.tensor([[0, 2], [2, 1], [1, 0], [2, 0]])
-    expected = torch.einsum("tk,tcnk->tcn", x, weights.view(3, 20, 64)[choice])
-    torch.testing.assert_close(experts.gather_matmul(x.to(device), choice.to(device)).cpu(), expected)
+    assert (experts.num_experts, experts.shape, experts.nbytes) == (3, (20, COLUMNS), matrix.nbytes)
+    assert grouped_matrix(experts) is matrix
+    second = experts.expert(1)
+    assert (second.shape, second.nbytes * 3) == ((20, COLUMNS), matrix.nbytes)
+    assert torch.equal(second.dequantize().cpu(), weights[20:40])
+    with pytest.raises(IndexError, match="matrix of 60"):
+        matrix.part(50, 11)
     with pytest.raises(ValueError, match="60 rows are no whole number of 7 experts"):
         PlanarExperts(matrix, 7, torch.float32)
 
