@@ -14,7 +14,9 @@ from serve_app.engine.llm import LLM
 from serve_app.errors import ModelFileError
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.checkpoint import StoredTensor
+from serve_app.loaders.model_files import resolve
 from serve_app.loaders.quantized import importance_of
+from serve_app.options import ModelSource
 from serve_app.quant import dequantize, quantize
 from serve_app.quant.imatrix import read_imatrix, write_imatrix
 
@@ -80,6 +82,21 @@ def test_folders_hold_every_type_and_load_again(isq: str, tmp_path: Path) -> Non
         expected = torch.softmax(full.logits(ids).float()[-1], -1)
         found = torch.softmax(ours.logits(ids).float()[-1], -1)
         assert float((found - expected).abs().sum()) < (0.25 if "4" in isq else 0.05)
+
+
+@pytest.mark.parametrize("isq", ["HQQ4", "FP8"])
+def test_a_gguf_becomes_a_folder_that_loads(isq: str, tmp_path: Path) -> None:
+    assert quantise(tmp_path / "from-gguf", isq) == 0
+    assert quantise(tmp_path / "from-hf", isq, source=STORIES / "hf") == 0
+    text = (STORIES / "sampled_text.txt").read_text()[:3000]
+    with LLM(str(tmp_path / "from-gguf")) as ours, LLM(str(tmp_path / "from-hf")) as expected, LLM(str(SOURCE)) as full:
+        ids = full.tokenizer.encode(text)
+        assert ours.tokenizer.encode(text) == ids
+        assert ours.tokenizer.decode(ids) == full.tokenizer.decode(ids)
+        assert ours.tokenizer.bos_id == full.tokenizer.bos_id
+        assert resolve(ModelSource(model=str(tmp_path / "from-gguf"))).eos_ids == full.tokenizer.eos_ids
+        # Rows of q and k are in the order of the checkpoint again, so that both folders hold the same blocks.
+        assert torch.equal(ours.logits(ids[:100]), expected.logits(ids[:100]))
 
 
 @pytest.mark.parametrize("isq", ["HQQ4", "FP8", "Q8_1", "Q8_K"])
