@@ -21,6 +21,7 @@ from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.options import EngineConfig, ModelSource
 from serve_app.text.tokenizer import Tokenizer, open_tokenizer
+from serve_app.text.turn_ends import turn_end_ids
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
         tokenizer = opening.result()
     kv = _kv_pool(loaded, config, files.max_seq_len)
     pool = ledger(config, kv.num_blocks, loaded.fingerprint)
-    eos_ids = frozenset(files.eos_ids) | frozenset(tokenizer.eos_ids)
+    eos_ids = frozenset(files.eos_ids) | frozenset(tokenizer.eos_ids) | turn_end_ids(files, tokenizer)
     sampler = Sampler(
         loaded.args.vocab_size, config.max_seqs, config.device, sorted(eos_ids), DryBreakers(tokenizer).ids
     )
