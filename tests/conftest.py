@@ -3,10 +3,18 @@ import sys
 from pathlib import Path
 
 # Test modules of several folders share these, which are no packages of ours to import by name.
-for _name in (
-    "tiny_llama", "block_data", "torch_operators", "family_cases", "mixtures",
-    "ggml_writer", "family_gguf", "family_folders",
-):  # fmt: skip
+_SHARED = (
+    "tiny_llama",
+    "block_data",
+    "torch_operators",
+    "family_cases",
+    "mixtures",
+    "ggml_writer",
+    "family_gguf",
+    "family_folders",
+    "asked_source",
+)
+for _name in _SHARED:
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
     assert _spec is not None
     assert _spec.loader is not None

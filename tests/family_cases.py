@@ -4,23 +4,13 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_llama import SMALL as TINY
 from tiny_llama import DictSource
 
 from serve_app.models.base import CausalLM
 from serve_app.models.registry import find_family
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = TINY | {"max_position_embeddings": 512, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 MHA = {"num_key_value_heads": 4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
 LLAMA3 = {

@@ -7,6 +7,7 @@ import gguf
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_llama import SMALL as TINY
 from torch import Tensor
 
 from serve_app.gguf_file import open_gguf
@@ -15,16 +16,7 @@ from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.registry import find_family, gguf_architecture
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-}
+SMALL = TINY | {"pad_token_id": 0}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mixtral": (
         transformers.MixtralConfig,

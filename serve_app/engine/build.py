@@ -23,6 +23,7 @@ from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.options import EngineConfig, ModelSource
 from serve_app.text.tokenizer import Tokenizer, open_tokenizer
+from serve_app.text.turn_ends import turn_end_ids
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
             f"{len(plan.groups)} groups of layers needs its own"
         )
     pool = ledger(config, kv.num_blocks, loaded.fingerprint)
-    eos_ids = frozenset(files.eos_ids) | frozenset(tokenizer.eos_ids)
+    eos_ids = frozenset(files.eos_ids) | frozenset(tokenizer.eos_ids) | turn_end_ids(files, tokenizer)
     sampler = Sampler(
         loaded.args.vocab_size, config.max_seqs, config.device, sorted(eos_ids), DryBreakers(tokenizer).ids
     )

@@ -177,14 +177,13 @@ def open_chat_template(files: TemplateSources, tokenizer: Tokenizer) -> ChatTemp
     """choose_template for a model's files. bos_token and eos_token are the tokenizer's own: generation_config may name
     further end tokens, and templates do not mean those.
     """
-    eos_id = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     return choose_template(
         jinja_explicit=files.jinja_explicit,
         chat_template=files.chat_template,
         folder=files.folder,
         gguf_metadata=files.gguf_metadata,
         bos="" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
-        eos="" if eos_id is None else tokenizer.token_text(eos_id),
+        eos="" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
     )
 
 

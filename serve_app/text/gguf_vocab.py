@@ -15,24 +15,17 @@ from tokenizers import models
 from serve_app.errors import ModelFileError
 from serve_app.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from serve_app.text.sentencepiece_vocab import Pieces, PieceType, build_backend, ids_of, special_ids
-from serve_app.text.vocabulary import Vocabulary, added_token, byte_level_bytes, sentencepiece_bytes, token_pieces
+from serve_app.text.vocabulary import (
+    Vocabulary,
+    added_token,
+    byte_level_bytes,
+    sentencepiece_bytes,
+    token_pieces,
+    turn_ends,
+)
 
 _KEY: Final = "tokenizer.ggml."
 _WHERE: Final = "the GGUF metadata"
-# Tokens that end a turn, by what they are called: older files name only one of them as the end.
-_TURN_ENDS: Final = frozenset(
-    {
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<end_of_turn>",
-        "<|eot|>",
-        "<EOT>",
-    }
-)
 
 
 def vocabulary_from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -70,6 +63,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
         pieces=token_pieces(texts, sentencepiece_bytes if is_spm else byte_level_bytes, special, user_defined),
         special_ids=special,
         bos_id=bos_id,
+        eos_id=fields.token_id("eos_token_id", len(texts), 2 if is_spm else None),
         eos_ids=eos_ids,
         prefix=(bos_id,) if bos_id is not None and fields.flag("add_bos_token", adds_bos) else (),
         suffix=eos_ids[:1] if fields.flag("add_eos_token", False) else (),
@@ -134,8 +128,7 @@ def _eos_ids(fields: "_Fields", texts: Sequence[str], special: Iterable[int], de
         fields.token_id("eot_token_id", len(texts)),
         fields.token_id("eom_token_id", len(texts)),
     ]
-    by_name = sorted(i for i in special if texts[i] in _TURN_ENDS)
-    return tuple(dict.fromkeys(i for i in [*stated, *by_name] if i is not None))
+    return tuple(dict.fromkeys(i for i in [*stated, *turn_ends(texts, special)] if i is not None))
 
 
 class _Fields:

@@ -58,6 +58,15 @@ def _falcon() -> pre_tokenizers.PreTokenizer:
     )
 
 
+# Words whose capitals stand in front: "camelCase" is two.
+_CASED: Final = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+)
+_CASED_REST: Final = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_O200K: Final = PreTokenizer(
+    _split(rf"{_CASED % (f'{_CONTRACTIONS}?', f'{_CONTRACTIONS}?')}|\p{{N}}{{1,3}}|{_CASED_REST}")
+)
 _CL100K: Final = _split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}")
 _LLAMA3: Final = PreTokenizer(_CL100K, ignores_merges=True, adds_bos=True)
 _QWEN2: Final = PreTokenizer(_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"), normalizer=normalizers.NFC)
@@ -68,10 +77,17 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizer]] = {
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "pixtral": _LLAMA3,
+    "tekken": PreTokenizer(_split(rf"{_CASED % ('', '')}|\p{{N}}|{_CASED_REST}"), ignores_merges=True, adds_bos=True),
+    "gpt-4o": _O200K,
+    "llama4": _O200K,
     "dbrx": PreTokenizer(_CL100K),
     "smaug-bpe": PreTokenizer(_CL100K),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "megrez": _QWEN2,
+    "stablelm2": _QWEN2,
     "gpt-2": _GPT_2,
     "phi-2": _GPT_2,
     "mpt": _GPT_2,

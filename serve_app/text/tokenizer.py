@@ -22,8 +22,9 @@ from serve_app.text.vocabulary import Vocabulary, byte_of_char
 class Tokenizer:
     """Encodes and decodes. Safe to share between threads.
 
-    eos_ids are those of the tokenizer's own files, the end of the text first; a model's generation_config may add
-    more. special_ids are control tokens: they contribute no text, and only parse_special finds them in one.
+    eos_id ends a text; eos_ids are it and the ends of a turn, as the tokenizer's own files have them; a model's
+    generation_config may add more. special_ids are control tokens: they contribute no text, and only parse_special
+    finds them in one.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -32,6 +33,7 @@ class Tokenizer:
         self._text_of_char = {byte: char for char, byte in byte_of_char().items()}
         self.vocab_size = len(vocabulary.texts)
         self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
         self.eos_ids = vocabulary.eos_ids
         self.special_ids = vocabulary.special_ids
         self.add_bos = bool(vocabulary.prefix)
@@ -97,6 +99,11 @@ class Tokenizer:
         """The id of a token by its text in the vocabulary (control tokens: "<|eot_id|>"), or None."""
         found: int | None = self._backend.token_to_id(text)
         return found
+
+    def id_of_text(self, text: str) -> int | None:
+        """As token_to_id, without an encoder; slow."""
+        texts = self._vocabulary.texts
+        return texts.index(text) if text in texts else None
 
     def _as_characters(self, ids: list[int]) -> list[int]:
         """Replaces control tokens that plain text merged into by the tokens of their characters."""

@@ -18,6 +18,7 @@ from serve_app.text.vocabulary import (
     byte_level_bytes,
     sentencepiece_bytes,
     token_pieces,
+    turn_ends,
 )
 
 _ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -137,7 +138,8 @@ def _with_config(
         pieces=token_pieces(texts, byte_rule, special, verbatim),
         special_ids=special,
         bos_id=bos_id if bos_id is not None else next(iter(prefix), None),
-        eos_ids=(eos_id,) if eos_id is not None else (),
+        eos_id=eos_id,
+        eos_ids=tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *turn_ends(texts, special)])),
         prefix=prefix,
         suffix=suffix,
         strips_space=strips_space,

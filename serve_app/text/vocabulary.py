@@ -1,7 +1,7 @@
 """What every source of a tokenizer comes down to, and how the text of a token becomes bytes."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -14,6 +14,21 @@ from tokenizers import Tokenizer as Backend
 SPACE_MARK: Final = "▁"  # sentencepiece writes a space so
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
+# Control tokens that end a turn, by their names.
+_TURN_ENDS: Final = frozenset(
+    {
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<|eot|>",
+        "<EOT>",
+    }
+)
+
 ByteRule = Callable[[Sequence[str]], list[bytes]]
 
 
@@ -23,8 +38,9 @@ class Vocabulary:
 
     make_backend: builds the encoder, which takes far longer than all the rest; raises ModelFileError for a vocabulary
     that contradicts itself. texts: id → text in the vocabulary, None for ids without one. pieces: id → the bytes it
-    contributes inside a text, b"" for control tokens. prefix, suffix: ids that the model wants around a text.
-    strips_space: encoding puts a space before a text, so decoding takes one away.
+    contributes inside a text, b"" for control tokens. eos_id: the end of a text; eos_ids: it and the ends of a turn.
+    prefix, suffix: ids that the model wants around a text. strips_space: encoding puts a space before a text, so
+    decoding takes one away.
     """
 
     make_backend: Callable[[], Backend]
@@ -32,6 +48,7 @@ class Vocabulary:
     pieces: list[bytes]
     special_ids: frozenset[int]
     bos_id: int | None
+    eos_id: int | None
     eos_ids: tuple[int, ...]
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -80,6 +97,11 @@ def sentencepiece_bytes(texts: Sequence[str]) -> list[bytes]:
 def _byte_token(text: str) -> bytes | None:
     match = _BYTE_TOKEN.fullmatch(text) if text.startswith("<0x") else None
     return bytes.fromhex(match[1]) if match else None
+
+
+def turn_ends(texts: Sequence[str | None], special_ids: Iterable[int]) -> list[int]:
+    """The control tokens that end a turn by what they are called: configurations often name only one of them."""
+    return sorted(i for i in special_ids if texts[i] in _TURN_ENDS)
 
 
 def added_token(text: str, *, special: bool, rstrip: bool = False) -> AddedToken:

@@ -8,12 +8,9 @@ from math import prod
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from asked_source import Asked
 
 from serve_app.models.registry import find_family
-from serve_app.quant.experts import DenseExperts, Experts
-from serve_app.quant.weight import DenseWeight, Weight
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -181,35 +178,6 @@ CASES: dict[str, tuple[dict[str, Any], Shapes, int]] = {
         41_873_153_344,
     ),
 }
-
-
-class Asked:
-    """A WeightSource without numbers that remembers what it was asked for."""
-
-    def __init__(self, published: Shapes) -> None:
-        self.published = published
-        self.shapes: Shapes = {}
-
-    def _take(self, name: str, shape: tuple[int, ...]) -> None:
-        assert name not in self.shapes
-        self.shapes[name] = shape
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        self._take(name, shape)
-        return torch.empty(shape, device="meta")
-
-    def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
-        for name, out in zip(names, out_features, strict=True):
-            self._take(name, (out, in_features))
-        return DenseWeight(torch.empty((sum(out_features), in_features), device="meta"))
-
-    def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
-        for number in range(num_experts):
-            self._take(name.format(number), (out_features, in_features))
-        return DenseExperts(torch.empty((num_experts, out_features, in_features), device="meta"))
-
-    def has(self, name: str) -> bool:
-        return name in self.published
 
 
 @pytest.mark.parametrize("name", CASES)

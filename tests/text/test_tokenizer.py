@@ -14,6 +14,7 @@ from serve_app.errors import InvalidRequest, ModelFileError
 from serve_app.gguf_file import open_gguf
 from serve_app.text.detokenizer import Detokenizer, DetokenizerTable
 from serve_app.text.gguf_vocab import vocabulary_from_gguf
+from serve_app.text.pre_tokenizers import PRE_TOKENIZERS
 from serve_app.text.tokenizer import Tokenizer, open_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -21,6 +22,7 @@ VOCABS = {
     "gpt-2": "ggml-vocab-gpt-2.gguf",
     "llama-spm": "ggml-vocab-llama-spm.gguf",
     "llama-bpe": "built-vocab-llama-bpe.gguf",
+    "phi-3": "ggml-vocab-phi-3.gguf",
 }
 LLAMA2 = DATA / "tokenizers/llama2/tokenizer.model"
 PHI3 = DATA / "tokenizers/phi-3-mini"
@@ -176,7 +178,7 @@ def test_added_tokens_strip_what_the_file_says() -> None:
         tokenizer_file=str(PHI3 / "tokenizer.json"),
         **{role: config[role] for role in ("bos_token", "eos_token", "unk_token", "pad_token")},
     )
-    assert (ours.vocab_size, ours.bos_id, ours.eos_ids, ours.add_bos) == (32011, 1, (32000,), False)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_ids, ours.add_bos) == (32011, 1, (32000, 32007), False)
     assert set(oracle.all_special_ids) <= ours.special_ids
     for text in (
         "<|user|>\nHello <|end|>\n<|assistant|>\n",
@@ -244,6 +246,28 @@ def test_pre_tokenizers(kind: str, text: str, words: list[str]) -> None:
         backend = vocabulary_from_gguf({**file.metadata, "tokenizer.ggml.pre": kind}).make_backend()
     cut = [word.replace("Ġ", " ").replace("Ċ", "\n") for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
     assert cut == words
+
+
+GROUPS = json.loads((DATA / "vocab/pre_tokenizers.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("group", GROUPS["groups"], ids=lambda group: group["names"][0])
+def test_texts_are_cut_as_llama_cpp_cuts_them(group: dict[str, Any]) -> None:
+    with open_gguf(DATA / "vocab" / VOCABS["gpt-2"]) as file:
+        metadata = file.metadata
+    texts = [*(text for text, _ in cases("gpt-2")), *GROUPS["more_texts"]]
+    # Names with one group of ids mostly share one entry: one of each is tried.
+    kinds = {id(PRE_TOKENIZERS[name]): name for name in group["names"]}
+    for name in kinds.values():
+        tokenizer = open_tokenizer({**metadata, "tokenizer.ggml.pre": name})
+        for text, ids in zip(texts, group["ids"], strict=True):
+            assert tokenizer.encode(text, add_special=False) == ids, (name, text)
+
+
+def test_every_way_to_cut_is_compared_or_has_its_own_vocabulary() -> None:
+    compared = {name for group in GROUPS["groups"] for name in group["names"]}
+    # Falcon's own pieces are cut where its bytes look like digits, which llama.cpp does not do.
+    assert set(PRE_TOKENIZERS) - compared == {"falcon"}
 
 
 def spm_metadata(**changes: Any) -> dict[str, Any]:
