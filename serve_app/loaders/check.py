@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from serve_app.errors import LaunchError, ModelFileError
-from serve_app.loaders.load import find_args, open_checkpoint
+from serve_app.loaders.isq import check_isq
 from serve_app.loaders.model_files import ModelFiles, resolve
+from serve_app.loaders.opening import find_args, open_checkpoint
 from serve_app.loaders.weight_source import CheckpointSource
-from serve_app.options import ModelSource
+from serve_app.options import IsqOptions, ModelSource
 from serve_app.quant.experts import DenseExperts, Experts
 from serve_app.quant.weight import DenseWeight, Weight
 
@@ -40,13 +41,17 @@ class _Headers(CheckpointSource):
 def check_model(files: ModelFiles) -> None:
     """Raises ModelFileError naming the file and the tensor or key that is missing, misshapen or not supported."""
     family, args = find_args(files)
-    family.build(args, _Headers(open_checkpoint(files), torch.float32, torch.device("meta")))
+    opened = open_checkpoint(files)
+    check_isq(files, opened)
+    family.build(args, _Headers(opened, torch.float32, torch.device("meta")))
 
 
 def main() -> int:
     """The program; returns the exit code."""
     fields = json.load(sys.stdin)
     fields["files"] = tuple(fields["files"])
+    if fields.get("isq") is not None:
+        fields["isq"] = IsqOptions(**fields["isq"])
     try:
         check_model(resolve(ModelSource(**fields)))
     except (ModelFileError, LaunchError) as error:

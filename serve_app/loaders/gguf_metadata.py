@@ -6,8 +6,8 @@ from typing import Any
 
 from serve_app.errors import LaunchError
 from serve_app.loaders.gguf_writer import encoded
-from serve_app.loaders.load import find_args
 from serve_app.loaders.model_files import ModelFiles
+from serve_app.loaders.opening import find_args
 from serve_app.loaders.weight_files import read_json
 from serve_app.models.decoder_args import DecoderArgs
 

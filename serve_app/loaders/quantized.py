@@ -1,7 +1,7 @@
 """Quantises a model's files into others, tensor by tensor: what is in memory is never more than a piece of one."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,34 +10,43 @@ from torch import Tensor
 
 from kernels.formats import BY_NAME, BlockFormat
 from serve_app.errors import LaunchError, ModelFileError
-from serve_app.loaders.checkpoint import StoredTensor, num_elements
-from serve_app.loaders.load import open_checkpoint
+from serve_app.loaders.checkpoint import Recoding, StoredTensor, num_elements
 from serve_app.loaders.model_files import ModelFiles
-from serve_app.loaders.pages import as_tensor, drop_pages, expect_pages
+from serve_app.loaders.opening import open_checkpoint
+from serve_app.loaders.recode import Progress, blocks_of
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
-from serve_app.quant.encode import pieces, requantize
 from serve_app.quant.imatrix import Importance
-from serve_app.quant.mix import ModelFacts, Recipe
+from serve_app.quant.mix import ModelFacts, Recipe, is_expert
 from serve_app.quant.quant_type import QuantType
 
 logger = logging.getLogger(__name__)
-
-PIECE_BYTES = 16 << 20
-_WHOLE = (QuantType.HQQ4, QuantType.HQQ8)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One tensor's way: stored as it is in the source; name and form as they will be; wanted: before any fallback.
 
-    importance: float32 [columns], or [experts * columns]; None where all columns count alike.
+    gguf_name: what an importance matrix calls it. importance: float32 [columns], or [experts * columns]; None where all
+    columns count alike.
     """
 
     stored: StoredTensor
     name: str
     form: BlockFormat
     wanted: QuantType | None
+    gguf_name: str
     importance: Tensor | None = None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether its bytes become others."""
+        return self.form.name != self.stored.form.name
+
+    def target(self) -> StoredTensor:
+        """The tensor as it will be, to be recoded while it is read."""
+        if not self.is_changed:
+            return self.stored
+        return replace(self.stored, form=self.form, recoding=Recoding(self.stored.form, self.importance))
 
 
 class Sink(Protocol):
@@ -50,10 +59,6 @@ class Sink(Protocol):
     def write(self, data: Any) -> None:
         """Its next bytes."""
         ...
-
-
-Progress = Callable[[str, int], None]
-"""Called with a tensor's name and how many bytes of the source are done since the last call."""
 
 
 def stored_tensors(files: ModelFiles) -> list[StoredTensor]:
@@ -74,28 +79,40 @@ def plan_steps(
 ) -> list[Step]:
     """What becomes of each tensor (as stored, its new name, its GGUF name); what fell back is logged in one line.
 
-    ModelFileError for a tensor that is no weight's, and an importance matrix of another model.
+    ModelFileError for a tensor that is no weight's, an importance matrix of another model, experts without a mixture,
+    and a topology of a model with more layers.
     """
+    if recipe.experts_only and not any(is_expert(gguf_name) for *_, gguf_name in tensors):
+        raise ModelFileError("only experts are to be quantised (moqe), but this model has none")
+    if recipe.topology is not None:
+        recipe.topology.require_layers(facts.n_layers)
     steps = []
     for stored, name, gguf_name in tensors:
         if not stored.form.is_decodable:
             raise ModelFileError(f"{stored.file}: tensor {stored.name!r} has type {stored.form.name}, no weight's")
-        chosen = recipe.type_of(gguf_name, stored.shape, facts)
+        chosen = recipe.type_of(gguf_name, stored.shape, facts, stored.name)
         form = stored.form if chosen is None else chosen[1].form
         if needs_gguf and chosen is None and len(stored.shape) == 1:
             form = BY_NAME["F32"]  # as llama.cpp wants its norms
-        counts = None
-        if importance is not None and chosen is not None and form.name != stored.form.name:
-            counts = importance_of(stored, gguf_name, importance)
-        steps.append(Step(stored, name, form, None if chosen is None else chosen[0], counts))
+        steps.append(Step(stored, name, form, None if chosen is None else chosen[0], gguf_name))
     _report(steps)
-    if importance is not None:
-        _report_importance(steps)
-    return steps
+    return steps if importance is None else with_importance(steps, importance)
+
+
+def with_importance(steps: Sequence[Step], importance: Importance) -> list[Step]:
+    """The same steps, each with the importance of its columns. ModelFileError for one of another model."""
+    found = []
+    for step in steps:
+        counts = None
+        if step.wanted is not None and step.is_changed:
+            counts = importance_of(step.stored, step.gguf_name, importance)
+        found.append(replace(step, importance=counts))
+    _report_importance(found)
+    return found
 
 
 def _report_importance(steps: Sequence[Step]) -> None:
-    changed = [step for step in steps if step.wanted is not None and step.form.name != step.stored.form.name]
+    changed = [step for step in steps if step.wanted is not None and step.is_changed]
     without = [step.name for step in changed if step.importance is None]
     if changed and len(without) == len(changed):
         raise ModelFileError("the importance matrix has no entry for any tensor of this model")
@@ -116,49 +133,14 @@ def run_steps(steps: Sequence[Step], sink: Sink, progress: Progress) -> None:
     """Writes every tensor. ModelFileError naming the tensor whose values cannot be encoded."""
     for step in steps:
         sink.begin()
-        expect_pages(step.stored.data)
-        try:
-            for data, source_bytes in _encoded(step):
-                sink.write(data.numpy())
-                progress(step.name, source_bytes)
-        except ValueError as error:
-            raise ModelFileError(f"{step.stored.file}: tensor {step.stored.name!r}: {error}") from error
-        drop_pages(step.stored.data)
+        for _, blocks in blocks_of(step.target(), progress):
+            sink.write(blocks.numpy())
 
 
-def _encoded(step: Step) -> Iterator[tuple[Tensor, int]]:
-    """The tensor's new bytes in pieces, and how many of the source each came from."""
-    stored, form = step.stored, step.form
-    # A bias in another order is a column of rows, a number by itself a row of one.
-    is_column = len(stored.shape) == 0 or (len(stored.shape) == 1 and stored.row_order is not None)
-    columns = 1 if is_column else stored.shape[-1]
-    num_rows = num_elements(stored.shape) // max(1, columns)
-    rows = as_tensor(stored.data).view(num_rows, -1)
-    row_bytes = rows.shape[1]
-    is_same = form.name == stored.form.name
-    whole = form.name in _WHOLE
-    out = torch.empty(0, dtype=torch.uint8)
-    for expert_rows, weights in _experts(num_rows, columns, step.importance):
-        for piece in pieces(len(expert_rows), row_bytes, stored.data.size if whole else PIECE_BYTES):
-            part = slice(expert_rows.start + piece.start, expert_rows.start + piece.stop)
-            source = rows[part] if stored.row_order is None else rows[stored.row_order[part]]
-            if is_same:
-                yield source, source.nbytes
-            else:
-                size = (len(source), form.row_bytes(columns))
-                if out.shape[:1] != size[:1]:
-                    out = torch.empty(size, dtype=torch.uint8)
-                yield requantize(stored.form.name, source, QuantType(form.name), weights, out), source.nbytes
-            if stored.row_order is None:
-                drop_pages(stored.data[part.start * row_bytes : part.stop * row_bytes])
-
-
-def _experts(num_rows: int, columns: int, counts: Tensor | None) -> Iterator[tuple[range, Tensor | None]]:
-    """Ranges of rows that share an importance: one, or one for each expert."""
-    experts = 1 if counts is None else len(counts) // columns
-    each = num_rows // experts
-    for e in range(experts):
-        yield range(e * each, (e + 1) * each), None if counts is None else counts[e * columns : (e + 1) * columns]
+def bits_per_weight(steps: Sequence[Step]) -> float:
+    """The mean over all tensors of what they will take, norms included."""
+    targets = [step.target() for step in steps]
+    return 8 * sum(t.num_bytes for t in targets) / max(1, sum(num_elements(t.shape) for t in targets))
 
 
 def importance_of(stored: StoredTensor, gguf_name: str, importance: Importance) -> Tensor | None:
@@ -176,13 +158,14 @@ def importance_of(stored: StoredTensor, gguf_name: str, importance: Importance) 
 
 
 def require_gguf_types(recipe: Recipe) -> None:
-    """LaunchError with the reason where a GGUF cannot hold the type."""
-    if not recipe.base.is_gguf:
-        known = "knows it for activations only" if recipe.base.startswith("Q8") else "has no such type"
-        raise LaunchError(
-            f"{recipe.base} cannot be written as .gguf: ggml {known}. "
-            "Give -o a folder, for SafeTensors that Sirocco loads."
-        )
+    """LaunchError with the reason where a GGUF cannot hold a type."""
+    for wanted in recipe.types:
+        if not wanted.is_gguf:
+            known = "knows it for activations only" if wanted.startswith("Q8") else "has no such type"
+            raise LaunchError(
+                f"{wanted} cannot be written as .gguf: ggml {known}. "
+                "Give -o a folder, for SafeTensors that Sirocco loads."
+            )
 
 
 def with_row_order(stored: StoredTensor, order: Tensor | None) -> StoredTensor:

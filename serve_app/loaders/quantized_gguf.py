@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +14,9 @@ from serve_app.loaders.gguf_metadata import args_of_folder, metadata_of_folder
 from serve_app.loaders.gguf_writer import GgufWriter, TensorPlan, encoded, raw_metadata
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name, half_split_order, rotary_heads
-from serve_app.loaders.quantized import (
-    Progress,
-    Step,
-    plan_steps,
-    require_gguf_types,
-    run_steps,
-    stored_tensors,
-    with_row_order,
-)
+from serve_app.loaders.quantized import Step, plan_steps, require_gguf_types, run_steps, stored_tensors, with_row_order
+from serve_app.loaders.quantized_as_stored import plan_as_stored
+from serve_app.loaders.recode import Progress
 from serve_app.models.decoder_args import DecoderArgs
 from serve_app.quant.imatrix import Importance
 from serve_app.quant.mix import ModelFacts, Recipe
@@ -33,32 +26,15 @@ _ROPE = "rope_freqs.weight"
 _DROPPED = ("general.file_type", "general.quantization_version", "general.alignment")
 
 
-def gguf_facts(metadata: dict[str, Any], has_head: bool) -> ModelFacts:
-    """What the choice of types looks at, out of a GGUF's metadata."""
-    architecture = str(metadata.get("general.architecture", ""))
-
-    def number(key: str, default: int) -> int:
-        value = metadata.get(f"{architecture}.{key}", default)
-        return value if type(value) is int else default
-
-    heads = number("attention.head_count", 1)
-    kv_heads = number("attention.head_count_kv", heads)
-    return ModelFacts(
-        architecture, number("block_count", 1), heads, kv_heads, number("expert_count", 0), is_tied=not has_head
-    )
-
-
 def plan_gguf(files: ModelFiles, recipe: Recipe, importance: Importance | None) -> list[Step]:
     """The steps from a model to a GGUF; LaunchError for a type that none holds, or a model that none is made of."""
     require_gguf_types(recipe)
     stored = stored_tensors(files)
-    has_head = bool({"output.weight", "lm_head.weight"} & {tensor.name for tensor in stored})
     if files.gguf_metadata is not None:
-        tensors = [(tensor, tensor.name, tensor.name) for tensor in stored]
-        return plan_steps(tensors, recipe, gguf_facts(files.gguf_metadata, has_head), importance, needs_gguf=True)
+        return plan_as_stored(files, stored, recipe, importance, needs_gguf=True)
     args = args_of_folder(files)
     metadata_of_folder(files, args)  # refuses before anything is written
-    is_tied = bool(args.tie_word_embeddings) or not has_head
+    is_tied = bool(args.tie_word_embeddings) or not any(tensor.name == "lm_head.weight" for tensor in stored)
     tensors = []
     for tensor in stored:
         if tensor.name.endswith("rotary_emb.inv_freq") or (is_tied and tensor.name == "lm_head.weight"):
