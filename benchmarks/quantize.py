@@ -2,6 +2,10 @@
 
 Both run one after the other in rounds, with as many threads, on a file that has been read before. Prints a line of JSON
 for every type: the median seconds of each, their ratio, and Sirocco's peak memory beside what it may take.
+
+A second line says what in-situ quantization takes: from the start of a process until the engine is ready, beside
+llama-quantize and then the same start with the file that it wrote, and the peak of anonymous memory beside its limit
+(the result, the two largest tensors of the source, and 600 MB).
 """
 
 import argparse
@@ -13,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from serve_app.gguf_file import open_gguf
 
 ALLOWANCE_BYTES = 600 << 20
 
@@ -67,6 +73,43 @@ def measure(model: Path, name: str, llama_quantize: str, threads: int, rounds: i
     }
 
 
+_START = """
+import sys
+from serve_app.engine.start import start_engine
+from serve_app.options import EngineConfig, IsqOptions, ModelSource
+
+isq = IsqOptions(type=sys.argv[2]) if sys.argv[2] else None
+config = EngineConfig(max_seqs=1, pool_tokens=512, num_threads=int(sys.argv[3]))
+start_engine(ModelSource(model=sys.argv[1], isq=isq, max_seq_len=512), config, lambda deltas: None)
+"""
+
+
+def measure_start(
+    model: Path, name: str, llama_quantize: str, threads: int, rounds: int, folder: Path
+) -> dict[str, object]:
+    """The second line of the result."""
+    quantised = folder / "llama.gguf"
+    start = [sys.executable, "-c", _START]
+    times: dict[str, list[float]] = {"isq": [], "llama_then_start": []}
+    peak = 0
+    for _ in range(rounds):
+        seconds, memory = timed([*start, str(model), name, str(threads)])
+        times["isq"].append(seconds)
+        peak = max(peak, memory)
+        made = timed([llama_quantize, str(model), str(quantised), name, str(threads)])[0]
+        times["llama_then_start"].append(made + timed([*start, str(quantised), "", str(threads)])[0])
+    medians = {way: round(statistics.median(found), 2) for way, found in times.items()}
+    with open_gguf(model) as file:
+        largest = sorted(file.data(name).size for name in file.tensors)[-2:]
+    return {
+        "type": name,
+        "seconds_until_ready": medians,
+        "ratio": round(medians["isq"] / medians["llama_then_start"], 3),
+        "rss_anon_mib": peak >> 20,
+        "limit_mib": (quantised.stat().st_size + sum(largest) + ALLOWANCE_BYTES) >> 20,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and prints the lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,6 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in options.types.split(","):
             line = measure(options.model, name, options.llama_quantize, options.threads, options.rounds, Path(folder))
             print(json.dumps(line), flush=True)
+            start = measure_start(
+                options.model, name, options.llama_quantize, options.threads, options.rounds, Path(folder)
+            )
+            print(json.dumps(start), flush=True)
 
 
 if __name__ == "__main__":
