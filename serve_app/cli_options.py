@@ -304,36 +304,3 @@ class DoctorOptions:
 
     as_json: Annotated[bool, Option("--json", metavar=_FLAG, help="Print JSON for programs.")] = False
     models: Annotated[bool, Option("--models", metavar=_FLAG, help="List the model families instead.")] = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeOptions:
-    """What `sirocco quantize` makes of a model, and where."""
-
-    isq: Annotated[
-        str | None,
-        Option(
-            "--isq",
-            metavar="TYPE[,TYPE]",
-            help="Type or mix (Q4K, Q8_0, Q4_K_M, HQQ4, 4 …); several, separated by commas, make a file each.",
-        ),
-    ] = None
-    output: Annotated[
-        str | None,
-        Option("--output", "-o", metavar="PATH", help="A name that ends in .gguf, or a folder for SafeTensors."),
-    ] = None
-    imatrix: Annotated[
-        str | None,
-        Option("--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix, .dat or GGUF."),
-    ] = None
-    isq_organization: Annotated[
-        str,
-        Option(
-            "--isq-organization",
-            metavar="NAME",
-            help="default: embedding and head get a better type; pure: the same type as all.",
-        ),
-    ] = "default"
-    num_threads: Annotated[
-        int, Option("--threads", min=0, max=1024, help="Threads that compute. 0: one for each physical core.")
-    ] = 0

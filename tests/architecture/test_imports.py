@@ -18,6 +18,7 @@ LEAVES = {
     "messages",
     "metrics",
     "options",
+    "quant_names",
 }
 
 # What each area may import besides itself; an area not named here is a mistake.
@@ -48,7 +49,12 @@ ONLY_IN: dict[str, set[str]] = {
     "starlette": {"serve_app.api"},
     "pydantic": {"serve_app.config", "serve_app.api.schema"},
     "triton": {"kernels.gpu"},
-    "typer": {"serve_app.cli", "serve_app.cli_options", "serve_app.cli_server_options"},
+    "typer": {
+        "serve_app.cli",
+        "serve_app.cli_isq_options",
+        "serve_app.cli_options",
+        "serve_app.cli_server_options",
+    },
     "rich": {"serve_app.commands"},
     "tokenizers": {"serve_app.text"},
     "jinja2": {"serve_app.text"},
