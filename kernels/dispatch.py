@@ -162,3 +162,9 @@ def set_num_threads(count: int, *, parks_at_once: bool = False) -> None:
         ops._native.set_spin(idle_ns=0)
     else:
         ops._native.set_spin()
+
+
+def num_threads() -> int:
+    """How many threads compute in this process, the calling one included."""
+    ops = native().ops
+    return torch.get_num_threads() if ops is None else int(ops._native.num_threads())

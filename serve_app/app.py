@@ -80,11 +80,18 @@ def run(config: AppConfig) -> int:
 def with_absolute_paths(config: AppConfig) -> AppConfig:
     """The configuration for processes that run in other folders: names of local files in full."""
     model, http = config.model, config.http
-    local = {
+    local: dict[str, Any] = {
         key: _absolute(value)
         for key in ("model", "tokenizer", "chat_template", "jinja_explicit", "hf_cache", "token_source")
         if (value := getattr(model, key)) is not None
     }
+    if (isq := model.isq) is not None:
+        paths = {
+            key: value for key in ("imatrix", "calibration_file", "topology", "cache") if (value := getattr(isq, key))
+        }
+        # The cache's folder need not be there yet.
+        full = {key: str(Path(value).expanduser().absolute()) for key, value in paths.items()}
+        local["isq"] = isq.model_copy(update=full)
     keys = tuple(_absolute(key) for key in http.api_keys)
     log_file = http.request_logging_file and str(Path(http.request_logging_file).expanduser().absolute())
     return config.model_copy(

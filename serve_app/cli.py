@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from serve_app import __version__
 from serve_app.cli_grammar import COMMANDS, GROUPS, Command, Kind, option_names, take_apart
+from serve_app.cli_isq_options import InSituOptions
 from serve_app.cli_options import (
     ChatLogOptions,
     ChatOptions,
@@ -50,9 +51,10 @@ Kinds: [bold]gguf[/], [bold]ggml[/] (before GGUF), [bold]plain[/] (SafeTensors),
 Without a kind and a model, a tiny storyteller that comes with Sirocco is served."""
 
 
-# The configuration's section that a group of options fills.
+# The configuration's section that a group of options fills; isq is a part of the model's.
 _SECTIONS: dict[type, str] = {
     ModelOptions: "model",
+    InSituOptions: "isq",
     EngineOptions: "engine",
     HttpOptions: "http",
     DeploymentOptions: "deployment",
@@ -183,6 +185,8 @@ def _config(kind: Kind | None, groups: dict[type, Any], log: LogLevel) -> AppCon
     """The options as a configuration. Raises LaunchError naming the option at fault."""
     sections = {section: asdict(groups[group]) for group, section in _SECTIONS.items() if group in groups}
     sections["model"] |= _model(kind, groups[ModelOptions])
+    if "isq" in sections:
+        sections["model"]["isq"] = _isq(sections.pop("isq"))
     if "engine" in sections:
         engine = sections["engine"]
         engine["paged_attention"] = not engine.pop("no_paged_attn")
@@ -220,6 +224,15 @@ def _model(kind: Kind | None, options: ModelOptions) -> dict[str, Any]:
     else:
         model_kind = str(kind)
     return {"model": model, "kind": model_kind, "files": files}
+
+
+def _isq(options: dict[str, Any]) -> dict[str, Any] | None:
+    """The model section's isq; None where no option of the group was given."""
+    organization = options.pop("organization")
+    given = {name: value for name, value in options.items() if value is not None}
+    if organization != "default":
+        given |= {"is_pure": organization == "pure", "experts_only": organization == "moqe"}
+    return given or None
 
 
 def _folder_of(files: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
+from serve_app.cli_isq_options import InSituOptions
 from serve_app.cli_options import (
     ChatLogOptions,
     ChatOptions,
@@ -59,9 +60,9 @@ ALIASES = {
 }
 
 GROUPS: dict[Command, tuple[type, ...]] = {
-    "serve": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
-    "config": (ModelOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
-    "chat": (ModelOptions, EngineOptions, ChatOptions, ChatLogOptions),
+    "serve": (ModelOptions, InSituOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
+    "config": (ModelOptions, InSituOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
+    "chat": (ModelOptions, InSituOptions, EngineOptions, ChatOptions, ChatLogOptions),
     "doctor": (DoctorOptions,),
     "quantize": (ModelOptions, QuantizeOptions, LogOptions),
     "quality": (ModelOptions, EngineOptions, QualityOptions, ChatLogOptions),

@@ -1,9 +1,11 @@
 """The options of the commands about quantisation; see cli_options."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Option
+
+from serve_app.cli_isq_options import CALIBRATION_HELP, IMATRIX_HELP, ORGANIZATION_HELP, IsqOrganization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +26,11 @@ class QuantizeOptions:
     ] = None
     imatrix: Annotated[
         str | None,
-        Option("--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix, .dat or GGUF."),
+        Option("--imatrix", metavar="FILE", help=IMATRIX_HELP),
     ] = None
     calibration_file: Annotated[
         str | None,
-        Option(
-            "--calibration-file",
-            metavar="TEXT",
-            help="Compute an importance matrix: how strongly each column is driven while the model reads this text.",
-        ),
+        Option("--calibration-file", metavar="TEXT", help=CALIBRATION_HELP),
     ] = None
     save_imatrix: Annotated[
         str | None,
@@ -42,14 +40,11 @@ class QuantizeOptions:
             help="Keep the importance matrix of --calibration-file: a name that ends in .gguf or .dat.",
         ),
     ] = None
-    isq_organization: Annotated[
-        str,
-        Option(
-            "--isq-organization",
-            metavar="NAME",
-            help="default: embedding and head get a better type; pure: the same type as all.",
-        ),
-    ] = "default"
+    topology: Annotated[
+        str | None,
+        Option("--topology", metavar="FILE", help="YAML file with types for layers; --isq is for the others."),
+    ] = None
+    isq_organization: Annotated[IsqOrganization, Option("--isq-organization", help=ORGANIZATION_HELP)] = "default"
     num_threads: Annotated[
         int, Option("--threads", min=0, max=1024, help="Threads that compute. 0: one for each physical core.")
     ] = 0
@@ -80,12 +75,8 @@ class QualityOptions:
         Option("--calibration-file", metavar="TEXT", help="The same, computed from a text."),
     ] = None
     isq_organization: Annotated[
-        str,
-        Option(
-            "--isq-organization",
-            metavar="NAME",
-            help="default: embedding and head get a better type; pure: the same type as all.",
-        ),
+        Literal["default", "pure"],
+        Option("--isq-organization", help="default: embedding and head get a better type; pure: the same as all."),
     ] = "default"
     chunk_tokens: Annotated[
         int | None,

@@ -9,10 +9,20 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from serve_app.errors import LaunchError
-from serve_app.options import DType, EngineConfig, KvDType, ModelKind, ModelSource, PaCacheType
+from serve_app.options import DType, EngineConfig, IsqOptions, KvDType, ModelKind, ModelSource, PaCacheType
+from serve_app.quant_names import recipe_name
 
 LogLevel = Literal["off", "error", "warn", "info", "debug", "trace"]
 IngressMode = Literal["pump", "handle"]
@@ -49,6 +59,48 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
 
+def _known_recipe(name: str) -> str:
+    try:
+        recipe_name(name)
+    except ValueError as error:
+        raise ValueError(f"names no type that weights can be quantised to: {error}") from None
+    return name
+
+
+class IsqConfig(Section):
+    """In-situ quantization: the fields of options.IsqOptions. type may be a number of bits in a config file."""
+
+    type: Annotated[Text, AfterValidator(_known_recipe)] | None = None
+    is_pure: bool = False
+    experts_only: bool = False
+    imatrix: Text | None = None
+    calibration_file: Text | None = None
+    topology: Text | None = None
+    cache: Text | None = None
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _width(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.type is None and self.topology is None:
+            raise ValueError("in-situ quantization needs a type (--isq) or a topology (--topology)")
+        if self.imatrix is not None and self.calibration_file is not None:
+            raise ValueError("--imatrix and --calibration-file each give the importance of columns: give one of them")
+        if self.is_pure and self.experts_only:
+            raise ValueError("the organisations pure and moqe exclude each other")
+        if self.experts_only and self.type is None:
+            raise ValueError("--isq-organization moqe needs a type for the experts: give it with --isq")
+        if self.type is not None:
+            recipe_name(self.type, promotes=not self.is_pure)
+        return self
+
+    def to_options(self) -> IsqOptions:
+        return IsqOptions(**dict(self))
+
+
 class ModelConfig(Section):
     """Which model, and from where: the fields of options.ModelSource."""
 
@@ -66,6 +118,7 @@ class ModelConfig(Section):
     jinja_explicit: Text | None = None
     dtype: DType = "auto"
     max_seq_len: Positive | None = None
+    isq: IsqConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -80,7 +133,7 @@ class ModelConfig(Section):
         return self
 
     def to_source(self) -> ModelSource:
-        return ModelSource(**dict(self))
+        return ModelSource(**{**dict(self), "isq": None if self.isq is None else self.isq.to_options()})
 
 
 class EngineSettings(Section):
@@ -220,7 +273,10 @@ class AppConfig(Section):
 
 
 class SettingError(LaunchError):
-    """A setting is wrong. section and name say which where it is a single one; the message then begins with a verb."""
+    """A setting is wrong. section and name say which where it is a single one; the message then begins with a verb.
+
+    The section isq is the part of that name in the section model.
+    """
 
     def __init__(self, message: str, section: str | None = None, name: str | None = None) -> None:
         super().__init__(message)
@@ -237,6 +293,10 @@ def build_config(data: dict[str, Any]) -> AppConfig:
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = _PLAINER_FAULTS.get(fault["type"], message)
     match fault["loc"]:
+        case ("model", "isq"):
+            raise SettingError(message[:1].upper() + message[1:] + ".")
+        case ("model", "isq", str(name), *_):
+            raise SettingError(message, "isq", name)
         case (str(section), str(name), *_):
             raise SettingError(message, section, name)
         case _:

@@ -58,12 +58,14 @@ class IsqOptions:
     """In-situ quantization: what the weights become while they are loaded.
 
     type: the name of a type or of a mix of types (quant.mix.Recipe). is_pure: embedding and head get the type itself,
-    not one a class better. imatrix: a file of importances. calibration_file: a text to compute them from. topology: a
-    file that says which layers get which type. cache: a folder that keeps the results for the next start.
+    not one a class better. experts_only: nothing but the experts of a mixture becomes another type. imatrix: a file of
+    importances. calibration_file: a text to compute them from. topology: a file that says which layers get which type.
+    cache: a folder that keeps the results for the next start.
     """
 
     type: str | None = None
     is_pure: bool = False
+    experts_only: bool = False
     imatrix: str | None = None
     calibration_file: str | None = None
     topology: str | None = None

@@ -14,8 +14,9 @@ import openai
 import pytest
 
 from serve_app import app
-from serve_app.config import AppConfig, DeploymentConfig, HttpConfig, ModelConfig
+from serve_app.config import AppConfig, DeploymentConfig, HttpConfig, IsqConfig, ModelConfig
 from serve_app.errors import LaunchError, ModelFileError
+from serve_app.options import IsqOptions, ModelSource
 from tests.server_process import Server, free_port
 
 
@@ -214,6 +215,24 @@ def test_names_of_local_files_are_made_absolute(tmp_path, monkeypatch):
     assert absolute.model.chat_template == config.model.chat_template
     assert absolute.http.request_logging_file == str(tmp_path / "requests.jsonl")
     assert app.with_absolute_paths(AppConfig(model=ModelConfig(model="org/name"))).model.model == "org/name"
+
+
+def test_the_files_of_in_situ_quantization_are_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    isq = IsqConfig(type="Q4K", imatrix="i.dat", topology="t.yml", cache="not-there-yet")
+    found = app.with_absolute_paths(AppConfig(model=ModelConfig(model="org/name", isq=isq))).model.isq
+    assert found == IsqConfig(
+        type="Q4K",
+        imatrix=str(tmp_path / "i.dat"),
+        topology=str(tmp_path / "t.yml"),
+        cache=str(tmp_path / "not-there-yet"),
+    )
+
+
+def test_the_header_check_looks_at_the_quantisation_too(tmp_path):
+    check = app.HeaderCheck(ModelSource(isq=IsqOptions(type="Q4K", imatrix=str(tmp_path / "i.dat"))))
+    with pytest.raises(ModelFileError, match=r"i\.dat: cannot be read"):
+        check.wait()
 
 
 @pytest.mark.parametrize("as_data", [True, False])

@@ -9,8 +9,10 @@ import kernels
 from serve_app import __main__, cli
 from serve_app.cli import Invocation
 from serve_app.cli_grammar import ALIASES, COMMANDS, GROUPS, KINDS, LATER_KINDS, Command, option_names
+from serve_app.cli_isq_options import InSituOptions
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
+from serve_app.options import IsqOptions
 
 # Options that the help of some kinds leaves out.
 HIDDEN = {"--quantized-filename": ("plain",), "--gqa": ("plain", "gguf")}
@@ -122,13 +124,28 @@ def test_every_option_reaches_the_configuration() -> None:
         "--pa-blk-size": "64",
         "--max-targets": "7",
         "--max-batched-tokens": "4096",
+        "--isq": "Q4K",
+        "--isq-organization": "pure",
     }
+    in_situ = {name for names in option_names(InSituOptions).values() for name in names}
     for group in GROUPS["serve"]:
         for names in option_names(group).values():
             words = [] if names[0] in flags else [values.get(names[0], "17")]
-            config = cli.parse(["-m", "x", names[0], *words])
+            base = ["-m", "x", *(["--isq", "Q8_0"] if names[0] in in_situ - {"--isq"} else [])]
+            config = cli.parse([*base, names[0], *words])
             assert config is not None
-            assert config.config != parsed("-m x").config, names
+            assert config.config != parsed(" ".join(base)).config, names
+
+
+def test_in_situ_quantization_is_a_part_of_the_model() -> None:
+    line = "--isq q4k plain -m x --imatrix i.dat --topology t.yml --isq-cache c"
+    assert parsed(line).config.to_args()["model"]["isq"] == {
+        "type": "q4k", "imatrix": "i.dat", "topology": "t.yml", "cache": "c",
+    }  # fmt: skip
+    options = parsed("--isq 4 -m x --isq-organization moqe --calibration-file t.txt").config.model.to_source().isq
+    assert options == IsqOptions(type="4", experts_only=True, calibration_file="t.txt")
+    assert parsed("chat -m x --topology t.yml").config.model.to_source().isq == IsqOptions(topology="t.yml")
+    assert parsed("--isq-organization default -m x").config == parsed("-m x").config
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -140,7 +157,13 @@ def test_names_that_other_programs_use(alias: str) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--isq Q4K plain -m x", "No such option: --isq"),
+        ("--isq Q9K plain -m x", "The option --isq names no type that weights can be quantised to"),
+        ("--isq IQ4_XS plain -m x", "IQ4_XS can be read but not written"),
+        ("--isq-cache c -m x", "needs a type (--isq) or a topology"),
+        ("--isq Q4_K_M --isq-organization pure -m x", "Q4_K_M is a mix of types: it cannot be pure"),
+        ("--isq Q4K --isq-organization best -m x", "'best' is not one of 'default', 'pure', 'moqe'"),
+        ("--topology t --isq-organization moqe -m x", "moqe needs a type"),
+        ("--isq Q4K --imatrix i --calibration-file t -m x", "--imatrix and --calibration-file each give"),
         ("--prot 80", "did you mean --port"),
         ("-q", "no option -q"),
         ("bench", "neither a command"),

@@ -12,16 +12,19 @@ from serve_app.config import (
     DeploymentConfig,
     EngineSettings,
     HttpConfig,
+    IsqConfig,
     ModelConfig,
     Section,
     apply_log_level,
     resolve_reference,
 )
 from serve_app.errors import LaunchError
-from serve_app.options import EngineConfig, ModelSource
+from serve_app.options import EngineConfig, IsqOptions, ModelSource
 
 
-@pytest.mark.parametrize(("section", "target"), [(ModelConfig, ModelSource), (EngineSettings, EngineConfig)])
+@pytest.mark.parametrize(
+    ("section", "target"), [(ModelConfig, ModelSource), (EngineSettings, EngineConfig), (IsqConfig, IsqOptions)]
+)
 def test_sections_repeat_the_engine_options_field_for_field(section: type[Section], target: type) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(target)}
     assert {name: field.default for name, field in section.model_fields.items()} == fields
@@ -78,6 +81,10 @@ def test_a_configuration_cannot_be_changed_and_crosses_processes() -> None:
         {"engine": {"pa_cache_type": "f8e4m3", "kv_cache_dtype": "f16"}},
         {"engine": {"pa_cache_type": "q8"}},
         {"engine": {"pool_fraction": 1.5}},
+        {"model": {"isq": {}}},
+        {"model": {"isq": {"type": "Q9"}}},
+        {"model": {"isq": {"type": 7}}},
+        {"model": {"isq": {"type": "Q4K", "kind": 1}}},
         {"engine": {"max_seqs": 0}},
         {"engine": {"max_seqs": 64, "max_batched_tokens": 32}},
         {"model": {"token_source": "secret"}},
@@ -130,3 +137,9 @@ def test_log_level_is_set_for_our_packages_only() -> None:
         assert logging.getLogger().level == before
     finally:
         apply_log_level("info")
+
+
+def test_a_config_file_may_give_the_type_as_a_number_of_bits() -> None:
+    config = AppConfig.model_validate({"model": {"model": "m", "isq": {"type": 4, "cache": "/c"}}})
+    assert config.model.to_source().isq == IsqOptions(type="4", cache="/c")
+    assert AppConfig.model_validate(config.to_args()) == config

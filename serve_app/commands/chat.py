@@ -14,6 +14,7 @@ from rich.console import Console
 from serve_app.cli_options import ChatOptions
 from serve_app.commands.answer import Answer, AnsweringEngine, Events, on_interrupt, stream
 from serve_app.commands.conversation import Conversation
+from serve_app.commands.progress import loading
 from serve_app.config import AppConfig
 from serve_app.errors import ServeError
 from serve_app.messages import GenerateRequest
@@ -31,8 +32,8 @@ def run(config: AppConfig, options: ChatOptions) -> int:
     notices = Console(stderr=True, highlight=False, markup=False)
     files = resolve(config.model.to_source())
     events: Events = SimpleQueue()
-    with notices.status(f"Loading {files.model_name} …"):
-        engine = build_engine(files, config.engine.to_config(), events.put)
+    with loading(notices, files.model_name, quantises=files.isq is not None) as progress:
+        engine = build_engine(files, config.engine.to_config(), events.put, progress=progress)
     try:
         tokenizer = engine.parts.tokenizer
         template = open_chat_template(files, tokenizer)

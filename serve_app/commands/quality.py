@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -37,7 +38,6 @@ def run(config: AppConfig, options: QualityOptions) -> int:
     text_file = Path(options.text).expanduser() if options.text else DEFAULT_TEXT
     text = read_text(text_file, "--text")
     files = resolve(config.model.to_source())
-    recipes = _possible(recipes, files, is_asked=options.isq is not None)
     length = options.chunk_tokens or min(quality.CHUNK_TOKENS, files.max_seq_len)
     if length > files.max_seq_len:
         raise LaunchError(f"The option --chunk-tokens: {length} are more than the model's {files.max_seq_len}.")
@@ -69,8 +69,6 @@ def _recipes(options: QualityOptions) -> "list[Recipe]":
     from serve_app.quant.encode import ENCODERS
     from serve_app.quant.mix import Recipe
 
-    if options.isq_organization not in ("default", "pure"):
-        raise LaunchError(f"The option --isq-organization is default or pure, not {options.isq_organization!r}.")
     names = [name.strip() for name in (options.isq or "").split(",") if name.strip()]
     if options.isq is not None and not names:
         raise LaunchError("The option --isq names no type.")
@@ -80,15 +78,6 @@ def _recipes(options: QualityOptions) -> "list[Recipe]":
     except ValueError as error:
         raise LaunchError(f"The option --isq: {error}.") from None
     return list({recipe.name: recipe for recipe in found}.values())
-
-
-def _possible(recipes: "Sequence[Recipe]", files: "ModelFiles", *, is_asked: bool) -> "list[Recipe]":
-    from serve_app.loaders.variant import can_become
-
-    refused = [recipe.name for recipe in recipes if not can_become(files, recipe)]
-    if refused and is_asked:
-        raise LaunchError(f"The option --isq: {', '.join(refused)} are measured on a folder of SafeTensors only.")
-    return [recipe for recipe in recipes if recipe.name not in refused]
 
 
 def _check_targets(options: QualityOptions) -> None:
@@ -133,7 +122,6 @@ def _rows(
 ) -> Iterator[Row]:
     """One variant after the other, so that only one is in memory beside the reference."""
     from serve_app.engine.quality import compare, open_model, size_of
-    from serve_app.loaders.variant import quantised
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -142,6 +130,6 @@ def _rows(
         for isq in variants:
             assert isq.type is not None
             bar.update(task, description=isq.type + (" with importance" if isq.imatrix else ""))
-            with quantised(files, isq) as made, open_model(made, engine, len(chunks[0])) as variant:
+            with open_model(replace(files, isq=isq), engine, len(chunks[0])) as variant:
                 distance = compare(reference, variant, chunks, lambda: bar.advance(task))
                 yield Row(isq.type, isq.imatrix is not None, size_of(variant), distance)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from serve_app.cli_quant_options import QuantizeOptions
 from serve_app.commands.importance import check_options, find_importance
+from serve_app.commands.progress import Bar, Silent
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
 
@@ -25,15 +25,8 @@ def run(config: AppConfig, options: QuantizeOptions) -> int:
     from kernels import dispatch
     from serve_app.cpu_info import num_physical_cores
     from serve_app.loaders.model_files import resolve
-    from serve_app.quant.mix import Recipe
 
-    if options.isq_organization not in ("default", "pure"):
-        raise LaunchError(f"The option --isq-organization is default or pure, not {options.isq_organization!r}.")
-    promotes = options.isq_organization == "default"
-    try:
-        recipes = [Recipe.parse(name, promotes=promotes) for name in _names(options.isq)]
-    except ValueError as error:
-        raise LaunchError(f"The option --isq: {error}.") from None
+    recipes = _recipes(options)
     targets = _targets(Path(options.output or "").expanduser(), [recipe.name for recipe in recipes])
     check_options(options.imatrix, options.calibration_file, options.save_imatrix)
     dispatch.set_num_threads(options.num_threads or num_physical_cores())
@@ -41,8 +34,8 @@ def run(config: AppConfig, options: QuantizeOptions) -> int:
     kept = {path.resolve() for path in files.weight_files} | {files.folder.resolve()}
     if any(target.resolve() in kept for target in targets):
         raise LaunchError(f"The option --output names the model's own files: {options.output}")
-    for recipe, target in zip(recipes, targets, strict=True):
-        if options.calibration_file:
+    if options.calibration_file:
+        for recipe, target in zip(recipes, targets, strict=True):
             _plan(files, recipe, target, None)  # what is refused anyway needs no calibration
     importance = find_importance(
         files, options.imatrix, options.calibration_file, options.num_threads, options.save_imatrix
@@ -55,6 +48,25 @@ def run(config: AppConfig, options: QuantizeOptions) -> int:
         except OSError as error:
             raise LaunchError(f"{target}: cannot be written ({error.strerror or error}).") from error
     return 0
+
+
+def _recipes(options: QuantizeOptions) -> "list[Recipe]":
+    """One for each type. LaunchError naming the option at fault."""
+    from serve_app.quant.mix import Recipe
+    from serve_app.quant.topology import read_topology
+
+    topology = read_topology(Path(options.topology).expanduser()) if options.topology else None
+    organization = options.isq_organization
+    names: list[str] | list[None] = [None] if topology and not options.isq else _names(options.isq)
+    if organization == "moqe" and not options.isq:
+        raise LaunchError("--isq-organization moqe needs a type for the experts: give it with --isq.")
+    try:
+        return [
+            Recipe.parse(name, promotes=organization != "pure", experts_only=organization == "moqe", topology=topology)
+            for name in names
+        ]
+    except ValueError as error:
+        raise LaunchError(f"The option --isq: {error}.") from None
 
 
 def _is_gguf(target: Path) -> bool:
@@ -71,30 +83,27 @@ def _plan(files: "ModelFiles", recipe: "Recipe", target: Path, importance: "Impo
 
 
 def _write(files: "ModelFiles", recipe: "Recipe", target: Path, steps: "Sequence[Step]") -> None:
+    from serve_app.loaders.quantized import bits_per_weight
     from serve_app.loaders.quantized_folder import write_folder
     from serve_app.loaders.quantized_gguf import write_gguf
 
     started = time.monotonic()
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(recipe.name, total=sum(step.source.num_bytes for step in steps))
-
-        def progress(name: str, num_bytes: int) -> None:
-            bar.update(task, advance=num_bytes, description=name)
-
+    bar = Bar(console) if console.is_terminal else Silent()
+    bar.start(recipe.name, sum(step.source.num_bytes for step in steps))
+    try:
         if _is_gguf(target):
-            write_gguf(target, files, recipe, steps, progress, _Tokenizers())
+            write_gguf(target, files, recipe, steps, bar.advance, _Tokenizers())
         else:
-            write_folder(target, files, steps, progress, _Tokenizers())
+            write_folder(target, files, steps, bar.advance, _Tokenizers())
+    finally:
+        bar.finish()
     size = target.stat().st_size if _is_gguf(target) else (target / "model.safetensors").stat().st_size
-    print(f"{target}: {recipe.name}, {size / 2**20:.1f} MiB in {time.monotonic() - started:.1f} s")
+    before = sum(step.source.num_bytes for step in steps)
+    print(
+        f"{target}: {recipe.name}, {bits_per_weight(steps):.2f} bits a weight, {before / 2**20:.1f} → "
+        f"{size / 2**20:.1f} MiB in {time.monotonic() - started:.1f} s"
+    )
 
 
 class _Tokenizers:

@@ -12,13 +12,14 @@ from serve_app.engine.engine import Engine, OnDeltas
 from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.kv_plan import KvPlan
 from serve_app.engine.model_runner import ModelRunner
-from serve_app.engine.model_switch import ModelSwitch
+from serve_app.engine.model_switch import ModelSwitch, read_once
 from serve_app.engine.no_collection import no_collection
 from serve_app.engine.sampler import Sampler
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.arena import PosixShmArena
 from serve_app.kv_cache.kv_pool import KvPool, kv_dtype_name
 from serve_app.kv_cache.pool_size import gpu_memory, num_pool_blocks
+from serve_app.loaders.isq_progress import LoadProgress
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.options import EngineConfig, ModelSource
@@ -28,10 +29,13 @@ from serve_app.text.turn_ends import turn_end_ids
 log = logging.getLogger(__name__)
 
 
-def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_deltas: OnDeltas) -> Engine:
+def build_engine(
+    source: ModelSource | ModelFiles, config: EngineConfig, on_deltas: OnDeltas, *, progress: LoadProgress | None = None
+) -> Engine:
     """Loads a model and makes its engine; nothing runs until start() or step().
 
-    Raises ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
+    progress: told while weights are quantised; None: the log. Raises ModelFileError for an unusable model, LaunchError
+    for contradictory or impossible options.
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
     config = replace(config, device=choose_device(config.device))
@@ -40,7 +44,13 @@ def build_engine(source: ModelSource | ModelFiles, config: EngineConfig, on_delt
     with no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
         opening = side.submit(open_tokenizer, files.tokenizer_source, encodes=False)
         loaded = load_model(
-            files, dtype=files.dtype, device=config.device, kv=config.kv_type, is_exact=config.cpu_exact
+            files,
+            dtype=files.dtype,
+            device=config.device,
+            kv=config.kv_type,
+            is_exact=config.cpu_exact,
+            progress=progress,
+            calibrate=read_once,
         )
         tokenizer = opening.result()
     plan = KvPlan.of(loaded.model, config, files.max_seq_len)

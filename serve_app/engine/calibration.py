@@ -23,9 +23,9 @@ from serve_app.engine.text_chunks import text_chunks
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.layers.calibration_step import CalibrationStep
-from serve_app.loaders.load import find_args, open_checkpoint
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.named_source import NamedSource
+from serve_app.loaders.opening import find_args, open_checkpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.base import CausalLM
 from serve_app.quant.experts import Experts

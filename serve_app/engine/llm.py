@@ -111,7 +111,9 @@ class LLM:
     @property
     def model(self) -> CausalLM:
         """The loaded model."""
-        return cast(ModelRunner, self.engine.parts.runner).model
+        model = cast(ModelRunner, self.engine.parts.runner).model
+        assert model is not None
+        return model
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The model's raw logits after each of the given tokens, float32 [tokens, vocabulary]."""

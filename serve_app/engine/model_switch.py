@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kernels import dispatch
 from serve_app.engine.aside import run_aside
 from serve_app.engine.engine import Engine
 from serve_app.engine.forward import Forward
@@ -20,6 +21,7 @@ from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.models.base import CausalLM
 from serve_app.options import EngineConfig, IsqOptions, KvDType
+from serve_app.quant.imatrix import Importance
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +139,7 @@ class ModelSwitch:
             kv=_KV_NAMES[self._runner.kv_pool.dtype],
             is_exact=self._config.cpu_exact,
             progress=_Listener(self),
+            calibrate=read_once,
         )
         self._check(loaded)
         return _Weights(isq, loaded.fingerprint, loaded.model, self._runner.forward_of(loaded.model))
@@ -236,6 +239,13 @@ class _Listener:
 
     def finish(self) -> None:
         """See LoadProgress."""
+
+
+def read_once(files: ModelFiles, text: str) -> Importance:
+    """See loaders.isq_importance.Calibrate."""
+    from serve_app.engine.calibration import calibrate
+
+    return calibrate(files, text, num_threads=dispatch.num_threads())
 
 
 def recompute_running(engine: Engine) -> int:

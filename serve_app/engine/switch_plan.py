@@ -13,7 +13,8 @@ from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.weight_bytes import weight_bytes
 from serve_app.options import IsqOptions
 from serve_app.quant.encode import ENCODERS
-from serve_app.quant.mix import MIXES, Recipe
+from serve_app.quant.mix import Recipe
+from serve_app.quant.quant_type import MIXES
 
 NONE = "none"
 """Stands for the types that the model's files have."""

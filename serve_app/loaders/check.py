@@ -9,21 +9,26 @@ import sys
 
 from serve_app.errors import LaunchError, ModelFileError
 from serve_app.loaders.headers import HeaderSource
-from serve_app.loaders.load import find_args, open_checkpoint
+from serve_app.loaders.isq import check_isq
 from serve_app.loaders.model_files import ModelFiles, resolve
-from serve_app.options import ModelSource
+from serve_app.loaders.opening import find_args, open_checkpoint
+from serve_app.options import IsqOptions, ModelSource
 
 
 def check_model(files: ModelFiles) -> None:
     """Raises ModelFileError naming the file and the tensor or key that is missing, misshapen or not supported."""
     family, args = find_args(files)
-    family.build(args, HeaderSource(open_checkpoint(files)))
+    opened = open_checkpoint(files)
+    check_isq(files, opened)
+    family.build(args, HeaderSource(opened))
 
 
 def main() -> int:
     """The program; returns the exit code."""
     fields = json.load(sys.stdin)
     fields["files"] = tuple(fields["files"])
+    if fields.get("isq") is not None:
+        fields["isq"] = IsqOptions(**fields["isq"])
     try:
         check_model(resolve(ModelSource(**fields)))
     except (ModelFileError, LaunchError) as error:

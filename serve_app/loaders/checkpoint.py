@@ -1,7 +1,7 @@
 """What a model's files hold, whichever format they are in."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,11 +12,31 @@ from kernels.formats import BlockFormat
 
 
 @dataclass(frozen=True, slots=True)
+class Recoding:
+    """source: the type of the bytes in the file, which become those of another one while they are loaded.
+
+    importance: float32 [columns], or [experts * columns]: how much errors count; None where all columns count alike.
+    shift: what is added to each number.
+    """
+
+    source: BlockFormat
+    importance: Tensor | None = None
+    shift: float = 0.0
+
+    def of_expert(self, number: int, columns: int) -> "Recoding":
+        """That of one of the matrices that lie one below the other in a tensor."""
+        if self.importance is None or len(self.importance) == columns:
+            return self
+        return replace(self, importance=self.importance[number * columns : (number + 1) * columns])
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as it lies in its file: data is mapped, one-dimensional and read-only; shape outermost first.
 
     name and file are those that an error message shows. row_order [shape[0]] int64: where rows must be gathered from
-    to come in the order that the Hugging Face checkpoint has, None where they do already.
+    to come in the order that the Hugging Face checkpoint has, None where they do already. recoding: what data really
+    holds where it is not of `form` yet (loaders.recode makes it so).
     """
 
     file: str
@@ -25,6 +45,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
     row_order: Tensor | None = None
+    recoding: Recoding | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it has in its form, which are those of the file where nothing is recoded."""
+        if self.recoding is None:
+            return int(self.data.size)
+        return num_elements(self.shape) // self.form.block_length * self.form.block_bytes
 
 
 class Checkpoint(Protocol):

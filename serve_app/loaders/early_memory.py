@@ -10,7 +10,9 @@ from serve_app.options import ModelSource
 
 
 def prepare_memory(source: ModelSource) -> None:
-    """For a local GGUF that the CPU will run. What is wrong with the files is left to who loads them."""
+    """For a local GGUF that the CPU will run as it is. What is wrong with the files is left to who loads them."""
+    if source.isq is not None:
+        return  # weights take another form, and quantising them keeps every core busy
     if source.model is None or not Path(source.model).expanduser().exists():
         return
     try:

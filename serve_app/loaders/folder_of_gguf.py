@@ -11,9 +11,9 @@ from typing import Any, cast
 from serve_app.errors import LaunchError
 from serve_app.loaders.checkpoint import Checkpoint
 from serve_app.loaders.hf_config import hf_config
-from serve_app.loaders.load import open_checkpoint, stated_args
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name
+from serve_app.loaders.opening import open_checkpoint, stated_args
 from serve_app.loaders.quantized import Source, TokenizerForms
 from serve_app.loaders.wanted import wanted_tensors
 from serve_app.models.decoder_args import DecoderArgs

@@ -18,7 +18,7 @@ def main_type(checkpoint: Checkpoint) -> str:
     """The type that most bytes of the weights have."""
     bytes_of: dict[str, int] = {}
     for tensor in checkpoint.stored():
-        bytes_of[tensor.form.name] = bytes_of.get(tensor.form.name, 0) + len(tensor.data)
+        bytes_of[tensor.form.name] = bytes_of.get(tensor.form.name, 0) + tensor.num_bytes
     return max(bytes_of, key=lambda name: bytes_of[name], default="F32")
 
 

@@ -2,8 +2,9 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,22 +12,18 @@ import torch
 from torch import Tensor
 
 from kernels.formats import BY_NAME, BlockFormat
-from kernels.reference.quant import dequantize as decode
 from serve_app.errors import LaunchError, ModelFileError
-from serve_app.loaders.checkpoint import StoredTensor, num_elements
-from serve_app.loaders.load import open_checkpoint
+from serve_app.loaders.checkpoint import Recoding, StoredTensor, num_elements
 from serve_app.loaders.model_files import ModelFiles
-from serve_app.loaders.pages import as_tensor, drop_pages, expect_pages
+from serve_app.loaders.opening import open_checkpoint
+from serve_app.loaders.recode import Progress, blocks_of
 from serve_app.loaders.safetensors import SafetensorsCheckpoint
-from serve_app.quant.encode import pieces, requantize
 from serve_app.quant.imatrix import Importance
-from serve_app.quant.mix import ModelFacts, Recipe
+from serve_app.quant.mix import ModelFacts, Recipe, is_expert
 from serve_app.quant.quant_type import QuantType
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 16 << 20
-_WHOLE = (QuantType.HQQ4, QuantType.HQQ8)
 _EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight")
 
 
@@ -77,6 +74,23 @@ class Step:
         """As the tensor will be called."""
         return self.source.name
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether its bytes become others."""
+        return self.form.name != self.source.stored_form.name or self.source.shift != 0
+
+    def targets(self) -> tuple[StoredTensor, ...]:
+        """The source's parts as they will be, to be recoded while they are read."""
+        parts = self.source.parts
+        if not self.is_changed:
+            return parts
+        whole = Recoding(self.source.stored_form, self.importance, self.source.shift)
+        columns = self.source.shape[-1] if self.source.shape else 1
+        recodings = [whole] if len(parts) == 1 else [whole.of_expert(e, columns) for e in range(len(parts))]
+        return tuple(
+            replace(part, form=self.form, recoding=recoding) for part, recoding in zip(parts, recodings, strict=True)
+        )
+
 
 class Sink(Protocol):
     """Where quantised tensors go."""
@@ -104,10 +118,6 @@ class TokenizerForms(Protocol):
         ...
 
 
-Progress = Callable[[str, int], None]
-"""Called with a tensor's name and how many bytes of the source are done since the last call."""
-
-
 def stored_tensors(files: ModelFiles) -> list[StoredTensor]:
     """All tensors of a model; ModelFileError where weights are among them that cannot be read."""
     checkpoint = open_checkpoint(files)
@@ -121,35 +131,46 @@ def plan_steps(
 ) -> list[Step]:
     """What becomes of each tensor; what fell back is logged in one line.
 
-    ModelFileError for a tensor that is no weight's, and an importance matrix of another model.
+    ModelFileError for a tensor that is no weight's, an importance matrix of another model, experts without a mixture,
+    and a topology of a model with more layers.
     """
+    if recipe.experts_only and not any(is_expert(source.gguf_name) for source in sources):
+        raise ModelFileError("only experts are to be quantised (moqe), but this model has none")
+    if recipe.topology is not None:
+        recipe.topology.require_layers(facts.n_layers)
     steps = []
     for source in sources:
-        old = source.stored_form
+        old, stored = source.stored_form, source.parts[0]
         if not old.is_decodable:
-            stored = source.parts[0]
             raise ModelFileError(f"{stored.file}: tensor {stored.name!r} has type {old.name}, no weight's")
-        chosen = recipe.type_of(source.gguf_name, source.shape, facts)
+        chosen = recipe.type_of(source.gguf_name, source.shape, facts, source.name)
         form = old if chosen is None else chosen[1].form
         # As llama.cpp wants its norms and routers; and what a shift has been added to has no type of its own.
         if chosen is None and (source.shift or (needs_gguf and _is_float32(source))):
             form = BY_NAME["F32"]
-        counts = None
-        if importance is not None and chosen is not None and form.name != old.name:
-            counts = importance_of(source, importance)
-        steps.append(Step(source, form, None if chosen is None else chosen[0], counts))
+        steps.append(Step(source, form, None if chosen is None else chosen[0]))
     _report(steps)
-    if importance is not None:
-        _report_importance(steps)
-    return steps
+    return steps if importance is None else with_importance(steps, importance)
 
 
 def _is_float32(source: Source) -> bool:
     return len(source.shape) == 1 or ".ffn_gate_inp." in source.gguf_name
 
 
+def with_importance(steps: Sequence[Step], importance: Importance) -> list[Step]:
+    """The same steps, each with the importance of its columns. ModelFileError for one of another model."""
+    found = []
+    for step in steps:
+        counts = None
+        if step.wanted is not None and step.is_changed:
+            counts = importance_of(step.source, importance)
+        found.append(replace(step, importance=counts))
+    _report_importance(found)
+    return found
+
+
 def _report_importance(steps: Sequence[Step]) -> None:
-    changed = [step for step in steps if step.wanted is not None and step.form.name != step.source.stored_form.name]
+    changed = [step for step in steps if step.wanted is not None and step.is_changed]
     without = [step.name for step in changed if step.importance is None]
     if changed and len(without) == len(changed):
         raise ModelFileError("the importance matrix has no entry for any tensor of this model")
@@ -170,61 +191,20 @@ def run_steps(steps: Sequence[Step], sink: Sink, progress: Progress) -> None:
     """Writes every tensor. ModelFileError naming the tensor whose values cannot be encoded."""
     for step in steps:
         sink.begin()
-        for number, part in enumerate(step.source.parts):
-            expect_pages(part.data)
-            try:
-                for data, source_bytes in _encoded(step, number, part):
-                    sink.write(data.numpy())
-                    progress(step.name, source_bytes)
-            except ValueError as error:
-                raise ModelFileError(f"{part.file}: tensor {part.name!r}: {error}") from error
-            drop_pages(part.data)
+        for part in step.targets():
+            for _, blocks in blocks_of(part, partial(_advance, progress, step.name)):
+                sink.write(blocks.numpy())
 
 
-def _encoded(step: Step, number: int, stored: StoredTensor) -> Iterator[tuple[Tensor, int]]:
-    """A part's new bytes in pieces, and how many of the source each came from."""
-    form, shift = step.form, step.source.shift
-    # A bias in another order is a column of rows, a number by itself a row of one.
-    is_column = len(stored.shape) == 0 or (len(stored.shape) == 1 and stored.row_order is not None)
-    columns = 1 if is_column else stored.shape[-1]
-    num_rows = num_elements(stored.shape) // max(1, columns)
-    rows = as_tensor(stored.data).view(num_rows, -1)
-    row_bytes = rows.shape[1]
-    is_same = form.name == stored.form.name and not shift
-    whole = form.name in _WHOLE
-    out = torch.empty(0, dtype=torch.uint8)
-    for expert_rows, weights in _experts(num_rows, columns, _importance_of_part(step, number, columns)):
-        for piece in pieces(len(expert_rows), row_bytes, stored.data.size if whole else PIECE_BYTES):
-            part = slice(expert_rows.start + piece.start, expert_rows.start + piece.stop)
-            source = rows[part] if stored.row_order is None else rows[stored.row_order[part]]
-            if is_same:
-                yield source, source.nbytes
-            elif shift:
-                values = decode(stored.form, source) + shift
-                yield values.view(torch.uint8), source.nbytes
-            else:
-                size = (len(source), form.row_bytes(columns))
-                if out.shape[:1] != size[:1]:
-                    out = torch.empty(size, dtype=torch.uint8)
-                yield requantize(stored.form.name, source, QuantType(form.name), weights, out), source.nbytes
-            if stored.row_order is None:
-                drop_pages(stored.data[part.start * row_bytes : part.stop * row_bytes])
+def _advance(progress: Progress, name: str, _: str, num_bytes: int) -> None:
+    """Progress goes by what a tensor will be called, not by how its parts are."""
+    progress(name, num_bytes)
 
 
-def _importance_of_part(step: Step, number: int, columns: int) -> Tensor | None:
-    """Of a part that is an expert: its own, where each has one."""
-    counts = step.importance
-    if counts is None or len(step.source.parts) == 1 or len(counts) == columns:
-        return counts
-    return counts[number * columns : (number + 1) * columns]
-
-
-def _experts(num_rows: int, columns: int, counts: Tensor | None) -> Iterator[tuple[range, Tensor | None]]:
-    """Ranges of rows that share an importance: one, or one for each expert."""
-    experts = 1 if counts is None else len(counts) // columns
-    each = num_rows // experts
-    for e in range(experts):
-        yield range(e * each, (e + 1) * each), None if counts is None else counts[e * columns : (e + 1) * columns]
+def bits_per_weight(steps: Sequence[Step]) -> float:
+    """The mean over all tensors of what they will take, norms included."""
+    targets = [target for step in steps for target in step.targets()]
+    return 8 * sum(t.num_bytes for t in targets) / max(1, sum(num_elements(t.shape) for t in targets))
 
 
 def importance_of(source: Source, importance: Importance) -> Tensor | None:
@@ -248,10 +228,11 @@ def importance_of(source: Source, importance: Importance) -> Tensor | None:
 
 
 def require_gguf_types(recipe: Recipe) -> None:
-    """LaunchError with the reason where a GGUF cannot hold the type."""
-    if not recipe.base.is_gguf:
-        known = "knows it for activations only" if recipe.base.startswith("Q8") else "has no such type"
-        raise LaunchError(
-            f"{recipe.base} cannot be written as .gguf: ggml {known}. "
-            "Give -o a folder, for SafeTensors that Sirocco loads."
-        )
+    """LaunchError with the reason where a GGUF cannot hold a type."""
+    for wanted in recipe.types:
+        if not wanted.is_gguf:
+            known = "knows it for activations only" if wanted.startswith("Q8") else "has no such type"
+            raise LaunchError(
+                f"{wanted} cannot be written as .gguf: ggml {known}. "
+                "Give -o a folder, for SafeTensors that Sirocco loads."
+            )

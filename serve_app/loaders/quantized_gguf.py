@@ -16,11 +16,10 @@ from serve_app.layers.rope_scaling import RopeScaling, inverse_frequencies
 from serve_app.loaders.checkpoint import StoredTensor
 from serve_app.loaders.gguf_args import gguf_values
 from serve_app.loaders.gguf_writer import GgufWriter, TensorPlan, encoded
-from serve_app.loaders.load import open_checkpoint, stated_args
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name, half_split_order, rotary_heads
+from serve_app.loaders.opening import open_checkpoint, stated_args
 from serve_app.loaders.quantized import (
-    Progress,
     Source,
     Step,
     TokenizerForms,
@@ -29,30 +28,17 @@ from serve_app.loaders.quantized import (
     run_steps,
     stored_tensors,
 )
+from serve_app.loaders.quantized_as_stored import gguf_facts, plan_as_stored
+from serve_app.loaders.recode import Progress
 from serve_app.loaders.wanted import WantedTensor, wanted_tensors
 from serve_app.models.decoder_args import DecoderArgs
 from serve_app.quant.imatrix import Importance
-from serve_app.quant.mix import ModelFacts, Recipe
+from serve_app.quant.mix import Recipe
 
 logger = logging.getLogger(__name__)
 
 _QUANTISATION_VERSION = 2
 _DROPPED = ("general.file_type", "general.quantization_version", "general.alignment")
-
-
-def gguf_facts(metadata: dict[str, Any], has_head: bool) -> ModelFacts:
-    """What the choice of types looks at, out of a GGUF's metadata."""
-    architecture = str(metadata.get("general.architecture", ""))
-
-    def number(key: str, default: int) -> int:
-        value = metadata.get(f"{architecture}.{key}", default)
-        return value if type(value) is int else default
-
-    heads = number("attention.head_count", 1)
-    kv_heads = number("attention.head_count_kv", heads)
-    return ModelFacts(
-        architecture, number("block_count", 1), heads, kv_heads, number("expert_count", 0), is_tied=not has_head
-    )
 
 
 def plan_gguf(
@@ -62,9 +48,7 @@ def plan_gguf(
     require_gguf_types(recipe)
     stored = stored_tensors(files)
     if files.gguf_metadata is not None:
-        has_head = any(tensor.name == "output.weight" for tensor in stored)
-        sources = [Source.of(tensor, tensor.name) for tensor in stored]
-        return plan_steps(sources, recipe, gguf_facts(files.gguf_metadata, has_head), importance, needs_gguf=True)
+        return plan_as_stored(files, stored, recipe, importance, needs_gguf=True)
     metadata = _values_of_folder(files, tokenizers)  # refuses before anything is written
     family, args = stated_args(files)
     assert isinstance(args, DecoderArgs)

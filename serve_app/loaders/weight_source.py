@@ -1,7 +1,7 @@
 """Builds the tensors and weights that a family asks for out of a checkpoint's stored ones."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,7 @@ from kernels.reference.quant import dequantize
 from serve_app.errors import ModelFileError
 from serve_app.loaders.checkpoint import Checkpoint, StoredTensor, num_elements
 from serve_app.loaders.pages import as_tensor, drop_pages, expect_pages
+from serve_app.loaders.recode import Progress, blocks_of, recoded_bytes
 from serve_app.quant.experts import DenseExperts, Experts, PackedExperts
 from serve_app.quant.native_experts import NativeExperts, padded
 from serve_app.quant.native_weight import NativeWeight
@@ -28,16 +29,6 @@ logger = logging.getLogger(__name__)
 SMALL_MODEL_BYTES = 64 << 20
 """Models that take at most this much in float32 keep a decoded copy where torch multiplies packed blocks."""
 
-PACK_BYTES = 16 << 20
-"""How much of a file is resident at most while it is packed: enough for all threads, little beside the model."""
-
-TILE_ROWS = 16
-"""Rows are packed in multiples of this, except the last ones of a matrix."""
-
-
-Progress = Callable[[str, int], None]
-"""Called with a tensor's name and how many bytes of the source it takes."""
-
 
 class CheckpointSource:
     """The WeightSource (serve_app.models.base) over a checkpoint.
@@ -46,8 +37,9 @@ class CheckpointSource:
     given back. Where Triton's kernels compute, so is every matrix of a type that has planes, into these and on the
     device; those that are asked for together and have one type become one. Elsewhere a matrix whose stored type is the
     compute dtype is a view of the mapped file; one in another plain type that is as wide or wider is converted, its
-    pages given back; every other stays packed, float16 for a float32 model included. Remembers which tensors were
-    asked for. is_exact: see NativeWeight. progress: told of each.
+    pages given back; every other stays packed, float16 for a float32 model included. A tensor that is quantised while
+    it is loaded (StoredTensor.recoding) goes the same ways, piece by piece, without a view of the file. Remembers
+    which tensors were asked for. is_exact: see NativeWeight. progress: told of each, piece by piece where it is quantised.
     """
 
     def __init__(
@@ -78,6 +70,8 @@ class CheckpointSource:
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See WeightSource."""
         stored = self._take(name, shape)
+        if stored.recoding is not None:
+            return dequantize(stored.form, recoded_bytes(stored, self._progress)).view(shape).to(self._device)
         rows = self._rows(stored, shape[0] if len(shape) > 1 else 1)
         values = dequantize(stored.form, rows).view(shape)
         if stored.row_order is not None:
@@ -116,9 +110,13 @@ class CheckpointSource:
         if not stored.form.is_decodable:
             raise ModelFileError(f"{where} has type {stored.form.name}, which cannot be a weight")
         self._taken.add(stored.name)
-        if self._progress is not None:
+        if self._progress is not None and stored.recoding is None:
             self._progress(stored.name, len(stored.data))
         return stored
+
+    def _blocks(self, stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+        """See loaders.recode; what keeps its type was told when it was taken."""
+        return blocks_of(stored, None if stored.recoding is None else self._progress)
 
     def _rows(self, stored: StoredTensor, num_rows: int) -> Tensor:
         """The bytes as [num_rows, bytes per row], still those of the file."""
@@ -139,7 +137,11 @@ class CheckpointSource:
         whole = self._take(whole_name, (num_experts, out, width))
         size = len(whole.data) // num_experts
         datas = [whole.data[expert * size : (expert + 1) * size] for expert in range(num_experts)]
-        return [replace(whole, shape=(out, width), data=data) for data in datas]
+        recodings = [None if whole.recoding is None else whole.recoding.of_expert(e, width) for e in range(num_experts)]
+        return [
+            replace(whole, shape=(out, width), data=data, recoding=recoding)
+            for data, recoding in zip(datas, recodings, strict=True)
+        ]
 
     def _native_experts(self, parts: list[StoredTensor]) -> NativeExperts | None:
         (rows, columns), form = parts[0].shape, parts[0].form
@@ -149,7 +151,6 @@ class CheckpointSource:
             return None
         experts = NativeExperts(matrix, len(parts), rows, self._dtype, is_exact=self._is_exact)
         for number, part in enumerate(parts):
-            expect_pages(part.data)
             self._pack(part, partial(experts.pack, number))
         return experts
 
@@ -161,9 +162,10 @@ class CheckpointSource:
 
     def _torch_experts(self, parts: list[StoredTensor]) -> Experts:
         form, plain = parts[0].form, PLAIN_DTYPES.get(parts[0].form.name)
-        rows = torch.stack([self._rows(part, part.shape[0]) for part in parts])
-        for part in parts:
-            drop_pages(part.data)
+        num_rows, columns = parts[0].shape
+        rows = torch.empty((len(parts), num_rows, form.row_bytes(columns)), dtype=torch.uint8)
+        for out, part in zip(rows, parts, strict=True):
+            recoded_bytes(part, self._progress if part.recoding else None, out)
         if plain is not None and plain.itemsize >= self._dtype.itemsize:
             return DenseExperts(self._placed(rows.view(plain).to(self._dtype)))
         return PackedExperts(form, self._placed(rows), self._dtype)
@@ -180,9 +182,8 @@ class CheckpointSource:
         matrix = PlanarMatrix(form, sum(t.shape[0] for t in stored), stored[0].shape[1], self._device)
         first = 0
         for tensor in stored:
-            rows = self._rows(tensor, tensor.shape[0])
-            matrix.pack(first, rows if tensor.row_order is None else rows[tensor.row_order])
-            drop_pages(tensor.data)
+            for start, blocks in self._blocks(tensor):
+                matrix.pack(first + start, blocks)
             first += tensor.shape[0]
         return PlanarWeight(matrix, self._dtype)
 
@@ -191,27 +192,26 @@ class CheckpointSource:
         matrix = native_matrix(stored.form.type_id, *stored.shape) if self._device.type == "cpu" else None
         if matrix is None:
             return None
-        expect_pages(stored.data)
-        if stored.row_order is not None:
+        if stored.row_order is not None and stored.recoding is None:
+            expect_pages(stored.data)
             matrix.pack(0, self._rows(stored, stored.shape[0]), stored.row_order)
             drop_pages(stored.data)
-            return NativeWeight(matrix, self._dtype, is_exact=self._is_exact)
-        self._pack(stored, matrix.pack)
+        else:
+            self._pack(stored, matrix.pack)
         return NativeWeight(matrix, self._dtype, is_exact=self._is_exact)
 
     def _pack(self, stored: StoredTensor, pack: Callable[[int, Tensor], None]) -> None:
-        rows = self._rows(stored, stored.shape[0])
-        row_bytes = rows.shape[1]
-        step = max(1, PACK_BYTES // (TILE_ROWS * row_bytes)) * TILE_ROWS
-        for first in range(0, stored.shape[0], step):
-            pack(first, rows[first : first + step])
-            drop_pages(stored.data[first * row_bytes : (first + step) * row_bytes])
+        for first, blocks in self._blocks(stored):
+            pack(first, blocks)
 
     def _torch(self, stored: StoredTensor) -> Weight:
-        rows = self._rows(stored, stored.shape[0])
-        if stored.row_order is not None:
-            rows = rows[stored.row_order]
-            drop_pages(stored.data)
+        if stored.recoding is not None:
+            rows = recoded_bytes(stored, self._progress)
+        else:
+            rows = self._rows(stored, stored.shape[0])
+            if stored.row_order is not None:
+                rows = rows[stored.row_order]
+                drop_pages(stored.data)
         plain = PLAIN_DTYPES.get(stored.form.name)
         if plain == self._dtype:
             return DenseWeight(self._placed(_view(rows, plain)))

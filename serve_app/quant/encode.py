@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.dispatch import native_dequantize, native_quantize
-from kernels.reference.encode import ENCODABLE, encode
+from kernels.reference.encode import encode
 from kernels.reference.quant import dequantize as decode
-from serve_app.quant.quant_type import QuantType
+from serve_app.quant.quant_type import WRITABLE, QuantType, encodable
 
-ENCODERS = tuple(t for t in QuantType if t in ENCODABLE)
+__all__ = ["ENCODERS", "dequantize", "encodable", "pieces", "quantize", "requantize"]
+
+ENCODERS = WRITABLE
 """The types that weights can be quantised to."""
 
 WEIGHTED = tuple(t for t in ENCODERS if t.startswith(("Q4_", "Q5_", "Q2_", "Q3_", "Q6_")))
@@ -70,16 +72,8 @@ def dequantize(blocks: Tensor | NDArray[np.uint8], quant_type: QuantType | str |
     return values.numpy() if isinstance(blocks, np.ndarray) else values
 
 
-def encodable(name: QuantType | str | int) -> QuantType:
-    """The type of that name; ValueError for one that is unknown or that can be read only."""
-    wanted = QuantType.parse(name)
-    if wanted not in ENCODABLE:
-        raise ValueError(f"{wanted} can be read but not written; quantise to one of {', '.join(ENCODERS)}")
-    return wanted
-
-
-def pieces(num_rows: int, row_bytes: int, piece_bytes: int) -> Iterator[slice]:
-    """Ranges of rows of about piece_bytes each."""
-    step = max(1, piece_bytes // max(1, row_bytes))
+def pieces(num_rows: int, row_bytes: int, piece_bytes: int, multiple: int = 1) -> Iterator[slice]:
+    """Ranges of rows of about piece_bytes each: `multiple` times a number of rows, but for the last range."""
+    step = max(1, piece_bytes // max(1, multiple * row_bytes)) * multiple
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))

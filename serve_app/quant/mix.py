@@ -6,25 +6,11 @@ The mixes (Q4_K_M and the like) choose as llama-quantize does. Tensors go by the
 import re
 from dataclasses import dataclass
 
-from serve_app.quant.encode import encodable
 from serve_app.quant.fallback import fitting_type
-from serve_app.quant.quant_type import QuantType
+from serve_app.quant.quant_type import QuantType, recipe_name
+from serve_app.quant.topology import Topology
 
 _T = QuantType
-
-_MIXES = {
-    "Q2_K": _T.Q2_K,
-    "Q3_K_S": _T.Q3_K,
-    "Q3_K_M": _T.Q3_K,
-    "Q3_K_L": _T.Q3_K,
-    "Q4_K_S": _T.Q4_K,
-    "Q4_K_M": _T.Q4_K,
-    "Q5_K_S": _T.Q5_K,
-    "Q5_K_M": _T.Q5_K,
-}
-
-MIXES = tuple(_MIXES)
-"""Their names."""
 
 # general.file_type of a GGUF, by the name of a type or mix.
 _FILE_TYPES = {
@@ -35,6 +21,7 @@ _FILE_TYPES = {
 
 _EIGHT_BITS = frozenset({_T.Q8_0, _T.Q8_1, _T.Q8_K, _T.FP8, _T.HQQ8, _T.F32, _T.F16, _T.BF16})
 _LAYER = re.compile(r"blk\.(\d+)\.")
+_EXPERT = re.compile(r"\.ffn_(?:gate|up|down|gate_up)(?:_exps|\.\d+)\.")
 
 # Names of tensors that stay as they are, beside everything of one dimension: norms, routers, positions, small tables.
 _KEPT = (
@@ -64,51 +51,73 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A type, or a mix of several. name: files are named after it; promotes: embedding and head get a better type."""
+    """A type, or a mix of several. name: files are named after it; promotes: embedding and head get a better type.
+
+    base None: only what the topology names is quantised. experts_only: nothing but the experts of mixtures, and what
+    the topology names.
+    """
 
     name: str
-    base: QuantType
-    is_mix: bool
+    base: QuantType | None
+    is_mix: bool = False
     promotes: bool = True
+    experts_only: bool = False
+    topology: Topology | None = None
 
     @property
     def file_type(self) -> int | None:
         """general.file_type of a GGUF; None where ggml has no number for it."""
         return _FILE_TYPES.get(self.name)
 
+    @property
+    def types(self) -> tuple[QuantType, ...]:
+        """The types that were asked for by name."""
+        own = () if self.base is None else (self.base,)
+        return own if self.topology is None else tuple(dict.fromkeys((*own, *self.topology.types)))
+
     @staticmethod
-    def parse(name: str, *, promotes: bool = True) -> "Recipe":
-        """From the name of a mix (Q4_K_M, q4km) or of a type. Q2_K is both: the mix, if it promotes.
+    def parse(
+        name: str | None, *, promotes: bool = True, experts_only: bool = False, topology: Topology | None = None
+    ) -> "Recipe":
+        """From the name of a mix (Q4_K_M, q4km) or of a type; None where a topology alone says it.
 
-        ValueError for an unknown name, or a mix that shall not promote.
+        ValueError as in recipe_name.
         """
-        key = name.upper().replace("_", "").replace("-", "").strip()
-        for mix, base in _MIXES.items():
-            if key in (mix.replace("_", ""), "2" if mix == "Q2_K" else ""):
-                if promotes:
-                    return Recipe(mix, base, is_mix=True)
-                if mix != base:
-                    raise ValueError(f"{mix} is a mix of types: it cannot be pure")
-        try:
-            base = encodable(name)
-        except ValueError as error:
-            raise ValueError(f"{error}; or one of the mixes {', '.join(_MIXES)}") from None
-        return Recipe(base.value, base, is_mix=False, promotes=promotes)
+        if name is None:
+            return Recipe("topology", None, promotes=promotes, topology=topology)
+        return Recipe(*recipe_name(name, promotes=promotes), promotes, experts_only, topology)
 
-    def type_of(self, name: str, shape: tuple[int, ...], facts: ModelFacts) -> tuple[QuantType, QuantType] | None:
-        """The type wanted for a tensor of that GGUF name, and the one that fits its rows; None where it stays."""
+    def type_of(
+        self, name: str, shape: tuple[int, ...], facts: ModelFacts, stored_name: str | None = None
+    ) -> tuple[QuantType, QuantType] | None:
+        """The type wanted for a tensor of that GGUF name, and the one that fits its rows; None where it stays.
+
+        stored_name: what the file calls it; patterns of a topology may match either.
+        """
         if not is_quantisable(name, shape):
             return None
-        wanted = self._wanted(name, facts)
-        return wanted, fitting_type(wanted, shape[-1])
+        wanted = self._wanted(name, facts, (name, stored_name or name))
+        return None if wanted is None else (wanted, fitting_type(wanted, shape[-1]))
 
-    def _wanted(self, name: str, facts: ModelFacts) -> QuantType:
+    def _wanted(self, name: str, facts: ModelFacts, names: tuple[str, str]) -> QuantType | None:
+        if self.topology is not None:
+            layer = _LAYER.match(name)
+            named = self.topology.type_of(None if layer is None else int(layer[1]), names)
+            if named is not None:
+                return named
+        if self.base is None or (self.experts_only and not is_expert(name)):
+            return None
         is_head = name == "output.weight" or (name == "token_embd.weight" and facts.is_tied)
         if self.is_mix:
             return _T.Q6_K if is_head else _mixed(self.name, self.base, name, facts)
         if self.promotes and (is_head or name == "token_embd.weight"):
             return promoted(self.base)
         return self.base
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor of that GGUF name is an expert of a mixture, or all experts of a layer; shared ones are none."""
+    return _EXPERT.search(name) is not None
 
 
 def is_quantisable(name: str, shape: tuple[int, ...]) -> bool:

@@ -18,13 +18,14 @@ RAY = """--ingress --ingress-cpus --max-targets --num-ingress --num-preprocessor
 LOG = "--log"
 CHAT = "--max-tokens --system --temperature --top-k --top-p"
 DOCTOR = "--json --models"
-QUANTIZE = "--calibration-file --imatrix --isq --isq-organization --output -o --save-imatrix --threads"
+QUANTIZE = """--calibration-file --imatrix --isq --isq-organization --output -o --save-imatrix --threads --topology"""
 QUALITY = "--calibration-file --chunk-tokens --chunks --imatrix --isq --isq-organization --json --plot --text"
+ISQ = "--calibration-file --imatrix --isq --isq-cache --isq-organization --topology"
 
 EXPECTED: dict[Command, tuple[str, ...]] = {
-    "serve": (MODEL, ENGINE, HTTP, RAY, LOG),
-    "config": (MODEL, ENGINE, HTTP, RAY, LOG),
-    "chat": (MODEL, ENGINE, CHAT, LOG),
+    "serve": (MODEL, ISQ, ENGINE, HTTP, RAY, LOG),
+    "config": (MODEL, ISQ, ENGINE, HTTP, RAY, LOG),
+    "chat": (MODEL, ISQ, ENGINE, CHAT, LOG),
     "doctor": (DOCTOR,),
     "quantize": (MODEL, QUANTIZE, LOG),
     "quality": (MODEL, ENGINE, QUALITY, LOG),

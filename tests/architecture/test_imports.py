@@ -18,6 +18,7 @@ LEAVES = {
     "messages",
     "metrics",
     "options",
+    "quant_names",
 }
 
 # What each area may import besides itself; an area not named here is a mistake.
@@ -50,6 +51,7 @@ ONLY_IN: dict[str, set[str]] = {
     "triton": {"kernels.gpu"},
     "typer": {
         "serve_app.cli",
+        "serve_app.cli_isq_options",
         "serve_app.cli_options",
         "serve_app.cli_quant_options",
         "serve_app.cli_server_options",

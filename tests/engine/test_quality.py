@@ -1,6 +1,7 @@
 """Distances between a model and its quantised variants, against llama-perplexity's."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from serve_app.engine.llm import LLM
 from serve_app.engine.quality import chunks_of, compare, open_model, size_of, with_cache_of
 from serve_app.errors import LaunchError
 from serve_app.loaders.model_files import ModelFiles, resolve
-from serve_app.loaders.variant import quantised
 from serve_app.options import EngineConfig, IsqOptions, ModelSource
 
 STORIES = Path(__file__).parents[1] / "data" / "models" / "stories3M"
@@ -44,7 +44,7 @@ def test_figures_are_those_of_llama_perplexity(name: str) -> None:
         chunks = chunks_of(reference, TEXT, CONTEXT, CHUNKS)
         # llama-quantize promotes an embedding to Q6_K, and not beyond.
         isq = IsqOptions(name, is_pure=name == "Q6_K")
-        with quantised(source, isq) as made, open_model(made, CONFIG, CONTEXT) as variant:
+        with open_model(replace(source, isq=isq), CONFIG, CONTEXT) as variant:
             found = compare(reference, variant, chunks)
     assert found.perplexity.num_tokens == CHUNKS * (CONTEXT // 2 - 1)
     assert found.reference_perplexity.value == pytest.approx(REFERENCE, rel=1e-4)
@@ -60,7 +60,7 @@ def test_perplexities_of_the_whole_text(name: str) -> None:
     source = files("stories3M-F32.gguf")
     with open_model(source, CONFIG, CONTEXT) as reference:
         chunks = chunks_of(reference, TEXT, CONTEXT, ALL_CHUNKS)
-        with quantised(source, IsqOptions(name)) as made, open_model(made, CONFIG, CONTEXT) as variant:
+        with open_model(replace(source, isq=IsqOptions(name)), CONFIG, CONTEXT) as variant:
             found = compare(reference, variant, chunks)
     assert found.perplexity.value == pytest.approx(WHOLE[name], rel=0.005)
 

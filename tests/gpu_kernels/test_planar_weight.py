@@ -17,9 +17,15 @@ from kernels.gpu.planar_forms import PLANAR
 from kernels.reference.quant import dequantize
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.gguf import GgufCheckpoint
+from serve_app.loaders.pages import as_tensor
+from serve_app.loaders.quantized import plan_steps
+from serve_app.loaders.recoded_checkpoint import RecodedCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
+from serve_app.quant.encode import requantize
+from serve_app.quant.mix import ModelFacts, Recipe
 from serve_app.quant.packed import PackedWeight
 from serve_app.quant.planar_weight import FusedPlanarWeight, PlanarExperts, PlanarWeight, grouped_matrix
+from serve_app.quant.quant_type import QuantType
 from serve_app.quant.weight import DenseWeight, FusedWeight
 
 COLUMNS = 256
@@ -117,6 +123,28 @@ def test_planar_and_other_matrices_together(source: CheckpointSource) -> None:
     assert isinstance(weight, FusedWeight)
     assert [type(part) for part in weight.parts] == [PlanarWeight, PackedWeight]
     assert weight.matmul(torch.ones(2, COLUMNS).to(weight.dequantize().device)).shape == (2, 64)
+
+
+def test_matrices_quantised_while_they_are_loaded(source: CheckpointSource, device: torch.device) -> None:
+    """Planes of what the encoder makes, in the file's order of rows and in the rotary one."""
+    checkpoint = source._checkpoint
+    recipe = Recipe.parse("Q5_K", promotes=False)
+    tensors = [(tensor, tensor.name, tensor.name) for tensor in checkpoint.stored()]
+    steps = plan_steps(tensors, recipe, ModelFacts("llama", 1, 4, 4), None, needs_gguf=False)
+    weights = CheckpointSource(RecodedCheckpoint(checkpoint, steps), torch.float32, device)
+    for name, out in (("k", "attn_k"), ("v", "attn_v")):
+        weight = weights.weight(attention(name), [32], COLUMNS)
+        assert isinstance(weight, PlanarWeight)
+        assert weight.matrix.form.name == "Q5_K"
+        stored = next(tensor for tensor in checkpoint.stored() if out in tensor.name)
+        blocks = requantize(stored.form.name, as_tensor(stored.data).view(32, -1), QuantType.Q5_K)
+        expected = dequantize("Q5_K", blocks)
+        if name == "k":
+            expected = expected.view(4, 4, 2, COLUMNS).transpose(1, 2).reshape(32, COLUMNS)
+        assert torch.equal(weight.dequantize().cpu(), expected)
+    fused = weights.weight(attention("q", "k", "v"), [32, 32, 32], COLUMNS)
+    assert isinstance(fused, PlanarWeight)
+    assert torch.equal(fused.dequantize()[64:], weights.weight(attention("v"), [32], COLUMNS).dequantize())
 
 
 def test_types_without_planes_are_decoded_by_the_tile(source: CheckpointSource) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
 
 HIDDEN, HEADS, KV_HEADS, INNER, VOCAB = 32, 4, 2, 64, 16
 HEAD_DIM = HIDDEN // HEADS
@@ -138,3 +140,33 @@ def write_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+BIG, BIG_INNER, BIG_VOCAB, BIG_LAYERS = 1024, 3072, 4096, 4
+
+
+@pytest.fixture(scope="session")
+def big_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied Llama of random bfloat16 numbers, 102 MB."""
+    folder = tmp_path_factory.mktemp("big")
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": BIG, "intermediate_size": BIG_INNER,
+        "num_hidden_layers": BIG_LAYERS, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": BIG_VOCAB,
+        "max_position_embeddings": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens": (BIG_VOCAB, BIG), "model.norm": (BIG,)}
+    for i in range(BIG_LAYERS):
+        layer = {
+            "input_layernorm": (BIG,), "post_attention_layernorm": (BIG,), "self_attn.q_proj": (BIG, BIG),
+            "self_attn.k_proj": (256, BIG), "self_attn.v_proj": (256, BIG), "self_attn.o_proj": (BIG, BIG),
+            "mlp.gate_proj": (BIG_INNER, BIG), "mlp.up_proj": (BIG_INNER, BIG), "mlp.down_proj": (BIG, BIG_INNER),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    numbers = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.weight": torch.randn(shape, generator=numbers, dtype=torch.float32).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    save_torch_file(tensors, folder / "model.safetensors")
+    return folder

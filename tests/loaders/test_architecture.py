@@ -12,8 +12,9 @@ from tiny_llama import full_logits
 
 from serve_app.errors import LaunchError, ModelFileError
 from serve_app.loaders.check import check_model
-from serve_app.loaders.load import find_args, load_model
+from serve_app.loaders.load import load_model
 from serve_app.loaders.model_files import resolve
+from serve_app.loaders.opening import find_args
 from serve_app.models.registry import family_names, find_family, stored_name
 from serve_app.options import ModelSource
 

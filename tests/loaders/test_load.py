@@ -12,9 +12,10 @@ import torch
 
 from kernels import dispatch
 from serve_app.errors import ModelFileError
-from serve_app.loaders.load import LoadedModel, load_model, open_checkpoint
+from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import resolve
 from serve_app.loaders.number_formats import compute_dtype, kv_dtype
+from serve_app.loaders.opening import open_checkpoint
 from serve_app.options import DType, KvDType, ModelSource
 
 Write = Callable[..., Path]

@@ -188,6 +188,6 @@ def test_a_broken_off_file_never_bears_the_name(tmp_path: Path, monkeypatch: pyt
     def fails(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("serve_app.loaders.quantized.requantize", fails)
+    monkeypatch.setattr("serve_app.loaders.recode.requantize", fails)
     assert quantise(tmp_path / "a.gguf", "Q4K") == 130
     assert os.listdir(tmp_path) == []

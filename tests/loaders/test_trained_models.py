@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import serve_app
-from serve_app.loaders import weight_source
-from serve_app.loaders.load import load_model, open_checkpoint
+from serve_app.loaders import recode, weight_source
+from serve_app.loaders.load import load_model
 from serve_app.loaders.model_files import resolve
 from serve_app.loaders.name_map import gguf_name, half_split_order
+from serve_app.loaders.opening import open_checkpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.options import ModelSource
 from serve_app.quant.native_weight import NativeWeight
@@ -102,7 +103,7 @@ def test_matrices_are_packed_piece_by_piece(pack_bytes: int, monkeypatch: pytest
     names = ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"]
     shapes = [([512], 256), ([128], 256)]
     whole = [source_of(FILES["stories3M-Q4_K_M"]).weight([n], *s) for n, s in zip(names, shapes, strict=True)]
-    monkeypatch.setattr(weight_source, "PACK_BYTES", pack_bytes)
+    monkeypatch.setattr(recode, "PIECE_BYTES", pack_bytes)
     for name, shape, expected in zip(names, shapes, whole, strict=True):
         weight = source_of(FILES["stories3M-Q4_K_M"]).weight([name], *shape)
         assert isinstance(weight, NativeWeight)
