@@ -73,7 +73,9 @@ class Builder {
                    float epsilon) {
         const Rows rows = kind_of(x);
         floats(x, rows, row_width);
-        require(first >= 0 && count > 0 && (first + count) * head_dim <= row_width, "heads outside of their rows");
+        require(head_dim > 0 && first >= 0 && count > 0 && count <= row_width && first <= row_width &&
+                    (first + count) * head_dim <= row_width,
+                "heads outside of their rows");
         NormJob job{};
         job.weight = at<float>(weight);
         job.weight_offset = weight_offset;
@@ -91,6 +93,7 @@ class Builder {
         int64_t width = 0;
         for (const auto& [weight, kind, buffer, bias] : segments) {
             const PackedMatrix& m = weight->matrix();
+            takes(m, kind);
             made.push_back({m, act_buffers({{kind, buffer}}, rows, m.columns)[0], at<float>(bias), width});
             width += m.rows;
         }
@@ -123,7 +126,7 @@ class Builder {
         require(group >= 0, "a negative group of layers");
         program_.use_group(group);
         require(rotary_dim >= 0 && rotary_dim <= head_dim && rotary_dim % 2 == 0, "more rotated elements than the head has");
-        require(rotary_dim == 0 || table >= 0, "a rotation needs a table");
+        require(rotary_dim == 0 || (table >= 0 && table < program_.num_tables()), "a rotation needs a table");
         RopeKvJob job{};
         job.q_stride = job.k_stride = job.v_stride = (n_heads + 2 * n_kv_heads) * head_dim;
         job.n_heads = n_heads;
@@ -162,6 +165,9 @@ class Builder {
         require(routing_kind >= 0 && routing_kind <= int(RoutingKind::sparsemixer), "no such routing");
         require(RoutingKind(routing_kind) != RoutingKind::sparsemixer || top_k == 2, "sparsemixer takes two experts a token");
         require(activation >= 0 && activation <= int(Activation::gelu_erf), "no such activation");
+        takes(gate.matrix(), x.first);
+        takes(up.matrix(), x.first);
+        takes(down.matrix(), down_kind);
         floats(logits, rows, num_experts);
         floats(out, rows, hidden);
         const Routing routing{RoutingKind(routing_kind), num_experts, top_k, is_renormalised, jitter};
@@ -195,7 +201,10 @@ class Builder {
 
     void softcap(int x, int64_t width, float cap) { element(ElementOp::softcap, x, -1, width, cap); }
     void scale(int x, int64_t width, float factor) { element(ElementOp::scale, x, -1, width, factor); }
-    void add(int x, int other, int64_t width) { element(ElementOp::add, x, other, width, 0.0f); }
+    void add(int x, int other, int64_t width) {
+        require(other >= 0, "a sum needs a second operand");
+        element(ElementOp::add, x, other, width, 0.0f);
+    }
 
     void finish(int result) {
         require(!program_.is_finished(), "the program is finished already");
@@ -253,6 +262,7 @@ class Builder {
         require(acts.size() <= size_t(kMaxActs), "too many forms of activations");
         std::vector<ActBuffer> made;
         for (const auto& [kind, buffer] : acts) {
+            require(kind >= 0 && kind <= int(Act::q8_256), "no such form of activations");
             touch(buffer, rows);
             made.push_back({ActLayout::of(Act(kind), width), buffer});
             require(memory().row_bytes(buffer) == made.back().layout.row_bytes, "a buffer does not fit its activations");
@@ -265,6 +275,11 @@ class Builder {
         const int made = buffer(rows == Rows::wanted, row_bytes);
         touch(made, rows);
         return made;
+    }
+
+    // A matrix is multiplied with float32, or with the form of activations that its type is made for.
+    static void takes(const PackedMatrix& m, int kind) {
+        require(kind == int(Act::f32) || kind == int(m.layout->act), "a form of activations that the matrix is not made for");
     }
 
     static ExpertMatrices expert_matrices(const PackedMemory& all, int64_t num_experts, int64_t rows, int64_t columns) {

@@ -64,6 +64,7 @@ class Program {
     StepMemory& memory() { return memory_; }
     int64_t op_at() const { return int64_t(ops_.size()); }
     void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
+    int num_tables() const { return int(tables_.size()); }
     int add_table(RopeTable table);
     void set_table(int index, RopeTable table) { tables_.at(size_t(index)) = table; }
     // The plan for attention of this shape, the same for all layers of a group that have it.
