@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import numpy as np
 import pytest
 
 from serve_app.errors import ModelFileError
+from serve_app.loaders.isq import prepare
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import resolve
+from serve_app.loaders.opening import open_checkpoint
 from serve_app.loaders.weight_files import EMBEDDED_MODEL
 from serve_app.options import IsqOptions, ModelSource
 from serve_app.quant.imatrix import write_imatrix
@@ -182,6 +186,47 @@ def say(process: subprocess.Popen[str], expected: str) -> None:
     process.stdin.flush()
 
 
+class Waits:
+    """A LoadProgress that does not let its load begin before another one waits for it."""
+
+    def __init__(self, log: pytest.LogCaptureFixture) -> None:
+        self._log = log
+        self.begun = threading.Event()
+
+    def start(self, title: str, total_bytes: int) -> None:
+        self.begun.set()
+        deadline = time.monotonic() + 30
+        while "another process writes it, waiting" not in self._log.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def advance(self, tensor: str, num_bytes: int) -> None:
+        """Goes by itself."""
+
+    def finish(self) -> None:
+        """Nothing is shown."""
+
+
+def test_of_two_at_once_the_second_waits_and_maps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    files = resolve(ModelSource(model=str(GGUF), isq=IsqOptions(type="Q5_K", cache=str(tmp_path))))
+    waits = Waits(caplog)
+
+    def is_cached(listener: Waits | None) -> bool:
+        prepared = prepare(files, open_checkpoint(files), listener)
+        assert prepared is not None
+        return prepared.report("", 0.0).is_cached
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(is_cached, waits)
+        assert waits.begun.wait(30)
+        second = pool.submit(is_cached, None)
+        assert [first.result(), second.result()] == [False, True]
+    [name] = kept(tmp_path)
+    assert name.endswith(".safetensors")
+
+
+@pytest.mark.nightly
 def test_killed_in_the_middle_and_two_at_once(tmp_path: Path, big_folder: Path) -> None:
     cache = tmp_path / "cache"
     with start(big_folder, cache) as killed, start(big_folder, cache) as first, start(big_folder, cache) as second:
