@@ -105,6 +105,9 @@ def _metadata(files: ModelFiles, tokenizers: TokenizerForms) -> dict[str, bytes]
     """That of the GGUF itself, as it is, or one made of the folder's files."""
     if files.gguf_metadata is None:
         return {key: encoded(value) for key, value in _values_of_folder(files, tokenizers).items()}
+    if files.kind == "ggml":  # it was read into a GGUF's terms, arrays of numbers among them
+        values = {"general.name": files.model_name, **files.gguf_metadata}
+        return {k: encoded(v.tolist() if isinstance(v, np.ndarray) else v) for k, v in values.items()}
     with open_gguf(files.weight_files, with_texts=False) as file:
         found = file.raw_metadata()
     return {k: value for k, value in found.items() if k not in _DROPPED and not k.startswith("split.")}

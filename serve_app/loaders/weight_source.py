@@ -39,7 +39,7 @@ class CheckpointSource:
     compute dtype is a view of the mapped file; one in another plain type that is as wide or wider is converted, its
     pages given back; every other stays packed, float16 for a float32 model included. A tensor that is quantised while
     it is loaded (StoredTensor.recoding) goes the same ways, piece by piece, without a view of the file. Remembers
-    which tensors were asked for. is_exact: see NativeWeight. progress: told of each, piece by piece where it is quantised.
+    which tensors were asked for. is_exact: see NativeWeight. progress: told of each, piece by piece where quantised.
     """
 
     def __init__(

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from ggml_writer import OWN_NAMES, from_gguf, random_llama
 from tiny_llama import full_logits
 
+from serve_app.__main__ import main
 from serve_app.errors import ModelFileError
 from serve_app.ggml_file import open_ggml
 from serve_app.gguf_file import open_gguf
@@ -120,6 +122,19 @@ def test_first_bytes_say_more_than_names(tmp_path: Path) -> None:
     assert found(new).kind == "gguf"
     with pytest.raises(ModelFileError, match=r"new\.bin: is a file of the kind gguf"):
         found(tmp_path, kind="ggml", files=("new.bin",))
+
+
+def test_it_becomes_a_gguf(tmp_path: Path) -> None:
+    source = STORIES_3M / "stories3M-F32.gguf"
+    old, new = from_gguf(source, tmp_path / "old.bin"), tmp_path / "new.gguf"
+    assert main(["quantize", "ggml", "-m", str(old), "--isq", "F16", "-o", str(new)]) == 0
+    files = found(new)
+    assert (files.kind, files.model_name) == ("gguf", "new")
+    assert (logits(files) - logits(found(source))).abs().max() <= 5e-3 * logits(found(source)).abs().max()
+    text = "Zoë and\ta  cat"
+    ours, theirs = (open_tokenizer(found(p).tokenizer_source) for p in (new, source))
+    assert ours.encode(text) == theirs.encode(text)
+    gguf.GGUFReader(new)
 
 
 def test_a_second_part_is_named(tmp_path: Path) -> None:
