@@ -66,11 +66,11 @@ class InSitu:
         """is_old: an earlier start has done it."""
         self.checkpoint = checkpoint
         self.identity = identity
-        self.progress: Progress = listener.advance
         self._name = recipe.name
         self._steps = steps
         self._listener = listener
         self._is_done = isinstance(checkpoint, CachedCheckpoint)
+        self.progress: Progress | None = None if self._is_done else listener.advance
         self._is_old = is_old
 
     @contextmanager

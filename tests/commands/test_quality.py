@@ -60,7 +60,7 @@ def test_a_gguf_and_the_text_that_comes_along(tmp_path: Path, capsys: pytest.Cap
         (["--isq", "Q4K", "--text", "missing.txt"], "--text: missing.txt cannot be read"),
         (["--isq", "Q4K", "--plot", "a.bmp"], "a.bmp ends in none of"),
         (["--isq", "Q4K", "--json", "missing/a.json"], "there is no folder missing"),
-        (["--isq", "Q4K", "--isq-organization", "other"], "is default or pure, not 'other'"),
+        (["--isq", "Q4K", "--isq-organization", "other"], "'other' is not one of 'default', 'pure'"),
         (["--isq", "Q4K", "--imatrix", "a", "--calibration-file", "b"], "choose one"),
         (["--isq", "Q4_K_M", "--isq-organization", "pure"], "it cannot be pure"),
     ],

@@ -34,7 +34,7 @@ def test_without_a_name_it_is_the_embedded_model() -> None:
 
 def test_the_embedded_models_are_named_with_origin_and_licence() -> None:
     names = sorted(p.name for p in EMBEDDED_MODEL.parent.iterdir())
-    assert names == ["LICENSE", "README.md", "stories260K-Q8_0.gguf", "stories3M-Q8_0.gguf"]
+    assert names == ["LICENSE", "README.md", "stories.txt", "stories260K-Q8_0.gguf", "stories3M-Q8_0.gguf"]
     text = (EMBEDDED_MODEL.parent / "README.md").read_text()
     assert all(name in text for name in names if name.endswith(".gguf"))
     assert "MIT" in text

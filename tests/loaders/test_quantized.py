@@ -15,7 +15,7 @@ from serve_app.errors import ModelFileError
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.checkpoint import StoredTensor
 from serve_app.loaders.model_files import resolve
-from serve_app.loaders.quantized import importance_of
+from serve_app.loaders.quantized import Source, importance_of
 from serve_app.options import ModelSource
 from serve_app.quant import dequantize, quantize
 from serve_app.quant.imatrix import read_imatrix, write_imatrix
@@ -176,12 +176,12 @@ def test_experts_in_tensors_of_their_own_take_their_part_of_an_entry() -> None:
     entry = np.arange(3 * 8, dtype=np.float32)
     importance = {"blk.1.ffn_up_exps.weight": entry}
     stored = StoredTensor("a", "b", BY_NAME["F32"], (4, 8), np.zeros(128, np.uint8))
-    found = importance_of(stored, "blk.1.ffn_up.2.weight", importance)
+    found = importance_of(Source.of(stored, "blk.1.ffn_up.2.weight"), importance)
     assert found is not None
     assert found.tolist() == entry[16:].tolist()
-    assert importance_of(stored, "blk.0.ffn_up.2.weight", importance) is None
+    assert importance_of(Source.of(stored, "blk.0.ffn_up.2.weight"), importance) is None
     with pytest.raises(ModelFileError, match=r"has 0 values for 'blk\.1\.ffn_up\.3\.weight'"):
-        importance_of(stored, "blk.1.ffn_up.3.weight", importance)
+        importance_of(Source.of(stored, "blk.1.ffn_up.3.weight"), importance)
 
 
 def test_a_broken_off_file_never_bears_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
