@@ -78,6 +78,7 @@ def test_every_metric_is_there_before_it_counts():
 async def test_all_snapshots_have_descriptions():
     process = process_snapshot("Target")
     names = {*HttpMetrics().snapshot(), *engine_snapshot(_engine()), *process}
-    assert names == set(METRICS)
+    # What is missing is a target's word of its weights: tests/test_re_isq_app.py.
+    assert names == set(METRICS) - {"sirocco_isq_info"}
     assert process["sirocco_process_resident_bytes"]["Target"][0] > 2**20
     assert process["sirocco_event_loop_tasks"]["Target"] == [1.0]
