@@ -18,7 +18,7 @@ from kernels.reference import encode_k
 from kernels.reference import encode_simple as formulas
 from kernels.reference.encode import checked
 
-PIECE_WEIGHTS = 2 << 20
+PIECE_WEIGHTS = 1 << 20
 """Weights that are encoded at a time; what is needed beside them are some 30 tensors' worth of four bytes each."""
 
 _SEARCHED: dict[str, Callable[..., Tensor]] = {

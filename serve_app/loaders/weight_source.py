@@ -38,8 +38,9 @@ class CheckpointSource:
     device; those that are asked for together and have one type become one. Elsewhere a matrix whose stored type is the
     compute dtype is a view of the mapped file; one in another plain type that is as wide or wider is converted, its
     pages given back; every other stays packed, float16 for a float32 model included. A tensor that is quantised while
-    it is loaded (StoredTensor.recoding) goes the same ways, piece by piece, without a view of the file. Remembers
-    which tensors were asked for. is_exact: see NativeWeight. progress: told of each, piece by piece where quantised.
+    it is loaded (StoredTensor.recoding) goes the same ways, piece by piece, without a view of the file; for planes it
+    is encoded on the device, where that has an encoder of the type. Remembers which tensors were asked for. is_exact:
+    see NativeWeight. progress: told of each, piece by piece where quantised.
     """
 
     def __init__(
@@ -114,9 +115,9 @@ class CheckpointSource:
             self._progress(stored.name, len(stored.data))
         return stored
 
-    def _blocks(self, stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self, stored: StoredTensor, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
         """See loaders.recode; what keeps its type was told when it was taken."""
-        return blocks_of(stored, None if stored.recoding is None else self._progress)
+        return blocks_of(stored, None if stored.recoding is None else self._progress, device)
 
     def _rows(self, stored: StoredTensor, num_rows: int) -> Tensor:
         """The bytes as [num_rows, bytes per row], still those of the file."""
@@ -182,7 +183,7 @@ class CheckpointSource:
         matrix = PlanarMatrix(form, sum(t.shape[0] for t in stored), stored[0].shape[1], self._device)
         first = 0
         for tensor in stored:
-            for start, blocks in self._blocks(tensor):
+            for start, blocks in self._blocks(tensor, self._device):
                 matrix.pack(first + start, blocks)
             first += tensor.shape[0]
         return PlanarWeight(matrix, self._dtype)

@@ -17,7 +17,6 @@ NUMBERS = {"first", "step", "tenth"}
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (encode_search._running_sum, {"LANES": 128}),
     (encode_affine.search_affine, {"N": 32, "TOP": 15, "IS_ABSOLUTE": False, "LANES": 128}),
-    (encode_affine.search_affine, {"N": 16, "TOP": 3, "IS_ABSOLUTE": True, "LANES": 128}),
     (encode_symmetric.search_symmetric, {"N": 16, "TOP": 32, "LANES": 128}),
     (encode_symmetric.refine_symmetric, {"N": 16, "TOP": 4, "LANES": 128}),
     (encode_scales.quantise_scales, {"N": 8, "TOP": 63, "LANES": 128}),

@@ -12,13 +12,14 @@ from planar_cases import matrix_and_weights
 from kernels import dispatch
 from kernels.dispatch import triton_computes
 from kernels.formats import BY_NAME
+from kernels.gpu.encode import encode
 from kernels.gpu.planar import PlanarMatrix
 from kernels.gpu.planar_forms import PLANAR
 from kernels.reference.quant import dequantize
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.pages import as_tensor
-from serve_app.loaders.quantized import plan_steps
+from serve_app.loaders.quantized import Source, plan_steps
 from serve_app.loaders.recoded_checkpoint import RecodedCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.quant.encode import requantize
@@ -125,26 +126,37 @@ def test_planar_and_other_matrices_together(source: CheckpointSource) -> None:
     assert weight.matmul(torch.ones(2, COLUMNS).to(weight.dequantize().device)).shape == (2, 64)
 
 
-def test_matrices_quantised_while_they_are_loaded(source: CheckpointSource, device: torch.device) -> None:
-    """Planes of what the encoder makes, in the file's order of rows and in the rotary one."""
+@pytest.mark.parametrize(("wanted", "is_on_device"), [("Q5_0", True), ("HQQ8", False)])
+def test_matrices_quantised_while_they_are_loaded(
+    source: CheckpointSource, device: torch.device, monkeypatch: pytest.MonkeyPatch, wanted: str, *, is_on_device: bool
+) -> None:
+    """Planes of what the encoder makes, the device's or the host's, in the file's order of rows and the rotary one."""
+    by_device: list[str] = []
+
+    def spy(name: str, *operands: torch.Tensor) -> torch.Tensor:
+        by_device.append(name)
+        return encode(name, *operands)
+
+    monkeypatch.setattr("kernels.gpu.encode.encode", spy)
     checkpoint = source._checkpoint
-    recipe = Recipe.parse("Q5_K", promotes=False)
-    tensors = [(tensor, tensor.name, tensor.name) for tensor in checkpoint.stored()]
+    recipe = Recipe.parse(wanted, promotes=False)
+    tensors = [Source.of(tensor, tensor.name) for tensor in checkpoint.stored()]
     steps = plan_steps(tensors, recipe, ModelFacts("llama", 1, 4, 4), None, needs_gguf=False)
     weights = CheckpointSource(RecodedCheckpoint(checkpoint, steps), torch.float32, device)
     for name, out in (("k", "attn_k"), ("v", "attn_v")):
         weight = weights.weight(attention(name), [32], COLUMNS)
         assert isinstance(weight, PlanarWeight)
-        assert weight.matrix.form.name == "Q5_K"
+        assert weight.matrix.form.name == wanted
         stored = next(tensor for tensor in checkpoint.stored() if out in tensor.name)
-        blocks = requantize(stored.form.name, as_tensor(stored.data).view(32, -1), QuantType.Q5_K)
-        expected = dequantize("Q5_K", blocks)
+        blocks = requantize(stored.form.name, as_tensor(stored.data).view(32, -1), QuantType(wanted))
+        expected = dequantize(wanted, blocks)
         if name == "k":
             expected = expected.view(4, 4, 2, COLUMNS).transpose(1, 2).reshape(32, COLUMNS)
         assert torch.equal(weight.dequantize().cpu(), expected)
     fused = weights.weight(attention("q", "k", "v"), [32, 32, 32], COLUMNS)
     assert isinstance(fused, PlanarWeight)
     assert torch.equal(fused.dequantize()[64:], weights.weight(attention("v"), [32], COLUMNS).dequantize())
+    assert by_device == ([wanted] * 6 if is_on_device else [])
 
 
 def test_types_without_planes_are_decoded_by_the_tile(source: CheckpointSource) -> None:
@@ -182,5 +194,5 @@ def test_the_device_holds_one_piece_besides(device: torch.device, monkeypatch: p
 def test_a_device_without_kernels_is_said(source: CheckpointSource, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIROCCO_TRITON", "0")
-        CheckpointSource(source._checkpoint, torch.float32, torch.device("meta"))
+        CheckpointSource(source._checkpoint, torch.float32, torch.device("cuda"))
     assert "turned off by SIROCCO_TRITON=0" in caplog.text
