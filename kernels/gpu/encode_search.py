@@ -17,7 +17,8 @@ from kernels.gpu.launch import IS_INTERPRETED, require_device
 from kernels.reference.encode_search import Affine, Searches
 
 LANES = 4096 if IS_INTERPRETED else 128
-"""Sub-blocks of a program; the interpreter costs by operations, not by elements."""
+"""Sub-blocks of a program, one a thread: codes that are refined in memory are read and written by one thread each. The
+interpreter costs by operations, not by elements."""
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Of every launch of an encoder: a product and the sum after it are rounded one by one."""
@@ -83,5 +84,4 @@ def _scales_and_codes(kernel: Any, x: Tensor, w: Tensor | None, top: int, *numbe
 
 def _launch(kernel: Any, num_lanes: int, *arguments: Any, **constants: Any) -> None:
     require_device(arguments[0])
-    lanes = min(LANES, triton.next_power_of_2(num_lanes))
-    kernel[(triton.cdiv(num_lanes, lanes),)](*arguments, **constants, LANES=lanes, **OPTIONS)
+    kernel[(triton.cdiv(num_lanes, LANES),)](*arguments, **constants, LANES=LANES, **OPTIONS)

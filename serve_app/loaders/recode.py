@@ -51,12 +51,17 @@ def blocks_of(
     drop_pages(stored.data)
 
 
-def recoded_bytes(stored: StoredTensor, progress: Progress | None = None, out: Tensor | None = None) -> Tensor:
-    """All of them together: uint8 [rows, bytes per row], in new memory or in out."""
+def recoded_bytes(
+    stored: StoredTensor,
+    progress: Progress | None = None,
+    out: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """All of them together: uint8 [rows, bytes per row], in out or in new memory of the device, else of the CPU."""
     num_rows, columns = _matrix_shape(stored)
     if out is None:
-        out = torch.empty((num_rows, stored.form.row_bytes(columns)), dtype=torch.uint8)
-    for first, blocks in blocks_of(stored, progress):
+        out = torch.empty((num_rows, stored.form.row_bytes(columns)), dtype=torch.uint8, device=device)
+    for first, blocks in blocks_of(stored, progress, device):
         out[first : first + len(blocks)] = blocks
     return out
 

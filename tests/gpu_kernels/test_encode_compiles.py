@@ -45,5 +45,6 @@ def test_each_operation_is_rounded_by_itself(
     ptx = str(compiled.asm["ptx"])
     assert len(compiled.asm["cubin"]) > 0
     assert not re.findall(r"\bfma\.|\.ftz|\.approx|div\.full", ptx)
-    local = re.search(r"\.local \.align", ptx)
-    assert local is None
+    assert ".local .align" not in ptx
+    # Codes that are refined in memory stay with one thread: no lane is handed from one to another.
+    assert is_simple or "convert_layout" not in str(compiled.asm["ttgir"])
