@@ -103,6 +103,16 @@ def native_quantize(type_name: str) -> Callable[..., torch.Tensor] | None:
     return partial(quantize.quantize_rows, type_name)
 
 
+def triton_quantize(type_name: str, device: torch.device) -> Callable[..., torch.Tensor] | None:
+    """f(x [rows, columns], importance or None) → uint8 [rows, bytes per row], all of it on the device, where Triton's
+    kernels compute there and the type is one of kernels.gpu.encode.GPU_ENCODERS; else None, and the host encodes."""
+    if not triton_computes(device)[0]:
+        return None
+    from kernels.gpu import encode
+
+    return partial(encode.encode, type_name) if type_name in encode.GPU_ENCODERS else None
+
+
 def native_matmul(type_id: int) -> Callable[..., torch.Tensor] | None:
     """f(x [T, in], blocks uint8 [out, bytes per row], out=None) → [T, out] in x's dtype, decoding as it multiplies.
 

@@ -8,7 +8,10 @@ from torch import Tensor
 from kernels.formats import BlockFormat, block_format
 from kernels.reference import encode_k, encode_own, encode_simple
 
-_ENCODERS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+Encoder = Callable[[Tensor, Tensor | None], Tensor]
+"""x float32 [rows, columns], neither of them 0, and importance → uint8 [rows, bytes per row]."""
+
+_ENCODERS: dict[str, Encoder] = {
     "F32": encode_simple.encode_f32,
     "F16": encode_simple.encode_f16,
     "BF16": encode_simple.encode_bf16,
@@ -47,12 +50,16 @@ def encode(type_name: str, x: Tensor, importance: Tensor | None = None) -> Tenso
     not finite, for a scale that float16 does not hold, for rows that are no whole number of blocks; KeyError for a type
     without an encoder. HQQ looks at the whole of x at once.
     """
+    return checked(type_name, x, importance, _ENCODERS[type_name])
+
+
+def checked(type_name: str, x: Tensor, importance: Tensor | None, encoder: Encoder) -> Tensor:
+    """What an encoder makes of x, on any device, with the refusals of `encode`."""
     form = block_format(type_name)
-    encoder = _ENCODERS[type_name]
     rows, columns = x.shape
     check_sizes(form, columns, importance)
     if rows == 0 or columns == 0:
-        return torch.empty((rows, form.row_bytes(columns)), dtype=torch.uint8)
+        return torch.empty((rows, form.row_bytes(columns)), dtype=torch.uint8, device=x.device)
     bad = ~torch.isfinite(x).all(1)
     if bad.any():
         refuse(form, 1, int(bad.nonzero()[0, 0]))

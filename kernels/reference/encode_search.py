@@ -4,6 +4,7 @@ x and w are [n, sub-blocks] float32: sums run over the rows one after the other,
 order of its weights and the bits agree with the native encoders'.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +17,20 @@ _MAGIC = 12582912.0
 
 
 def nearest(x: Tensor) -> Tensor:
-    """The nearest whole number as float32, halves to the even one; out of range as ggml's quantiser has it."""
+    """The nearest whole number as float32, halves to the even one; out of range as ggml has it; 0 for NaN."""
     bits = (x + _MAGIC).contiguous().view(torch.int32)
-    return ((bits & 0x007FFFFF) - 0x00400000).float()
+    # A processor chooses the bits of a NaN: those of x86 would come to 0 by themselves.
+    return torch.where(x.isnan(), 0, (bits & 0x007FFFFF) - 0x00400000).float()
 
 
 def over(number: float, x: Tensor) -> Tensor:
     """number / x, rounded once: with a number on its left torch multiplies by the reciprocal."""
     return torch.full_like(x, number) / x
+
+
+def by(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once: on a GPU torch multiplies by the reciprocal of a number on its right."""
+    return x / torch.full_like(x, number)
 
 
 def root(x: Tensor) -> Tensor:
@@ -193,3 +200,17 @@ def quantise_scales(x: Tensor, w: Tensor, top: int) -> tuple[Tensor, Tensor]:
             break
     step = torch.where(is_zero | (sum_qq <= 0), 0.0, sum_qx / sum_qq)
     return step, torch.where(is_zero, 0.0, codes)
+
+
+@dataclass(frozen=True, slots=True)
+class Searches:
+    """What an encoder needs of this file, by whatever computes it."""
+
+    running_sum: Callable[[Tensor], Tensor]
+    search_affine: Callable[..., Affine]
+    search_symmetric: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    refine_symmetric: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    quantise_scales: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+IN_TORCH = Searches(running_sum, search_affine, search_symmetric, refine_symmetric, quantise_scales)

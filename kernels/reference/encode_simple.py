@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.reference.encode_search import over, root, running_sum, search_affine, search_symmetric
+from kernels.reference.encode_search import IN_TORCH, Searches, by, over, root
 from kernels.reference.quant_simple import FP4_VALUES
 
 _BLOCK = 32
@@ -39,9 +39,9 @@ def encode_bf16(x: Tensor, _: Tensor | None = None) -> Tensor:
     return as_bytes(x, torch.bfloat16)
 
 
-def _weights(x: Tensor, importance: Tensor) -> Tensor:
+def _weights(x: Tensor, importance: Tensor, searches: Searches) -> Tensor:
     """importance * sqrt(x^2 + the row's mean square), [32, blocks]."""
-    mean = running_sum((x * x).T) / x.shape[1]
+    mean = by(searches.running_sum((x * x).T), x.shape[1])
     w = importance * root(mean.unsqueeze(1) + x * x)
     return w.reshape(-1, _BLOCK).T.contiguous()
 
@@ -52,7 +52,7 @@ def _packed(codes: Tensor, bits: int) -> list[Tensor]:
     nibbles = (q[:, :16] & 15) | (q[:, 16:] & 15) << 4
     if bits == 4:
         return [nibbles]
-    high = (q >> 4 & 1).view(-1, 4, 8) << torch.arange(8)
+    high = (q >> 4 & 1).view(-1, 4, 8) << torch.arange(8, device=q.device)
     return [high.sum(-1), nibbles]
 
 
@@ -62,11 +62,11 @@ def _inverse(d: Tensor) -> tuple[Tensor, Tensor]:
     return inverse, ~torch.isfinite(inverse)
 
 
-def _symmetric(x: Tensor, importance: Tensor | None, bits: int) -> Tensor:
+def _symmetric(x: Tensor, importance: Tensor | None, bits: int, searches: Searches) -> Tensor:
     top = 1 << (bits - 1)
     blocks = x.reshape(-1, _BLOCK)
     if importance is not None:
-        d, found = search_symmetric(blocks.T.contiguous(), _weights(x, importance), top)
+        d, found = searches.search_symmetric(blocks.T.contiguous(), _weights(x, importance, searches), top)
         codes = found.T
     else:
         extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
@@ -77,12 +77,12 @@ def _symmetric(x: Tensor, importance: Tensor | None, bits: int) -> Tensor:
     return join(len(x), [as_bytes(d, torch.float16), *_packed(codes, bits)])
 
 
-def _affine(x: Tensor, importance: Tensor | None, bits: int) -> Tensor:
+def _affine(x: Tensor, importance: Tensor | None, bits: int, searches: Searches) -> Tensor:
     top = (1 << bits) - 1
     blocks = x.reshape(-1, _BLOCK)
     if importance is not None:
         columns = blocks.T.contiguous()
-        found = search_affine(columns, _weights(x, importance), top, -0.9, 0.05, 36)
+        found = searches.search_affine(columns, _weights(x, importance, searches), top, -0.9, 0.05, 36)
         d, m, codes = found.scale, -found.minimum, found.codes(columns, top).T
     else:
         # Of zeros of both signs the first counts.
@@ -95,24 +95,24 @@ def _affine(x: Tensor, importance: Tensor | None, bits: int) -> Tensor:
     return join(len(x), [as_bytes(d, torch.float16), as_bytes(m, torch.float16), *_packed(codes, bits)])
 
 
-def encode_q4_0(x: Tensor, importance: Tensor | None = None) -> Tensor:
+def encode_q4_0(x: Tensor, importance: Tensor | None = None, searches: Searches = IN_TORCH) -> Tensor:
     """d * (q - 8), the value of largest magnitude at q = 0."""
-    return _symmetric(x, importance, 4)
+    return _symmetric(x, importance, 4, searches)
 
 
-def encode_q5_0(x: Tensor, importance: Tensor | None = None) -> Tensor:
+def encode_q5_0(x: Tensor, importance: Tensor | None = None, searches: Searches = IN_TORCH) -> Tensor:
     """d * (q - 16), the value of largest magnitude at q = 0."""
-    return _symmetric(x, importance, 5)
+    return _symmetric(x, importance, 5, searches)
 
 
-def encode_q4_1(x: Tensor, importance: Tensor | None = None) -> Tensor:
+def encode_q4_1(x: Tensor, importance: Tensor | None = None, searches: Searches = IN_TORCH) -> Tensor:
     """d * q + m, from the least value to the largest."""
-    return _affine(x, importance, 4)
+    return _affine(x, importance, 4, searches)
 
 
-def encode_q5_1(x: Tensor, importance: Tensor | None = None) -> Tensor:
+def encode_q5_1(x: Tensor, importance: Tensor | None = None, searches: Searches = IN_TORCH) -> Tensor:
     """d * q + m, from the least value to the largest."""
-    return _affine(x, importance, 5)
+    return _affine(x, importance, 5, searches)
 
 
 def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:

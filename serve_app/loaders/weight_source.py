@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import native_matrix, triton_computes
+from kernels.formats import BlockFormat
 from kernels.gpu.planar import PlanarMatrix
 from kernels.gpu.planar_forms import planar_form
 from kernels.reference.quant import dequantize
@@ -38,8 +39,9 @@ class CheckpointSource:
     device; those that are asked for together and have one type become one. Elsewhere a matrix whose stored type is the
     compute dtype is a view of the mapped file; one in another plain type that is as wide or wider is converted, its
     pages given back; every other stays packed, float16 for a float32 model included. A tensor that is quantised while
-    it is loaded (StoredTensor.recoding) goes the same ways, piece by piece, without a view of the file. Remembers
-    which tensors were asked for. is_exact: see NativeWeight. progress: told of each, piece by piece where quantised.
+    it is loaded (StoredTensor.recoding) goes the same ways, piece by piece, without a view of the file; where
+    Triton's kernels compute it is encoded on the device, if there is an encoder of its type. Remembers which tensors
+    were asked for. is_exact: see NativeWeight. progress: told of each, piece by piece where quantised.
     """
 
     def __init__(
@@ -114,9 +116,9 @@ class CheckpointSource:
             self._progress(stored.name, len(stored.data))
         return stored
 
-    def _blocks(self, stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self, stored: StoredTensor, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
         """See loaders.recode; what keeps its type was told when it was taken."""
-        return blocks_of(stored, None if stored.recoding is None else self._progress)
+        return blocks_of(stored, None if stored.recoding is None else self._progress, device)
 
     def _rows(self, stored: StoredTensor, num_rows: int) -> Tensor:
         """The bytes as [num_rows, bytes per row], still those of the file."""
@@ -163,9 +165,10 @@ class CheckpointSource:
     def _torch_experts(self, parts: list[StoredTensor]) -> Experts:
         form, plain = parts[0].form, PLAIN_DTYPES.get(parts[0].form.name)
         num_rows, columns = parts[0].shape
-        rows = torch.empty((len(parts), num_rows, form.row_bytes(columns)), dtype=torch.uint8)
+        device = self._encoding_device(form)
+        rows = torch.empty((len(parts), num_rows, form.row_bytes(columns)), dtype=torch.uint8, device=device)
         for out, part in zip(rows, parts, strict=True):
-            recoded_bytes(part, self._progress if part.recoding else None, out)
+            recoded_bytes(part, self._progress if part.recoding else None, out, device)
         if plain is not None and plain.itemsize >= self._dtype.itemsize:
             return DenseExperts(self._placed(rows.view(plain).to(self._dtype)))
         return PackedExperts(form, self._placed(rows), self._dtype)
@@ -182,7 +185,7 @@ class CheckpointSource:
         matrix = PlanarMatrix(form, sum(t.shape[0] for t in stored), stored[0].shape[1], self._device)
         first = 0
         for tensor in stored:
-            for start, blocks in self._blocks(tensor):
+            for start, blocks in self._blocks(tensor, self._device):
                 matrix.pack(first + start, blocks)
             first += tensor.shape[0]
         return PlanarWeight(matrix, self._dtype)
@@ -206,7 +209,7 @@ class CheckpointSource:
 
     def _torch(self, stored: StoredTensor) -> Weight:
         if stored.recoding is not None:
-            rows = recoded_bytes(stored, self._progress)
+            rows = recoded_bytes(stored, self._progress, device=self._encoding_device(stored.form))
         else:
             rows = self._rows(stored, stored.shape[0])
             if stored.row_order is not None:
@@ -220,6 +223,10 @@ class CheckpointSource:
             drop_pages(stored.data)
             return DenseWeight(self._placed(dense))
         return PackedWeight(stored.form, self._placed(rows), self._dtype, keep_decoded=self._keep_decoded)
+
+    def _encoding_device(self, form: BlockFormat) -> torch.device | None:
+        """Where blocks without planes are put together: plain numbers, which are yet to be converted, on the CPU."""
+        return self._device if self._has_triton and form.name not in PLAIN_DTYPES else None
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)

@@ -12,13 +12,14 @@ from planar_cases import matrix_and_weights
 from kernels import dispatch
 from kernels.dispatch import triton_computes
 from kernels.formats import BY_NAME
+from kernels.gpu.encode import encode
 from kernels.gpu.planar import PlanarMatrix
 from kernels.gpu.planar_forms import PLANAR
 from kernels.reference.quant import dequantize
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.pages import as_tensor
-from serve_app.loaders.quantized import plan_steps
+from serve_app.loaders.quantized import Source, plan_steps
 from serve_app.loaders.recoded_checkpoint import RecodedCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.quant.encode import requantize
@@ -125,26 +126,62 @@ def test_planar_and_other_matrices_together(source: CheckpointSource) -> None:
     assert weight.matmul(torch.ones(2, COLUMNS).to(weight.dequantize().device)).shape == (2, 64)
 
 
-def test_matrices_quantised_while_they_are_loaded(source: CheckpointSource, device: torch.device) -> None:
-    """Planes of what the encoder makes, in the file's order of rows and in the rotary one."""
+@pytest.fixture
+def encoded_types(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The type of everything that the device's encoder was given."""
+    names: list[str] = []
+
+    def spy(name: str, *operands: torch.Tensor) -> torch.Tensor:
+        names.append(name)
+        return encode(name, *operands)
+
+    monkeypatch.setattr("kernels.gpu.encode.encode", spy)
+    return names
+
+
+def recoding(source: CheckpointSource, wanted: str, device: torch.device) -> CheckpointSource:
+    """The same file, all of it to be quantised."""
     checkpoint = source._checkpoint
-    recipe = Recipe.parse("Q5_K", promotes=False)
-    tensors = [(tensor, tensor.name, tensor.name) for tensor in checkpoint.stored()]
-    steps = plan_steps(tensors, recipe, ModelFacts("llama", 1, 4, 4), None, needs_gguf=False)
-    weights = CheckpointSource(RecodedCheckpoint(checkpoint, steps), torch.float32, device)
-    for name, out in (("k", "attn_k"), ("v", "attn_v")):
+    tensors = [Source.of(tensor, tensor.name) for tensor in checkpoint.stored()]
+    facts = ModelFacts("llama", 1, 4, 4)
+    steps = plan_steps(tensors, Recipe.parse(wanted, promotes=False), facts, None, needs_gguf=False)
+    return CheckpointSource(RecodedCheckpoint(checkpoint, steps), torch.float32, device)
+
+
+def by_the_host(source: CheckpointSource, out: str, wanted: str) -> torch.Tensor:
+    """The numbers of the file's matrix that the host's encoder makes."""
+    stored = next(tensor for tensor in source._checkpoint.stored() if out in tensor.name)
+    return dequantize(wanted, requantize(stored.form.name, as_tensor(stored.data).view(32, -1), QuantType(wanted)))
+
+
+@pytest.mark.parametrize(("wanted", "is_on_device"), [("Q5_0", True), ("HQQ8", False)])
+def test_matrices_quantised_while_they_are_loaded(
+    source: CheckpointSource, device: torch.device, encoded_types: list[str], wanted: str, *, is_on_device: bool
+) -> None:
+    """Planes of what the encoder makes, the device's or the host's, in the file's order of rows and the rotary one."""
+    weights = recoding(source, wanted, device)
+    for name in ("k", "v"):
         weight = weights.weight(attention(name), [32], COLUMNS)
         assert isinstance(weight, PlanarWeight)
-        assert weight.matrix.form.name == "Q5_K"
-        stored = next(tensor for tensor in checkpoint.stored() if out in tensor.name)
-        blocks = requantize(stored.form.name, as_tensor(stored.data).view(32, -1), QuantType.Q5_K)
-        expected = dequantize("Q5_K", blocks)
+        assert weight.matrix.form.name == wanted
+        expected = by_the_host(source, f"attn_{name}", wanted)
         if name == "k":
             expected = expected.view(4, 4, 2, COLUMNS).transpose(1, 2).reshape(32, COLUMNS)
         assert torch.equal(weight.dequantize().cpu(), expected)
     fused = weights.weight(attention("q", "k", "v"), [32, 32, 32], COLUMNS)
     assert isinstance(fused, PlanarWeight)
     assert torch.equal(fused.dequantize()[64:], weights.weight(attention("v"), [32], COLUMNS).dequantize())
+    assert encoded_types == ([wanted] * 6 if is_on_device else [])
+
+
+@pytest.mark.parametrize("wanted", ["FP8", "MXFP4"])
+def test_blocks_without_planes_are_encoded_on_the_device_too(
+    source: CheckpointSource, device: torch.device, encoded_types: list[str], wanted: str
+) -> None:
+    weight = recoding(source, wanted, device).weight(attention("v"), [32], COLUMNS)
+    assert isinstance(weight, PackedWeight)
+    assert torch.equal(weight.dequantize().cpu(), by_the_host(source, "attn_v", wanted))
+    assert encoded_types == [wanted]
 
 
 def test_types_without_planes_are_decoded_by_the_tile(source: CheckpointSource) -> None:
@@ -182,5 +219,5 @@ def test_the_device_holds_one_piece_besides(device: torch.device, monkeypatch: p
 def test_a_device_without_kernels_is_said(source: CheckpointSource, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIROCCO_TRITON", "0")
-        CheckpointSource(source._checkpoint, torch.float32, torch.device("meta"))
+        CheckpointSource(source._checkpoint, torch.float32, torch.device("cuda"))
     assert "turned off by SIROCCO_TRITON=0" in caplog.text
