@@ -1,6 +1,10 @@
 import importlib.util
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 # Test modules of several folders share these, which are no packages of ours to import by name.
 _SHARED = (
@@ -21,3 +25,13 @@ for _name in _SHARED:
     _module = importlib.util.module_from_spec(_spec)
     sys.modules[_name] = _module
     _spec.loader.exec_module(_module)
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_our_loggers() -> Iterator[None]:
+    """The program sets them; no test shall see those of another."""
+    loggers = [logging.getLogger(name) for name in ("serve_app", "deployments", "kernels")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -100,6 +100,8 @@ def test_a_preemption() -> None:
         assert llm.engine.stats().preemptions > 0
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_keys_and_values_in_e4m3() -> None:
     """The text need not be the same, but Triton's and plain torch's are, token for token."""
     config = replace(CONFIG, pa_cache_type="f8e4m3")

@@ -136,6 +136,8 @@ def test_an_engine_without_capture_goes_on(llm: LLM, device: torch.device, caplo
     assert graphs.num_graphs == 0
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_one_graph_that_fails_leaves_the_others(
     llm: LLM, device: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

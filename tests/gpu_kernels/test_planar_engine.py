@@ -44,6 +44,8 @@ def matrices(llm: LLM) -> set[type]:
     return {type(model.head.weight), type(model.embedding.weight)}
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_a_golden_text_of_plain_weights(triton_multiplies: None, device: torch.device) -> None:
     folder = MODELS / "stories260K"
     cases = json.loads((folder / "golden_greedy.json").read_text())["cases"]

@@ -55,7 +55,7 @@ def test_sixteen_bits(name: str, dtype: torch.dtype, tokens: int, device: torch.
     check(matrix, weights, activations(tokens, 512, dtype) / 16)
 
 
-@pytest.mark.parametrize("tokens", [2, 8])
+@pytest.mark.parametrize("tokens", [2, pytest.param(8, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_0", "Q3_K"])
 def test_gemv_with_several_rows_and_split_columns(name: str, tokens: int, device: torch.device) -> None:
     matrix, weights = matrix_and_weights(name, 21, 768, device)
@@ -63,7 +63,7 @@ def test_gemv_with_several_rows_and_split_columns(name: str, tokens: int, device
     check(matrix, weights, activations(tokens, 768, torch.float32), shape)
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q4_K", pytest.param("Q8_0", marks=pytest.mark.nightly)])
 def test_tiles_with_split_columns(name: str, device: torch.device) -> None:
     matrix, weights = matrix_and_weights(name, 33, 768, device)
     shape = LaunchShape("tile", 16, rows=16, vectors=2, split=4, warps=4, stages=3)
