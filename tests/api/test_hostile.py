@@ -260,6 +260,9 @@ def _raw(server: Any, request: bytes) -> tuple[int, Any]:
         with contextlib.suppress(OSError):
             connection.sendall(request)
         answer = connection.recv(1 << 16)
+        # The head may come by itself.
+        while answer.endswith(b"\r\n\r\n") and (more := connection.recv(1 << 16)):
+            answer += more
     head, _, body = answer.partition(b"\r\n\r\n")
     try:
         parsed = json.loads(body)

@@ -12,7 +12,7 @@ from family_cases import CASES, hf_model, our_model
 from tiny_llama import full_logits, hf_llama, our_llama
 
 from kernels import dispatch
-from kernels.gpu import attention_plan
+from kernels.gpu import attention_plan, dense_gemv, launch_shapes
 from serve_app.engine.forward import TorchForward
 from serve_app.engine.llm import LLM
 from serve_app.layers.gpu_step import GpuStep
@@ -58,7 +58,8 @@ def open_llm(config: EngineConfig = CONFIG) -> LLM:
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many parts as one core needs: the tests of the kernel cut contexts, and programs take their time here."""
-    monkeypatch.setattr(attention_plan, "num_cores", lambda device: 1)
+    for module in (attention_plan, dense_gemv, launch_shapes):
+        monkeypatch.setattr(module, "num_cores", lambda device: 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,7 +138,7 @@ def test_logits_of_random_models_are_those_of_transformers(changes: dict[str, ob
     ("kind", "changes"),
     [
         pytest.param("Mistral", {"sliding_window": 9}, id="one group", marks=pytest.mark.nightly),
-        pytest.param("Gemma2", {"head_dim": 16, "sliding_window": 9}, id="two groups"),
+        pytest.param("Gemma2", {"head_dim": 16, "sliding_window": 9}, id="two groups", marks=pytest.mark.nightly),
     ],
 )
 def test_windows_give_up_blocks(kind: str, changes: dict[str, object]) -> None:

@@ -55,7 +55,10 @@ def test_a_golden_text_of_plain_weights(triton_multiplies: None, device: torch.d
         assert texts(llm, [case["prompt_ids"] for case in cases[:2]], 12) == expected
 
 
-@pytest.mark.parametrize(("name", "num_tokens"), [("Q8_0", 3), pytest.param("Q5_K", 8, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("name", "num_tokens"),
+    [pytest.param("Q8_0", 3, marks=pytest.mark.nightly), pytest.param("Q5_K", 8, marks=pytest.mark.nightly)],
+)
 def test_quantised_weights_give_the_text_of_their_decoded_numbers(
     name: str,
     num_tokens: int,
