@@ -15,6 +15,7 @@ ORGANIZATION_HELP = (
     "is quantised."
 )
 IMATRIX_HELP = "Importance matrix of llama-imatrix, .dat or GGUF."
+TOPOLOGY_HELP = "YAML file with types for layers (0-8: {isq: Q6K}); --isq is for the others."
 CALIBRATION_HELP = "Text to compute an importance matrix from: the model reads it once, unquantised."
 
 
@@ -33,10 +34,7 @@ class InSituOptions:
     ] = None
     organization: Annotated[
         IsqOrganization,
-        _isq_option(
-            "--isq-organization",
-            help=ORGANIZATION_HELP,
-        ),
+        _isq_option("--isq-organization", help=ORGANIZATION_HELP),
     ] = "default"
     imatrix: Annotated[
         str | None,
@@ -44,17 +42,13 @@ class InSituOptions:
     ] = None
     calibration_file: Annotated[
         str | None,
-        _isq_option(
-            "--calibration-file",
-            help=CALIBRATION_HELP,
-            metavar="FILE",
-        ),
+        _isq_option("--calibration-file", help=CALIBRATION_HELP, metavar="TEXT"),
     ] = None
     topology: Annotated[
         str | None,
         _isq_option(
             "--topology",
-            help="YAML file with types for layers (0-8: {isq: Q6K}); --isq is for the others.",
+            help=TOPOLOGY_HELP,
             metavar="FILE",
         ),
     ] = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from serve_app.cli_isq_options import CALIBRATION_HELP, IMATRIX_HELP, ORGANIZATION_HELP, IsqOrganization
+from serve_app.cli_isq_options import CALIBRATION_HELP, IMATRIX_HELP, ORGANIZATION_HELP, TOPOLOGY_HELP, IsqOrganization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class QuantizeOptions:
     ] = None
     topology: Annotated[
         str | None,
-        Option("--topology", metavar="FILE", help="YAML file with types for layers; --isq is for the others."),
+        Option("--topology", metavar="FILE", help=TOPOLOGY_HELP),
     ] = None
     isq_organization: Annotated[IsqOrganization, Option("--isq-organization", help=ORGANIZATION_HELP)] = "default"
     num_threads: Annotated[

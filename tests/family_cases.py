@@ -124,8 +124,8 @@ def hf_model(name: str) -> Any:
     return model
 
 
-def our_model(hf: Any) -> CausalLM:
+def our_model(hf: Any, device: str = "cpu") -> CausalLM:
     """The same weights in our model."""
     family = find_family(type(hf).__name__, "config.json")
     tensors = {k: v.detach() for k, v in hf.state_dict().items()}
-    return family.build(family.args.from_hf(hf.config.to_dict()), DictSource(tensors))
+    return family.build(family.args.from_hf(hf.config.to_dict()), DictSource(tensors, device=device))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.reference.sampling import without_waiting
 from serve_app.attention.backend import AttentionNeeds, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.gpu_limits import Limits
@@ -41,18 +42,25 @@ class FlashinferAttention:
         """wrapper_class: flashinfer.BatchPrefillWithPagedKVCacheWrapper."""
         self._class = wrapper_class
         self._device = device
-        self._wrappers: dict[Kind, Any] = {}
+        self._workspace: Tensor | None = None
+        self._wrappers: dict[tuple[Kind, bool], Any] = {}
+        self._is_odd = False
 
     def plan(self, batch: DeviceBatch) -> "FlashinferPlan":
         """See AttentionBackend."""
+        self._is_odd = not self._is_odd
         return FlashinferPlan(self, batch)
 
     def wrapper(self, kind: Kind) -> Any:
-        """One for each kind of layer: a plan lies in its memory until the step is done."""
-        if kind not in self._wrappers:
-            workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
-            self._wrappers[kind] = self._class(workspace, "NHD")
-        return self._wrappers[kind]
+        """Two for each kind of layer, taken in turn: a plan lies in its memory, on the host too, until the step is
+        done, and the next step may be planned before. Results in between share one memory, as kernels follow one
+        another."""
+        key = (kind, self._is_odd)
+        if key not in self._wrappers:
+            if self._workspace is None:
+                self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
+            self._wrappers[key] = self._class(self._workspace, "NHD")
+        return self._wrappers[key]
 
 
 class FlashinferPlan:
@@ -86,7 +94,7 @@ class FlashinferPlan:
         wrapper.plan(
             qo_indptr=torch.from_numpy(batch.host.query_start),
             paged_kv_indptr=starts,
-            paged_kv_indices=blocks.to(device),
+            paged_kv_indices=without_waiting(blocks, device),
             paged_kv_last_page_len=last,
             num_qo_heads=shape.n_heads,
             num_kv_heads=shape.n_kv_heads,

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from serve_app.loaders.checkpoint import Checkpoint, StoredTensor
-from serve_app.loaders.weight_source import CheckpointSource
+from serve_app.loaders.headers import HeaderSource
 from serve_app.models.base import ModelArgs
 from serve_app.models.registry import Family
-from serve_app.quant.experts import DenseExperts, Experts
-from serve_app.quant.weight import DenseWeight, Weight
+from serve_app.quant.experts import Experts
+from serve_app.quant.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +35,29 @@ def wanted_tensors(family: Family, args: ModelArgs, checkpoint: Checkpoint) -> t
     return list(recorder.wanted.values()), recorder.unused()
 
 
-class _Recorder(CheckpointSource):
-    """Gives tensors that hold nothing."""
+class _Recorder(HeaderSource):
+    """Writes down what is asked for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint, torch.float32, torch.device("cpu"))
+        super().__init__(checkpoint)
         self.wanted: dict[str, WantedTensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See WeightSource."""
         self._note(name, (self._take(name, shape),), shape)
-        return torch.ones(shape)
+        return super().tensor(name, shape)
 
     def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
         """See WeightSource."""
         for name, rows in zip(names, out_features, strict=True):
             self._note(name, (self._take(name, (rows, in_features)),), (rows, in_features))
-        return DenseWeight(torch.empty((sum(out_features), in_features), device="meta"))
+        return super().weight(names, out_features, in_features)
 
     def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
         """See WeightSource."""
         shape = (num_experts, out_features, in_features)
         self._note(name.replace("{}.", ""), tuple(self._expert_parts(name, *shape)), shape)
-        return DenseExperts(torch.empty(shape, device="meta"))
+        return super().experts(name, *shape)
 
     def _note(self, name: str, parts: tuple[StoredTensor, ...], shape: tuple[int, ...]) -> None:
         self.wanted[name] = WantedTensor(name, parts, shape)

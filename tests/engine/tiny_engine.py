@@ -34,18 +34,20 @@ class TinyEngine:
         self, model: CausalLM, config: EngineConfig, num_blocks: int, max_tokens: int = 512, *, gives_up: bool = True
     ) -> None:
         """gives_up False: all layers in one group that keeps everything; windows only mask."""
+        device = "cpu" if config.device == "auto" else config.device
         plan = KvPlan.of(model, config, max_tokens)
         if not gives_up:
             plan = replace(plan, groups=(LayerGroup(0, tuple(range(model.args.n_layers))),))
         args = model.args
-        self.kv = KvPool.create(
-            PosixShmArena.create, num_blocks, config.block_size, plan.layers_per_block, args.n_kv_heads, args.head_dim,
-            torch.float32, plan.layers,
-        )  # fmt: skip
+        shape = (config.block_size, plan.layers_per_block, args.n_kv_heads, args.head_dim, torch.float32, plan.layers)
+        if device == "cpu":
+            self.kv = KvPool.create(PosixShmArena.create, num_blocks, *shape)
+        else:
+            self.kv = KvPool.on_device(device, num_blocks, *shape)
         self.pool = ledger(config, num_blocks, b"tiny")
         tokenizer = open_tokenizer(TOKENIZER)
         runner = ModelRunner(
-            model, Sampler(args.vocab_size, config.max_seqs, "cpu", []), self.kv, "cpu", config.attention_backend,
+            model, Sampler(args.vocab_size, config.max_seqs, device, []), self.kv, device, config.attention_backend,
             is_exact=True,
         )  # fmt: skip
         self.windows = plan.windows(num_blocks)

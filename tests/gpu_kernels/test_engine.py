@@ -133,7 +133,6 @@ def test_logits_of_random_models_are_those_of_transformers(changes: dict[str, ob
     assert (ours - theirs).abs().amax() <= 1e-4 * theirs.abs().max()
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the engine of this test keeps its cache on the CPU")
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -144,14 +143,14 @@ def test_logits_of_random_models_are_those_of_transformers(changes: dict[str, ob
 def test_windows_give_up_blocks(kind: str, changes: dict[str, object]) -> None:
     """A chunked prompt and a decode of several windows; blocks that nobody holds are NaN."""
     CASES["here"] = (kind, {"vocab_size": 512, **changes})
-    model = our_model(hf_model("here"))
+    model = our_model(hf_model("here"), DEVICE)
     config = replace(CONFIG, prefill_chunk_tokens=20, max_batched_tokens=20)
     tiny = TinyEngine(model, config, 8)
     prompt = torch.randint(3, 512, (45,), generator=torch.Generator().manual_seed(3)).tolist()
     tiny.add("a", prompt, max_tokens=8)
     output = tiny.run()["a", 0]
     assert len(output) == 8
-    logits = full_logits(model, prompt + output, "torch")[len(prompt) - 1 : -1]
+    logits = full_logits(model, prompt + output, "torch", device=DEVICE)[len(prompt) - 1 : -1].cpu()
     assert (logits.amax(1) - logits[range(8), output]).max() <= 1e-4 * logits.abs().max()
     tiny.close()
 
