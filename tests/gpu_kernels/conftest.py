@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,3 +45,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where the kernels run."""
     return torch.device("cpu" if IS_INTERPRETED else "cuda")
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """Triton's interpreter replaces what triton.language holds as a launch begins, and again at every call of a device
+    function in it, which changes nothing more and takes most of the time of a small launch."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if modules and modules <= patched:
+            return None
+        patched.update(modules)
+        return patch(function)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_anew
+
+
+if IS_INTERPRETED:
+    _patch_the_language_once_a_launch()
