@@ -37,7 +37,8 @@ class TargetSwitch:
         self, switch: WeightSwitch | None, replica_id: str, wish: Wish, ask_wish: AskWish | None = None
     ) -> None:
         """ask_wish: for the latest wish that any replica knows."""
-        self.wish = wish
+        # Differs from the wish while weights are exchanged: where that fails and nobody leads, it holds again.
+        self._wish_before = self.wish = wish
         self._switch = switch
         self._replica_id = replica_id
         self._ask_wish = ask_wish
@@ -81,11 +82,14 @@ class TargetSwitch:
         self._job_id, self._error, self._progress = job_id, None, 0.0
         self._heard_s = time.monotonic()
         try:
-            self._plan = await in_thread(lambda: self._weights.plan(isq_type))
+            plan = await in_thread(lambda: self._weights.plan(isq_type))
         except BaseException:
-            self._end()
+            if self._job_id == job_id:
+                self._end()
             raise
-        self._step = "reserved"
+        if self._job_id != job_id:
+            raise Conflict(f"The job {job_id} was given up while its weights were planned.")
+        self._plan, self._step = plan, "reserved"
         self._keep(self._watch(job_id))
         return await self.state(job_id)
 
@@ -98,7 +102,7 @@ class TargetSwitch:
     async def commit(self, job_id: str, mode: Mode, wish: Wish) -> PartState:
         """Begins to exchange the weights; from here on the wish holds for replicas that ask this one."""
         if self._is_at(job_id, "prepared"):
-            self.wish = wish
+            self._wish_before, self.wish = self.wish, wish
             self._begin("switching", "switched", lambda: self._weights.switch(mode))
         return await self.state(job_id)
 
@@ -200,7 +204,7 @@ class TargetSwitch:
             if self._step == "switched":
                 await self.settle(job_id)
             else:
-                await self._undo(self.wish)
+                await self._undo(self._wish_before)
             if self._ask_wish is not None:
                 await self.catch_up()
 
@@ -214,6 +218,7 @@ class TargetSwitch:
     def _end(self) -> None:
         self._job_id = self._plan = self._work = None
         self._step = "idle"
+        self._wish_before = self.wish
 
     def _keep(self, work: Any) -> "asyncio.Task[None]":
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

@@ -18,14 +18,14 @@ class BlockTables:
     """
 
     def __init__(self, pool: BlockLedger, windows: Sequence[KvWindow]) -> None:
-        """windows: by group."""
+        """windows: by group; has_windows: of any."""
         self.pool = pool
         self.num_groups = len(windows)
         self.prefix_lookups = 0
         self.prefix_hits = 0
         self._windows = windows
         self._lookbacks = tuple(window.num_lookback for window in windows)
-        self._has_windows = any(self._lookbacks)
+        self.has_windows = any(self._lookbacks)
         self._block_size = pool.block_size
         self._prompt_numbers = count(1)
 
@@ -81,7 +81,7 @@ class BlockTables:
     def advance(self, request: Request) -> None:
         """After a step took on more of a request: publishes blocks that are full, gives up those behind a window."""
         self.publish(request)
-        if self._has_windows:
+        if self.has_windows:
             self._slide(request)
 
     def publish(self, request: Request) -> None:

@@ -23,8 +23,7 @@ class _Action:
 class Border:
     """Actions for the stepping thread, in the order in which they were posted.
 
-    post and withdraw may be called from any thread; cross only between two steps, when none is under way. is_due: an
-    action may want to run, so no step must be begun ahead of the results of another.
+    post and withdraw may be called from any thread; cross only between two steps, when none is under way.
     """
 
     def __init__(self, scheduler: Scheduler, wake: threading.Event) -> None:
@@ -61,10 +60,23 @@ class Border:
                 return False
             self._actions.remove(found)
             done.cancel()
+            done.set_running_or_notify_cancel()
             # The stepping thread lets waiting requests go on, as after any action.
             self._actions.append(_Action(lambda: None, drains=False, holds_after=self._stays_held))
         self._wake.set()
         return True
+
+    def may_be_crossed(self) -> bool:
+        """Whether an action could run as soon as no step is under way. One that waits for requests to end does not let
+        new ones begin from here on. On the stepping thread."""
+        if not self._actions:
+            return False
+        with self._lock:
+            action = self._actions[0] if self._actions else None
+        if action is None or not action.drains:
+            return action is not None
+        self._hold()
+        return is_drained(self._scheduler)
 
     def cross(self) -> None:
         """Runs what is due. On the stepping thread."""

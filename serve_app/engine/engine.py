@@ -244,9 +244,9 @@ class Engine:
         self._expire(deltas)
         is_launched = False
         try:
-            if self.border.is_due:
+            if self.border.may_be_crossed():
                 self._collect(deltas)
-            self.border.cross()
+                self.border.cross()
             is_launched = self._launch()
             self._collect(deltas, leave=1 if is_launched and self.parts.runner.overlaps else 0)
         except Exception as error:
@@ -273,10 +273,7 @@ class Engine:
             launched = self._under_way[0]
             result = launched.pending.wait()
             self._under_way.popleft()
-            if self.parts.runner.overlaps:
-                self._mark(launched.schedule, False)
-                for later in self._under_way:
-                    self._mark(later.schedule, True)
+            self._scheduler.num_done += 1
             self._update(launched, result, deltas)
             self._failures = 0
 
@@ -305,6 +302,7 @@ class Engine:
     def _advance(self, schedule: Schedule) -> list[Request]:
         """Counts what the step computes, takes the places of the tokens it draws, and starts forks; returns for whom
         tokens are drawn."""
+        self._scheduler.num_begun += 1
         advance = self._scheduler.advance
         sampled = list(schedule.decode)
         for request in schedule.decode:
@@ -317,16 +315,7 @@ class Engine:
                     self._fork(request)
         for request in sampled:
             request.token_ids.append(UNKNOWN - request.row)
-        if self.parts.runner.overlaps:
-            self._mark(schedule, True)
         return sampled
-
-    @staticmethod
-    def _mark(schedule: Schedule, is_under_way: bool) -> None:
-        for request in schedule.decode:
-            request.is_under_way = is_under_way
-        for request, _ in schedule.prefill:
-            request.is_under_way = is_under_way
 
     def _update(self, launched: _Launched, result: StepResult, deltas: list[TokenDelta]) -> None:
         """Turns sampled tokens into deltas."""
@@ -403,9 +392,8 @@ class Engine:
     def _recover(self, error: Exception, deltas: list[TokenDelta]) -> None:
         """A step broke: what ran is lost and told so, what waits goes on."""
         log.exception("a step failed")
-        for launched in self._under_way:
-            self._mark(launched.schedule, False)
         self._under_way.clear()
+        self._scheduler.num_done = self._scheduler.num_begun
         if self.parts.runner.overlaps:
             # What was never computed may be in blocks that others can find.
             self._scheduler.pool.flush()

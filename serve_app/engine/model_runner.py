@@ -12,7 +12,7 @@ from torch import Tensor
 from serve_app.batch import ForwardBatch
 from serve_app.engine.device_choice import on_device
 from serve_app.engine.forward import Forward, choose_forward
-from serve_app.engine.graph_forward import GraphLimits
+from serve_app.engine.graph_forward import GraphForward, GraphLimits
 from serve_app.engine.last_tokens import LastTokens
 from serve_app.engine.sampler import Draw, Sampler, StepLogprobs
 from serve_app.models.base import CausalLM
@@ -103,6 +103,11 @@ class ModelRunner:
         old = self.model, self._forward
         self.model, self._forward = model, forward
         return old
+
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs that steps are replayed from."""
+        return self._forward.num_graphs if isinstance(self._forward, GraphForward) else 0
 
     @property
     def overlaps(self) -> bool:

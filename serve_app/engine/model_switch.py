@@ -1,10 +1,9 @@
 """Other weights for a running engine: made beside it, exchanged between two steps, undone where anything fails."""
 
-import contextlib
 import gc
 import logging
 import time
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +12,12 @@ from kernels import dispatch
 from serve_app.engine.aside import run_aside
 from serve_app.engine.engine import Engine
 from serve_app.engine.forward import Forward
+from serve_app.engine.kv_plan import KvPlan
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.switch_plan import find_isq, make_plan, stamp, type_name
 from serve_app.engine.weight_switch import Mode, Progress, SwitchPlan
 from serve_app.errors import EngineFailed, ServeError, Unavailable
+from serve_app.layers.angle_sets import AngleSets
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.models.base import CausalLM
@@ -43,6 +44,7 @@ class _Weights:
     fingerprint: bytes
     model: CausalLM | None = None
     forward: Forward | None = None
+    angles: AngleSets | None = None
 
 
 class ModelSwitch:
@@ -79,7 +81,7 @@ class ModelSwitch:
         """See WeightSwitch."""
         assert self._prepared is None
         assert self._previous is None
-        self._plan, self._progress, self._is_stopped = plan, progress, False
+        self._plan, self._progress = plan, progress
         if not plan.in_place:
             self._prepared = run_aside(lambda: self._load(plan.isq))
             progress(1.0)
@@ -98,6 +100,7 @@ class ModelSwitch:
     def settle(self) -> None:
         """See WeightSwitch."""
         self._plan = self._prepared = self._previous = None
+        self._is_stopped = False
         self._free()
 
     def stop(self) -> None:
@@ -142,7 +145,11 @@ class ModelSwitch:
             calibrate=read_once,
         )
         self._check(loaded)
-        return _Weights(isq, loaded.fingerprint, loaded.model, self._runner.forward_of(loaded.model))
+        forward = self._runner.forward_of(loaded.model)
+        if self._runner.num_graphs and not getattr(forward, "num_graphs", 0):
+            raise EngineFailed("no CUDA graph of the new weights could be recorded beside the old ones")
+        angles = KvPlan.of(loaded.model, self._config, self._files.max_seq_len).angles
+        return _Weights(isq, loaded.fingerprint, loaded.model, forward, angles)
 
     def _check(self, loaded: LoadedModel) -> None:
         """The cache, the tokenizer and what else the engine was built around must go on to fit."""
@@ -156,12 +163,11 @@ class ModelSwitch:
         def exchange() -> None:
             began = time.monotonic()
             num_running = recompute_running(self._engine)
+            scheduler = self._engine.parts.scheduler
+            scheduler.pool.renew(new.fingerprint)
             old.model, old.forward = self._runner.exchange(new.model, new.forward)
-            try:
-                self._engine.parts.scheduler.pool.renew(new.fingerprint)
-            except BaseException:
-                self._runner.exchange(old.model, old.forward)
-                raise
+            assert new.angles is not None
+            old.angles = scheduler.exchange_angles(new.angles)
             took_ms = (time.monotonic() - began) * 1e3
             log.info(
                 "weights are %s now, were %s: exchanged in %.1f ms, %d requests are computed again",
@@ -206,8 +212,8 @@ class ModelSwitch:
             while True:
                 if self._is_stopped:
                     self._engine.border.withdraw(done)
-                with contextlib.suppress(TimeoutError):
-                    done.result(_POLL_S)
+                if wait([done], _POLL_S).done:
+                    done.result()
                     return
                 if self._engine.is_stopped or self._engine.is_failed:
                     raise Unavailable("the engine stopped before its weights were exchanged")
@@ -257,13 +263,13 @@ def recompute_running(engine: Engine) -> int:
     running = list(reversed(scheduler.running))
     for request in running:
         scheduler.requeue(request)
+    for request in scheduler.waiting:
+        request.block_hashes = []
         if not request.num_output:
             # A prompt's numbers are one model's. What was told already stays.
             if request.prompt_logprobs:
                 request.prompt_logprobs = []
             collector.raw_logits.get(request.request_id, []).clear()
-    for request in scheduler.waiting:
-        request.block_hashes = []
     return len(running)
 
 

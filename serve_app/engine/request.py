@@ -27,7 +27,7 @@ class Request:
 
     token_ids are the prompt's and the output's; UNKNOWN - row takes the place of one that a step under way will draw,
     and num_output counts those that are known. num_computed of all have their K and V in the cache when the steps under
-    way are done; is_under_way: one of these is its own, where the engine overlaps. The cache's blocks are in `tables`:
+    way are done; last_step: the number of the last that it is in. The cache's blocks are in `tables`:
     for each group of layers those of all tokens in order, the first num_given_up of which are NO_BLOCK. prompt_number:
     with it the ledger knows that blocks given up one by one are of the same prompt, 0 = none were yet. angles: the
     rotary set that K and V are computed with. block_hashes holds the hash chain as far as it has been needed; row is
@@ -42,7 +42,7 @@ class Request:
         "choice",
         "detokenizer",
         "is_paused",
-        "is_under_way",
+        "last_step",
         "max_total_tokens",
         "num_cached",
         "num_computed",
@@ -92,7 +92,7 @@ class Request:
         self.row = -1
         self.state = RequestState.WAITING
         self.is_paused = False
-        self.is_under_way = False
+        self.last_step = 0
         self.seed = seed
         self.stop_ids = stop_ids
         self.max_total_tokens = max_total_tokens

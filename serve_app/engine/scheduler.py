@@ -58,13 +58,15 @@ class Scheduler:
         # Requests that have not begun wait on (engine.border).
         self.holds_new = False
         self.num_preemptions = 0
+        # Steps; where the engine overlaps, one that was begun need not be done.
+        self.num_begun = self.num_done = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         # Requests computed again because they outgrew their rotary set.
         self.num_outgrown = 0
         self._config = config
         self._angles = OneSet() if angles is None else angles
-        self._has_windows = any(window.tokens for window in windows)
+        self._has_windows = self.tables.has_windows
         self._chunk_tokens = min([config.prefill_chunk_tokens, *(window.chunk_tokens for window in windows)])
         self._block_size = config.block_size
         self._free_rows = list(range(config.max_seqs - 1, -1, -1))
@@ -98,9 +100,20 @@ class Scheduler:
 
     def _recompute_outgrown(self) -> None:
         """Requests whose tokens want another rotary set begin again, where they stand in the queue."""
-        for request in reversed([r for r in self.running if self._angles.is_outgrown(r.angles, r.num_tokens)]):
+        for request in reversed([r for r in self.running if self._is_outgrown(r)]):
             self.requeue(request)
             self.num_outgrown += 1
+
+    def _is_outgrown(self, request: Request) -> bool:
+        num_tokens = request.num_tokens
+        # One whose last token is being drawn computes nothing any more.
+        return num_tokens < request.max_total_tokens and self._angles.is_outgrown(request.angles, num_tokens)
+
+    def exchange_angles(self, angles: AngleSets) -> AngleSets:
+        """Other rotary sets in place of these, which it returns; no request runs."""
+        assert not self.running
+        old, self._angles = self._angles, angles
+        return old
 
     def _schedule_decodes(self, step: Schedule) -> None:
         block_size = self._block_size
@@ -114,7 +127,12 @@ class Scheduler:
                 continue
             if num_tokens >= request.max_total_tokens:
                 continue  # its last token is being drawn
-            if request.num_computed == len(request.tables[0]) * block_size:
+            if self._has_windows:
+                # Its tables may have grown behind its window, too, or one less than the others.
+                if not self._grow(request, 1, step):
+                    continue
+                step.new_blocks.append(request)
+            elif request.num_computed == len(request.tables[0]) * block_size:
                 if not self._grow(request, 1, step):
                     continue
                 step.new_blocks.append(request)
@@ -158,7 +176,7 @@ class Scheduler:
             if request.is_paused:
                 skipped.append(self.waiting.popleft())
                 continue
-            if request.is_under_way:
+            if request.last_step > self.num_done:
                 break  # preempted since its step began, whose results it still has to get
             if self.holds_new and not request.has_begun:
                 break
@@ -199,6 +217,7 @@ class Scheduler:
 
     def advance(self, request: Request, num_tokens: int) -> None:
         """Records that a step under way computes num_tokens of a request."""
+        request.last_step = self.num_begun
         request.num_computed += num_tokens
         self.tables.advance(request)
 

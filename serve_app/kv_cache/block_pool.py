@@ -89,7 +89,9 @@ class BlockPool:
         length, agreeing, group = len(hashes), 0, 0
         tables: list[list[tuple[int, int]]] = [[] for _ in lookbacks]
         while agreeing < num_groups:
-            keys = [group_hash(block_hash, group, num_groups) for block_hash in hashes[:length]]
+            keys: Sequence[bytes] = hashes[:length]
+            if num_groups > 1:
+                keys = [group_hash(block_hash, group, num_groups) for block_hash in keys]
             if lookbacks[group]:
                 found_length, tables[group] = owner.lookup_tail(client, keys, lookbacks[group])
             else:

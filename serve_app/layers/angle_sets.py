@@ -118,9 +118,9 @@ class SetsByLength:
         length = num_prompt if num_prompt > self._original else max_tokens
         place = self._places.get(length)
         if place is None:
-            if not self._free:
+            number = self._place()
+            if number is None:
                 return None
-            number = self._free.pop()
             taken = AngleSet(self._original + number * self._place_rows, b"length" + length.to_bytes(8, "little"))
             place = self._places[length] = _Place(number, taken)
         if max_tokens > place.num_rows:
@@ -138,16 +138,18 @@ class SetsByLength:
         """See AngleSets."""
         if not taken.first_row:
             return
-        length = self._length(taken)
-        place = self._places[length]
-        place.num_users -= 1
-        if not place.num_users:
-            del self._places[length]
-            self._free.append(place.number)
+        self._places[self._length(taken)].num_users -= 1
 
     def is_outgrown(self, taken: AngleSet, num_tokens: int) -> bool:
         """See AngleSets."""
         return taken.first_row == 0 and num_tokens > self._original
+
+    def _place(self) -> int | None:
+        """A place that nobody uses: one that was never filled, or else the one that was made first of those left."""
+        if self._free:
+            return self._free.pop()
+        left = next((length for length, place in self._places.items() if not place.num_users), None)
+        return None if left is None else self._places.pop(left).number
 
     @staticmethod
     def _length(taken: AngleSet) -> int:

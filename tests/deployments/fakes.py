@@ -19,12 +19,12 @@ from serve_app.options import SamplingParams
 
 
 class FakeSwitch:
-    """A WeightSwitch over nothing. `failures`: what a method raises, once; prepare and switch wait for `gates`."""
+    """A WeightSwitch over nothing. `failures`: what a method raises, once; `gates`: what methods wait for."""
 
     def __init__(self) -> None:
         self.isq_type = "none"
         self.failures: dict[str, BaseException] = {}
-        self.gates = {name: threading.Event() for name in ("prepare", "switch")}
+        self.gates = {name: threading.Event() for name in ("plan", "prepare", "switch")}
         for gate in self.gates.values():
             gate.set()
         self.calls: list[str] = []
@@ -45,13 +45,13 @@ class FakeSwitch:
 
     def plan(self, isq_type: str | int) -> SwitchPlan:
         self._begin("plan")
+        self.gates["plan"].wait()
         if isq_type == "bogus":
             raise InvalidRequest("There are Q4_0, Q8_0.", param="isq_type")
         return SwitchPlan(str(isq_type), self.isq_type, None, self.in_place, 2, 3, 1)
 
     def prepare(self, plan: SwitchPlan, progress: Progress) -> None:
         assert self._new is None, "prepared twice"
-        self._is_stopped.clear()
         self._begin("prepare")
         progress(0.25)
         self._wait("prepare")
@@ -69,6 +69,7 @@ class FakeSwitch:
 
     def settle(self) -> None:
         self._begin("settle")
+        self._is_stopped.clear()
         self._old = None
 
     def stop(self) -> None:
@@ -76,6 +77,7 @@ class FakeSwitch:
 
     def undo(self) -> None:
         self._begin("undo")
+        self._is_stopped.clear()
         if self._old is not None:
             self.isq_type = self._old
         self._old = self._new = None

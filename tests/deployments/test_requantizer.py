@@ -241,6 +241,30 @@ async def test_a_commit_that_reached_some_reaches_the_others_by_them(cluster: Cl
     assert {target.wish for target in cluster.targets.values()} == {Wish(1, "Q4_0")}
 
 
+async def test_what_failed_with_nobody_leading_is_no_wish_any_more(cluster: Cluster) -> None:
+    cluster.switches["t0"].failures["switch"] = RuntimeError("no luck")
+    target = cluster.targets["t0"]
+    await target.reserve("job", "Q4_0")
+    await target.start("job")
+    await until(lambda: target._step == "prepared")
+    await target.commit("job", "drain", Wish(1, "Q4_0"))
+    assert await cluster.latest() == Wish(1, "Q4_0"), "who starts now would follow"
+    await until(lambda: target._step == "idle")
+    assert target.wish == Wish()
+
+
+async def test_a_job_that_is_cancelled_while_it_is_planned(cluster: Cluster) -> None:
+    switch, target = cluster.switches["t0"], cluster.targets["t0"]
+    switch.gates["plan"].clear()
+    reserving = asyncio.create_task(target.reserve("job", "Q4_0"))
+    await until(lambda: switch.calls == ["plan"])
+    await target.cancel("job", Wish())
+    switch.gates["plan"].set()
+    with pytest.raises(Conflict, match="given up"):
+        await reserving
+    assert (await run(cluster)).state == "done"
+
+
 async def test_a_target_that_started_meanwhile_catches_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_switch, "CATCH_UP_S", (0.01, 0.05, 0.1))
     cluster.switches["t9"] = FakeSwitch()

@@ -83,3 +83,39 @@ def test_a_withdrawn_drain_lets_go(make_engine: MakeEngine) -> None:
     assert not engine.border.withdraw(done)
     assert {delta.request_id for _ in range(3) for delta in engine.step()} == {"long", "new"}
     assert done.cancelled()
+
+
+def test_what_is_posted_late_waits_for_the_step_under_way(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(CONFIG)
+    add(engine, "a")
+    engine.step()
+    under_way: list[int] = []
+    border, look = engine.border, engine.border.may_be_crossed
+
+    def look_too_early() -> bool:
+        seen = look()
+        border.post(lambda: under_way.append(len(engine._under_way)), drains=False)
+        return seen
+
+    with monkeypatch.context() as patch:
+        patch.setattr(border, "may_be_crossed", look_too_early)
+        engine.step()
+        assert not under_way
+    engine.step()
+    assert under_way == [0]
+
+
+def test_steps_overlap_while_requests_end(make_engine: MakeEngine) -> None:
+    engine = make_engine(CONFIG)
+    add(engine, "a", max_tokens=9)
+    engine.step()
+    done = engine.border.post(lambda: None, drains=True)
+    add(engine, "b")
+    engine.step()
+    assert len(engine._under_way) == engine.parts.runner.overlaps
+    assert engine.stats().num_waiting == 1
+    while engine.has_requests:
+        engine.step()
+    assert done.done()

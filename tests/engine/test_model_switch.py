@@ -13,14 +13,17 @@ from shutil import copy
 from typing import Any
 
 import pytest
+from family_cases import CASES, hf_model
 
 from serve_app.engine import model_switch, switch_plan
+from serve_app.engine.llm import LLM
 from serve_app.engine.request_factory import _derive
 from serve_app.errors import Conflict, EngineFailed, InvalidRequest, ModelFileError
 from serve_app.loaders.load import load_model
 from serve_app.loaders.weight_files import EMBEDDED_MODEL
-from serve_app.options import IsqOptions, ModelSource
-from tests.engine.switching import CONFIG, FILES, Plain, Served, load_other_file, request, until
+from serve_app.options import IsqOptions, ModelSource, SamplingParams
+from tests.engine.switching import CONFIG, FILES, MODELS, Plain, Served, load_other_file, request, until
+from tests.engine.test_angle_sets import ROPES
 
 NEW = "Q4_0"
 PROMPTS = ("Once upon a time", "The little dog", "Lily and Tom", "One day, a big", "In the forest there")
@@ -504,3 +507,53 @@ def test_preparing_gives_way(served: Served, monkeypatch: pytest.MonkeyPatch) ->
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     assert niceness == [min(19, mine + 10)]
     served.switch.undo()
+
+
+def test_angles_by_length_are_those_of_the_new_weights(tmp_path: Path) -> None:
+    """Dynamic rope keeps angles for each length beyond the original one: they belong to a model."""
+    CASES["here"] = ("Llama", {"vocab_size": 512, "num_hidden_layers": 2} | ROPES["dynamic"][1])
+    hf_model("here").save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        copy(MODELS / "hf" / name, tmp_path / name)
+    prompt, short = list(range(20, 80)), list(range(20, 50))
+    served = Served(source=ModelSource(model=str(tmp_path)))
+    try:
+        served.engine.add(request("before", list(range(120, 180)), temperature=0.0, max_tokens=8))
+        served.finish()
+        served.engine.add(request("short", short, temperature=0.0, max_tokens=30))
+        served.step(4)
+        served.engine.add(request("during", prompt, temperature=0.0, max_tokens=30))
+        served.step()
+        assert not served.ids("during")
+        known = len(served.ids("short"))
+        assert 0 < known < 10
+        with served.switching("Q8_0", "swap"):
+            served.step()
+        served.switch.settle()
+        served.finish()
+    finally:
+        served.close()
+    with LLM(ModelSource(model=str(tmp_path), isq=IsqOptions("Q8_0")), config=CONFIG) as plain:
+        greedy = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (30, 30 - known)]
+        during, after = plain.generate([prompt, short + served.ids("short")[:known]], greedy)
+    assert served.ids("during") == during.token_ids
+    assert served.ids("short")[known:] == after.token_ids
+
+
+def test_a_prompt_half_computed_has_log_probabilities_of_one_model(served: Served, new: Plain) -> None:
+    """It was preempted in its middle: what it knew of the old weights goes."""
+    prompt = new.encode("Once upon a time there was a little girl named Lily who lived in a house by the sea and " * 2)
+    served.engine.add(request("a", prompt, logprobs=1, prompt_logprobs=True, max_tokens=1))
+    served.step()
+    scheduler = served.engine.parts.scheduler
+    (running,) = scheduler.running
+    assert running.prompt_logprobs
+    scheduler.preempt(running)
+    with served.switching(NEW, "swap"):
+        served.step()
+    served.switch.settle()
+    served.finish()
+    (found,) = [d.prompt_logprobs for d in served.deltas["a", 0] if d.prompt_logprobs]
+    expected = new.prompt_logprobs(prompt, logprobs=1, prompt_logprobs=True, max_tokens=1)
+    assert [p.token_id for p in found] == [p.token_id for p in expected]
+    assert [p.logprob for p in found[1:]] == pytest.approx([p.logprob for p in expected[1:]])

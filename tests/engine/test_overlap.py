@@ -1,15 +1,22 @@
 """Steps that begin before the last one's tokens are known: the same texts, whatever the requests ask for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from family_cases import CASES, hf_model
+from tiny_llama import DictSource
 
 from serve_app.engine import model_runner
 from serve_app.engine.llm import LLM, Generation
 from serve_app.engine.sampler import Sampler
+from serve_app.models.registry import find_family
 from serve_app.options import DryParams, EngineConfig, SamplingParams
+from tests.engine.test_angle_sets import ROPES
+from tests.engine.tiny_engine import TinyEngine
 
 MODEL = Path(__file__).parents[1] / "data" / "models" / "stories260K" / "stories260K-F32.gguf"
 DRAWN = {"temperature": 0.9, "max_tokens": 40, "ignore_eos": True}
@@ -90,3 +97,47 @@ def test_the_option_turns_it_off(overlapping: Callable[[bool], None]) -> None:
     overlapping(True)
     _, llm = generate(EngineConfig(max_seqs=16, block_size=16, attention_backend="torch", overlap=False))
     assert not llm.engine.parts.runner.overlaps
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Mistral", {"sliding_window": 19}),
+        ("Gemma2", {"sliding_window": 12, "head_dim": 16}),
+        ROPES["longrope"],
+        ROPES["dynamic"],
+    ],
+    ids=["a window", "two groups", "longrope", "dynamic"],
+)
+def test_windows_and_sets_of_angles(kind: str, changes: dict[str, Any], overlapping: Callable[[bool], None]) -> None:
+    """Choices, chunks, a pause, preemptions, and requests that outgrow their angles."""
+    CASES["here"] = (kind, {"vocab_size": 512, "num_hidden_layers": 2} | changes)
+    hf = hf_model("here")
+    family = find_family(type(hf).__name__, "config.json")
+    args: Any = replace(family.args.from_hf(hf.config.to_dict()), max_position_embeddings=160)  # type: ignore[type-var]
+    model = family.build(args, DictSource({k: v.detach() for k, v in hf.state_dict().items()}))
+    config = EngineConfig(
+        max_seqs=6, max_batched_tokens=40, prefill_chunk_tokens=24, block_size=16, attention_backend="torch"
+    )
+    said = []
+    for does in (False, True):
+        overlapping(does)
+        tiny = TinyEngine(model, config, 40, 160, overlaps=does)
+        prompt = list(range(20, 50))
+        tiny.add("a", prompt, max_tokens=25)
+        tiny.add("b", [*prompt, 60], max_tokens=25, n=2, temperature=0.9, top_k=20)
+        tiny.add("long", list(range(100, 170)), max_tokens=10)
+        outputs: dict[tuple[str, int], list[int]] = {}
+        for i in range(12):
+            tiny.step(outputs)
+            if i == 4:
+                tiny.engine.pause("a")
+            if i == 7:
+                scheduler = tiny.engine.parts.scheduler
+                scheduler.preempt(scheduler.running[-1])
+        tiny.engine.resume("a")
+        for key, more in tiny.run().items():
+            outputs.setdefault(key, []).extend(more)
+        said.append(outputs)
+        tiny.close()
+    assert said[0] == said[1]

@@ -200,3 +200,22 @@ def test_prompt_scores_with_blocks_given_up(mistral: CausalLM, engines: list[Tin
     tiny.run()
     expected = full_logits(mistral, prompt)
     assert (torch.cat(chunks) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_request_that_is_computed_again_up_to_its_last_token(mistral: CausalLM, engines: list[TinyEngine]) -> None:
+    """Chunks of 24 leave one token for a decode, whose blocks were taken while the window moved."""
+    engines += [TinyEngine(mistral, config_of(), 40), TinyEngine(mistral, config_of(), 40)]
+    plain, disturbed = engines
+    for tiny in (plain, disturbed):
+        for length in range(40, 46):
+            tiny.add(f"r{length}", ids(length, length), max_tokens=20)
+    expected, outputs, preempted = plain.run(), {}, set()
+    scheduler = disturbed.engine.parts.scheduler
+    while disturbed.engine.has_requests:
+        disturbed.step(outputs)
+        for request in [r for r in scheduler.running if r.num_tokens % 24 == 1 and r.num_output]:
+            if request.request_id not in preempted:
+                preempted.add(request.request_id)
+                scheduler.preempt(request)
+    assert len(preempted) == 6
+    assert outputs == expected

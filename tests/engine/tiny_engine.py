@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+from serve_app.batch import ForwardBatch
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.engine import Engine
 from serve_app.engine.kv_plan import KvPlan
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampler import Sampler
+from serve_app.engine.scheduler import Schedule
 from serve_app.kv_cache.arena import PosixShmArena
+from serve_app.kv_cache.block_ledger import NO_BLOCK
 from serve_app.kv_cache.block_pool import BlockPool
 from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.kv_cache.layer_groups import LayerGroup
@@ -31,9 +34,17 @@ class TinyEngine:
     """
 
     def __init__(
-        self, model: CausalLM, config: EngineConfig, num_blocks: int, max_tokens: int = 512, *, gives_up: bool = True
+        self,
+        model: CausalLM,
+        config: EngineConfig,
+        num_blocks: int,
+        max_tokens: int = 512,
+        *,
+        gives_up: bool = True,
+        overlaps: bool = False,
     ) -> None:
-        """gives_up False: all layers in one group that keeps everything; windows only mask."""
+        """gives_up False: all layers in one group that keeps everything; windows only mask. overlaps: on the devices of
+        model_runner.OVERLAPPING."""
         device = "cpu" if config.device == "auto" else config.device
         plan = KvPlan.of(model, config, max_tokens)
         if not gives_up:
@@ -48,7 +59,7 @@ class TinyEngine:
         tokenizer = open_tokenizer(TOKENIZER)
         runner = ModelRunner(
             model, Sampler(args.vocab_size, config.max_seqs, device, []), self.kv, device, config.attention_backend,
-            is_exact=True,
+            is_exact=True, overlaps=overlaps,
         )  # fmt: skip
         self.windows = plan.windows(num_blocks)
         parts = assemble(
@@ -56,6 +67,7 @@ class TinyEngine:
             plan.angles,
         )  # fmt: skip
         self.engine = Engine(parts, config, lambda deltas: None)
+        self._build, parts.builder.build = parts.builder.build, self._checked  # type: ignore[method-assign]
         self.finishes: dict[tuple[str, int], Finish] = {}
         self.least_free = num_blocks
 
@@ -79,6 +91,17 @@ class TinyEngine:
             assert max_steps > 0, "the engine makes no progress"
             self.step(outputs)
         return outputs
+
+    def _checked(self, schedule: Schedule, wanted: Any) -> ForwardBatch:
+        """A batch, whose tables must be the requests'."""
+        rows: Any = self.engine.parts.builder
+        for request in [*schedule.decode, *(request for request, _ in schedule.prefill)]:
+            for table, known in zip(request.tables, rows._tables, strict=True):
+                taken = known[request.row, : len(table)].tolist()
+                assert [a for a, b in zip(taken, table, strict=True) if b != NO_BLOCK] == [
+                    b for b in table if b != NO_BLOCK
+                ]
+        return self._build(schedule, wanted)
 
     def _check(self) -> None:
         pool, running = self.pool, self.engine.parts.scheduler.running
