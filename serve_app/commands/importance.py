@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from serve_app.commands.progress import steps_bar
 from serve_app.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ def _calibrated(files: "ModelFiles", text: str, num_threads: int, chunk_tokens: 
     from serve_app.engine.calibration import measure_inputs
 
     started = time.monotonic()
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with steps_bar(Console(stderr=True)) as bar:
         task = bar.add_task("importance matrix", total=None)
 
         def progress(done: int, total: int) -> None:

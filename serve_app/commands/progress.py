@@ -8,7 +8,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class Bar:
-    """See loaders.isq_progress.LoadProgress: tensor, bar, share, bytes of the source a second, time left."""
+    """See loaders.isq_progress.LoadProgress: tensor, bar, share, bytes of the source a second, time left.
+
+    Nothing where there is no terminal.
+    """
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -18,7 +21,7 @@ class Bar:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, transient=True)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def start(self, title: str, total_bytes: int) -> None:
         """See LoadProgress."""
@@ -35,17 +38,10 @@ class Bar:
         self._bar.remove_task(self._task)
 
 
-class Silent:
-    """Nothing, where there is no terminal."""
-
-    def start(self, title: str, total_bytes: int) -> None:
-        """See LoadProgress."""
-
-    def advance(self, tensor: str, num_bytes: int) -> None:
-        """See LoadProgress."""
-
-    def finish(self) -> None:
-        """See LoadProgress."""
+def steps_bar(console: Console) -> Progress:
+    """A bar for work that is counted in steps; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 @contextmanager

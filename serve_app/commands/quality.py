@@ -8,13 +8,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import serve_app
 from serve_app.cli_quant_options import QualityOptions
 from serve_app.commands.importance import check_options, find_importance, read_text
+from serve_app.commands.progress import steps_bar
 from serve_app.commands.quality_plot import draw, require_plotting
 from serve_app.commands.quality_report import Report, Row, print_report, write_report
+from serve_app.commands.recipes import recipes_of, type_names
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
 from serve_app.options import EngineConfig, IsqOptions
@@ -67,16 +68,11 @@ def run(config: AppConfig, options: QualityOptions) -> int:
 def _recipes(options: QualityOptions) -> "list[Recipe]":
     """What --isq names, each once; without it every type."""
     from serve_app.quant.encode import ENCODERS
-    from serve_app.quant.mix import Recipe
 
-    names = [name.strip() for name in (options.isq or "").split(",") if name.strip()]
+    names = type_names(options.isq)
     if options.isq is not None and not names:
         raise LaunchError("The option --isq names no type.")
-    promotes = options.isq_organization == "default"
-    try:
-        found = [Recipe.parse(name, promotes=promotes) for name in names or ENCODERS if name != "F32"]
-    except ValueError as error:
-        raise LaunchError(f"The option --isq: {error}.") from None
+    found = recipes_of(names or [name for name in ENCODERS if name != "F32"], options.isq_organization)
     return list({recipe.name: recipe for recipe in found}.values())
 
 
@@ -123,9 +119,7 @@ def _rows(
     """One variant after the other, so that only one is in memory beside the reference."""
     from serve_app.engine.quality import compare, open_model, size_of
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with steps_bar(Console(stderr=True)) as bar:
         task = bar.add_task("", total=len(variants) * len(chunks))
         for isq in variants:
             assert isq.type is not None

@@ -16,8 +16,10 @@ from serve_app.loaders.isq_cache import open_cached
 from serve_app.loaders.isq_importance import Calibrate, calibration_text, importance_key, read_importance
 from serve_app.loaders.isq_progress import LoadProgress, LogProgress
 from serve_app.loaders.model_files import ModelFiles
-from serve_app.loaders.quantized import Step, bits_per_weight, with_importance
-from serve_app.loaders.quantized_as_stored import plan_as_stored
+from serve_app.loaders.quantized import Step, bits_per_weight, report_fallbacks
+from serve_app.loaders.quantized_as_stored import sources_as_stored
+from serve_app.loaders.quantized_importance import with_importance
+from serve_app.loaders.quantized_plan import plan_steps
 from serve_app.loaders.recode import Progress
 from serve_app.loaders.recoded_checkpoint import CachedCheckpoint, RecodedCheckpoint
 from serve_app.options import IsqOptions
@@ -124,7 +126,8 @@ def recipe_of(options: IsqOptions) -> Recipe | None:
 
 def plan(files: ModelFiles, opened: Checkpoint, recipe: Recipe) -> list[Step]:
     """What becomes of each tensor, before any importance. ModelFileError for what cannot be done; see plan_steps."""
-    return plan_as_stored(files, list(opened.stored()), recipe, None)
+    sources, facts = sources_as_stored(files, list(opened.stored()))
+    return plan_steps(sources, recipe, facts, needs_gguf=False)
 
 
 def check_isq(files: ModelFiles, opened: Checkpoint) -> None:
@@ -159,6 +162,7 @@ def prepare(
         return None
     listener = listener or LogProgress()
     steps = plan(files, opened, recipe)
+    report_fallbacks(steps)
     _warn_of_loss(files, steps)
     key = importance_key(options)
     identity = _identity(steps, key)
