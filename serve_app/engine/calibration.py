@@ -23,6 +23,7 @@ from serve_app.engine.text_chunks import text_chunks
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.layers.calibration_step import CalibrationStep
+from serve_app.loaders import isq_importance
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.named_source import NamedSource
 from serve_app.loaders.opening import find_args, open_checkpoint
@@ -33,7 +34,6 @@ from serve_app.quant.imatrix import Importance
 from serve_app.quant.weight import Weight
 from serve_app.text.tokenizer import open_tokenizer
 
-CHUNK_TOKENS = 512
 _BLOCK_SIZE = 32
 
 
@@ -70,7 +70,7 @@ def measure_inputs(
     """
     dispatch.set_num_threads(num_threads or num_physical_cores())
     family, args = find_args(files)
-    length = chunk_tokens or min(CHUNK_TOKENS, args.max_position_embeddings)
+    length = chunk_tokens or isq_importance.chunk_tokens(files)
     try:
         chunks = text_chunks(open_tokenizer(files.tokenizer_source), text, length, max_chunks)
     except ValueError as error:

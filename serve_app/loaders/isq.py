@@ -164,8 +164,7 @@ def prepare(
     steps = plan(files, opened, recipe)
     report_fallbacks(steps)
     _warn_of_loss(files, steps)
-    key = importance_key(options)
-    identity = _identity(steps, key)
+    identity = _identity(steps, importance_key(files, options))
 
     @cache
     def final_steps() -> list[Step]:
