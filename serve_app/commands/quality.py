@@ -30,6 +30,8 @@ DEFAULT_TEXT = Path(serve_app.__file__).parent / "assets" / "stories.txt"
 
 def run(config: AppConfig, options: QualityOptions) -> int:
     """Measures every type that was asked for, prints a table, and writes the files that were asked for."""
+    from kernels import dispatch
+    from serve_app.cpu_info import num_physical_cores
     from serve_app.engine import quality
     from serve_app.loaders.model_files import resolve
 
@@ -43,8 +45,9 @@ def run(config: AppConfig, options: QualityOptions) -> int:
     if length > files.max_seq_len:
         raise LaunchError(f"The option --chunk-tokens: {length} are more than the model's {files.max_seq_len}.")
     engine = config.engine.to_config()
+    dispatch.set_num_threads(engine.num_threads or num_physical_cores())
     with (
-        _imatrix(files, options, engine.num_threads) as imatrix,
+        _imatrix(files, options) as imatrix,
         quality.open_model(files, engine, length) as reference,
     ):
         chunks = quality.chunks_of(reference, text, length, options.chunks)
@@ -86,14 +89,14 @@ def _check_targets(options: QualityOptions) -> None:
 
 
 @contextmanager
-def _imatrix(files: "ModelFiles", options: QualityOptions, num_threads: int) -> Iterator[str | None]:
+def _imatrix(files: "ModelFiles", options: QualityOptions) -> Iterator[str | None]:
     """The file of the importance matrix, computed once for all types where a text was named."""
     if options.imatrix:
         yield str(Path(options.imatrix).expanduser())
         return
     with TemporaryDirectory(prefix="sirocco-") as folder:
         made = str(Path(folder) / "imatrix.gguf") if options.calibration_file else None
-        find_importance(files, None, options.calibration_file, num_threads, made, options.chunk_tokens)
+        find_importance(files, None, options.calibration_file, made, options.chunk_tokens)
         yield made
 
 

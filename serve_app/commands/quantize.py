@@ -40,9 +40,7 @@ def run(config: AppConfig, options: QuantizeOptions) -> int:
     # All are planned before a text is read and the first is written: what is refused costs no time.
     target = _target(files, paths[0])
     plans = [target.plan(recipe) for recipe in recipes]
-    importance = find_importance(
-        files, options.imatrix, options.calibration_file, options.num_threads, options.save_imatrix
-    )
+    importance = find_importance(files, options.imatrix, options.calibration_file, options.save_imatrix)
     if importance is not None:
         plans = [with_importance(steps, importance) for steps in plans]
     for recipe, path, steps in zip(recipes, paths, plans, strict=True):

@@ -204,8 +204,9 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path
 
 def start(model: Path, cache: Path) -> subprocess.Popen[str]:
     """A process that quantises the model when it is told to."""
-    options = json.dumps({"type": "Q5_K", "cache": str(cache)})
-    command = [sys.executable, str(Path(__file__).with_name("isq_probe.py")), str(EMBEDDED_MODEL), str(model), options]
+    first = {"model": str(EMBEDDED_MODEL), "type": "Q5_K"}
+    works = [json.dumps(work) for work in (first, {"model": str(model), "type": "Q5_K", "cache": str(cache)})]
+    command = [sys.executable, str(Path(__file__).with_name("isq_probe.py")), "load", *works]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
