@@ -1,10 +1,11 @@
 """`sirocco quality`: what each type costs a model, beside the model as it is."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from serve_app.errors import LaunchError
 from serve_app.options import EngineConfig, IsqOptions
 
 if TYPE_CHECKING:
-    from serve_app.engine.llm import LLM
+    from serve_app.engine.reference_logits import ReferenceLogits
     from serve_app.loaders.model_files import ModelFiles
     from serve_app.quant.mix import Recipe
 
@@ -33,6 +34,7 @@ def run(config: AppConfig, options: QualityOptions) -> int:
     from kernels import dispatch
     from serve_app.cpu_info import num_physical_cores
     from serve_app.engine import quality
+    from serve_app.engine.reference_logits import ReferenceLogits
     from serve_app.loaders.model_files import resolve
 
     check_options(options.imatrix, options.calibration_file)
@@ -52,7 +54,9 @@ def run(config: AppConfig, options: QualityOptions) -> int:
     ):
         chunks = quality.chunks_of(reference, text, length, options.chunks)
         engine = quality.with_cache_of(reference, engine)
-        rows = [*_rows(reference, files, engine, _variants(recipes, imatrix), chunks)]
+        with TemporaryFile(prefix="sirocco-", dir=_spacious_folder()) as file:
+            logits = ReferenceLogits(reference, chunks, file)
+            rows = [*_rows(logits, files, engine, _variants(recipes, imatrix))]
         report = Report(
             files.model_name, text_file.name, length, rows[0].perplexity.num_tokens,
             quality.size_of(reference), rows[0].reference_perplexity, rows,
@@ -112,21 +116,26 @@ def _variants(recipes: "Sequence[Recipe]", imatrix: str | None) -> list[IsqOptio
     return wanted
 
 
+def _spacious_folder() -> str | None:
+    """Where large files may lie for a while: what the user says, else not /tmp, which is often memory."""
+    has_own = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return None if has_own or not os.access("/var/tmp", os.W_OK) else "/var/tmp"
+
+
 def _rows(
-    reference: "LLM",
+    reference: "ReferenceLogits",
     files: "ModelFiles",
     engine: EngineConfig,
     variants: Sequence[IsqOptions],
-    chunks: Sequence[Sequence[int]],
 ) -> Iterator[Row]:
     """One variant after the other, so that only one is in memory beside the reference."""
     from serve_app.engine.quality import compare, open_model, size_of
 
     with steps_bar(Console(stderr=True)) as bar:
-        task = bar.add_task("", total=len(variants) * len(chunks))
+        task = bar.add_task("", total=len(variants) * len(reference.chunks))
         for isq in variants:
             assert isq.type is not None
             bar.update(task, description=isq.type + (" with importance" if isq.imatrix else ""))
-            with open_model(replace(files, isq=isq), engine, len(chunks[0])) as variant:
-                distance = compare(reference, variant, chunks, lambda: bar.advance(task))
+            with open_model(replace(files, isq=isq), engine, len(reference.chunks[0])) as variant:
+                distance = compare(reference, variant, lambda: bar.advance(task))
                 yield Row(isq.type, isq.imatrix is not None, size_of(variant), distance)
