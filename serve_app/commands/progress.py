@@ -1,6 +1,7 @@
 """How far quantising is, as a bar in the terminal."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,7 +14,7 @@ class Bar:
     Nothing where there is no terminal.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         columns = (
             TextColumn("{task.fields[tensor]:<28}"),
             BarColumn(),
@@ -21,7 +22,8 @@ class Bar:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        is_shown = console.is_terminal
+        self._bar = Progress(*columns, console=console, transient=True, get_time=clock, disable=not is_shown)
 
     def start(self, title: str, total_bytes: int) -> None:
         """See LoadProgress."""

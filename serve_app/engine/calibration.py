@@ -86,7 +86,8 @@ def measure_inputs(
         chunks = text_chunks(open_tokenizer(files.tokenizer_source), text, length, max_chunks)
     except ValueError as error:
         raise LaunchError(f"Calibration: {error}.") from None
-    source = NamedSource(CheckpointSource(open_checkpoint(files), torch.float32, torch.device("cpu"), is_exact=True))
+    stored = CheckpointSource(open_checkpoint(files), torch.float32, torch.device("cpu"), is_exact=True)
+    source = NamedSource(stored, args.GGUF.architecture)
     try:
         model = family.build(args, source)
     finally:
