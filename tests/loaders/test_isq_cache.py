@@ -247,9 +247,9 @@ def test_of_two_at_once_the_second_waits_and_maps(tmp_path: Path, caplog: pytest
     waits = Waits(caplog)
 
     def is_cached(listener: Waits | None) -> bool:
-        prepared = prepare(files, open_checkpoint(files), listener)
-        assert prepared is not None
-        return prepared.report("", 0.0).is_cached
+        report = prepare(files, open_checkpoint(files), listener).report("", 0.0)
+        assert report is not None
+        return report.is_cached
 
     with ThreadPoolExecutor() as pool:
         first = pool.submit(is_cached, waits)
