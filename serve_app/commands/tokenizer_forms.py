@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from serve_app.errors import LaunchError
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.file_choice import TOKENIZER_FILES
 from serve_app.loaders.model_files import ModelFiles
@@ -46,9 +47,7 @@ class OwnTokenizer:
         if source is None:
             return values
         if source.suffix == ".gguf":
-            with open_gguf(source) as file:
-                found = {key: value for key, value in file.metadata.items() if key.startswith(_KEY)}
-            return values | {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found.items()}
+            return values | _stored_values(source, vocab_size)
         with TemporaryDirectory(prefix="sirocco-") as folder:
             if source.is_file():
                 _copy(source, Path(folder))
@@ -85,6 +84,16 @@ class OwnTokenizer:
             return None
         is_bare = source == folder and not any((folder / name).is_file() for name in _VOCABULARIES)
         return None if is_bare and self._files.config is None else source
+
+
+def _stored_values(source: Path, vocab_size: int) -> dict[str, Any]:
+    """A GGUF's tokenizer as it is there. LaunchError where it has not a token for each row of the embedding."""
+    with open_gguf(source) as file:
+        found = {key: value for key, value in file.metadata.items() if key.startswith(_KEY)}
+    count = len(found.get(f"{_KEY}tokens", ()))
+    if count != vocab_size:
+        raise LaunchError(f"{source}: has {count} tokens, but the model's embedding {vocab_size} rows.")
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in found.items()}
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -74,6 +74,17 @@ def test_a_tokenizer_for_a_folder_that_has_none(tmp_path: Path) -> None:
     assert open_tokenizer(made.tokenizer_source).encode(TEXT) == open_tokenizer(STORIES / "hf").encode(TEXT)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_ggufs_tokenizer_has_a_token_for_each_row(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, target = MODELS.parent / "vocab/ggml-vocab-gpt-2.gguf", tmp_path / "a.gguf"
+    options = ["-m", str(SOURCES[source]), "--isq", "8", "-o", str(target), "--tokenizer", str(other)]
+    assert main(["quantize", *options]) == 2
+    assert "has 50257 tokens, but the model's embedding 512 rows" in capsys.readouterr().err
+    assert not target.exists()
+
+
 @pytest.mark.parametrize("target", ["a.gguf", "a"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_another_chat_template(source: str, target: str, tmp_path: Path) -> None:
