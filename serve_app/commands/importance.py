@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from serve_app.commands.progress import steps_bar
 from serve_app.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ def find_importance(
     files: "ModelFiles",
     imatrix: str | None,
     calibration_file: str | None,
-    num_threads: int,
     save: str | None = None,
     chunk_tokens: int | None = None,
 ) -> "Importance | None":
@@ -49,7 +48,7 @@ def find_importance(
     if not calibration_file:
         return None
     text = Path(calibration_file).expanduser()
-    made = _calibrated(files, read_text(text, "--calibration-file"), num_threads, chunk_tokens)
+    made = _calibrated(files, read_text(text, "--calibration-file"), chunk_tokens)
     if save:
         target = Path(save).expanduser()
         try:
@@ -72,19 +71,17 @@ def read_text(path: Path, option: str) -> str:
         raise LaunchError(f"The option {option}: {path} is no text in UTF-8 (byte {error.start}).") from error
 
 
-def _calibrated(files: "ModelFiles", text: str, num_threads: int, chunk_tokens: int | None) -> "Calibration":
+def _calibrated(files: "ModelFiles", text: str, chunk_tokens: int | None) -> "Calibration":
     from serve_app.engine.calibration import measure_inputs
 
     started = time.monotonic()
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with steps_bar(Console(stderr=True)) as bar:
         task = bar.add_task("importance matrix", total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        made = measure_inputs(files, text, num_threads=num_threads, chunk_tokens=chunk_tokens, progress=progress)
+        made = measure_inputs(files, text, chunk_tokens=chunk_tokens, progress=progress)
     tokens, seconds = made.num_chunks * made.chunk_tokens, time.monotonic() - started
     print(f"importance matrix: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
     return made

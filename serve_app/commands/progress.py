@@ -1,6 +1,7 @@
 """How far quantising is, as a bar in the terminal."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -8,9 +9,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class Bar:
-    """See loaders.isq_progress.LoadProgress: tensor, bar, share, bytes of the source a second, time left."""
+    """See loaders.isq_progress.LoadProgress: tensor, bar, share, bytes of the source a second, time left.
 
-    def __init__(self, console: Console) -> None:
+    Nothing where there is no terminal.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         columns = (
             TextColumn("{task.fields[tensor]:<28}"),
             BarColumn(),
@@ -18,7 +22,8 @@ class Bar:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, transient=True)
+        is_shown = console.is_terminal
+        self._bar = Progress(*columns, console=console, transient=True, get_time=clock, disable=not is_shown)
 
     def start(self, title: str, total_bytes: int) -> None:
         """See LoadProgress."""
@@ -35,17 +40,10 @@ class Bar:
         self._bar.remove_task(self._task)
 
 
-class Silent:
-    """Nothing, where there is no terminal."""
-
-    def start(self, title: str, total_bytes: int) -> None:
-        """See LoadProgress."""
-
-    def advance(self, tensor: str, num_bytes: int) -> None:
-        """See LoadProgress."""
-
-    def finish(self) -> None:
-        """See LoadProgress."""
+def steps_bar(console: Console) -> Progress:
+    """A bar for work that is counted in steps; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 @contextmanager

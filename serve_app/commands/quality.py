@@ -1,26 +1,28 @@
 """`sirocco quality`: what each type costs a model, beside the model as it is."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import serve_app
 from serve_app.cli_quant_options import QualityOptions
 from serve_app.commands.importance import check_options, find_importance, read_text
+from serve_app.commands.progress import steps_bar
 from serve_app.commands.quality_plot import draw, require_plotting
 from serve_app.commands.quality_report import Report, Row, print_report, write_report
+from serve_app.commands.recipes import recipes_of, type_names
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
 from serve_app.options import EngineConfig, IsqOptions
 
 if TYPE_CHECKING:
-    from serve_app.engine.llm import LLM
+    from serve_app.engine.reference_logits import ReferenceLogits
     from serve_app.loaders.model_files import ModelFiles
     from serve_app.quant.mix import Recipe
 
@@ -29,7 +31,10 @@ DEFAULT_TEXT = Path(serve_app.__file__).parent / "assets" / "stories.txt"
 
 def run(config: AppConfig, options: QualityOptions) -> int:
     """Measures every type that was asked for, prints a table, and writes the files that were asked for."""
+    from kernels import dispatch
+    from serve_app.cpu_info import num_physical_cores
     from serve_app.engine import quality
+    from serve_app.engine.reference_logits import ReferenceLogits
     from serve_app.loaders.model_files import resolve
 
     check_options(options.imatrix, options.calibration_file)
@@ -42,13 +47,16 @@ def run(config: AppConfig, options: QualityOptions) -> int:
     if length > files.max_seq_len:
         raise LaunchError(f"The option --chunk-tokens: {length} are more than the model's {files.max_seq_len}.")
     engine = config.engine.to_config()
+    dispatch.set_num_threads(engine.num_threads or num_physical_cores())
     with (
-        _imatrix(files, options, engine.num_threads) as imatrix,
+        _imatrix(files, options) as imatrix,
         quality.open_model(files, engine, length) as reference,
     ):
         chunks = quality.chunks_of(reference, text, length, options.chunks)
         engine = quality.with_cache_of(reference, engine)
-        rows = [*_rows(reference, files, engine, _variants(recipes, imatrix), chunks)]
+        with TemporaryFile(prefix="sirocco-", dir=_spacious_folder()) as file:
+            logits = ReferenceLogits(reference, chunks, file)
+            rows = [*_rows(logits, files, engine, _variants(recipes, imatrix))]
         report = Report(
             files.model_name, text_file.name, length, rows[0].perplexity.num_tokens,
             quality.size_of(reference), rows[0].reference_perplexity, rows,
@@ -67,16 +75,11 @@ def run(config: AppConfig, options: QualityOptions) -> int:
 def _recipes(options: QualityOptions) -> "list[Recipe]":
     """What --isq names, each once; without it every type."""
     from serve_app.quant.encode import ENCODERS
-    from serve_app.quant.mix import Recipe
 
-    names = [name.strip() for name in (options.isq or "").split(",") if name.strip()]
+    names = type_names(options.isq)
     if options.isq is not None and not names:
         raise LaunchError("The option --isq names no type.")
-    promotes = options.isq_organization == "default"
-    try:
-        found = [Recipe.parse(name, promotes=promotes) for name in names or ENCODERS if name != "F32"]
-    except ValueError as error:
-        raise LaunchError(f"The option --isq: {error}.") from None
+    found = recipes_of(names or [name for name in ENCODERS if name != "F32"], options.isq_organization)
     return list({recipe.name: recipe for recipe in found}.values())
 
 
@@ -90,14 +93,14 @@ def _check_targets(options: QualityOptions) -> None:
 
 
 @contextmanager
-def _imatrix(files: "ModelFiles", options: QualityOptions, num_threads: int) -> Iterator[str | None]:
+def _imatrix(files: "ModelFiles", options: QualityOptions) -> Iterator[str | None]:
     """The file of the importance matrix, computed once for all types where a text was named."""
     if options.imatrix:
         yield str(Path(options.imatrix).expanduser())
         return
     with TemporaryDirectory(prefix="sirocco-") as folder:
         made = str(Path(folder) / "imatrix.gguf") if options.calibration_file else None
-        find_importance(files, None, options.calibration_file, num_threads, made, options.chunk_tokens)
+        find_importance(files, None, options.calibration_file, made, options.chunk_tokens)
         yield made
 
 
@@ -113,23 +116,26 @@ def _variants(recipes: "Sequence[Recipe]", imatrix: str | None) -> list[IsqOptio
     return wanted
 
 
+def _spacious_folder() -> str | None:
+    """Where large files may lie for a while: what the user says, else not /tmp, which is often memory."""
+    has_own = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return None if has_own or not os.access("/var/tmp", os.W_OK) else "/var/tmp"
+
+
 def _rows(
-    reference: "LLM",
+    reference: "ReferenceLogits",
     files: "ModelFiles",
     engine: EngineConfig,
     variants: Sequence[IsqOptions],
-    chunks: Sequence[Sequence[int]],
 ) -> Iterator[Row]:
     """One variant after the other, so that only one is in memory beside the reference."""
     from serve_app.engine.quality import compare, open_model, size_of
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(variants) * len(chunks))
+    with steps_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(variants) * len(reference.chunks))
         for isq in variants:
             assert isq.type is not None
             bar.update(task, description=isq.type + (" with importance" if isq.imatrix else ""))
-            with open_model(replace(files, isq=isq), engine, len(chunks[0])) as variant:
-                distance = compare(reference, variant, chunks, lambda: bar.advance(task))
+            with open_model(replace(files, isq=isq), engine, len(reference.chunks[0])) as variant:
+                distance = compare(reference, variant, lambda: bar.advance(task))
                 yield Row(isq.type, isq.imatrix is not None, size_of(variant), distance)

@@ -1,22 +1,23 @@
 """`sirocco quantize`: a model's files in other types."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from serve_app.cli_quant_options import QuantizeOptions
 from serve_app.commands.importance import check_options, find_importance
-from serve_app.commands.progress import Bar, Silent
+from serve_app.commands.progress import Bar
+from serve_app.commands.recipes import recipes_of, type_names
 from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
 
 if TYPE_CHECKING:
     from serve_app.loaders.model_files import ModelFiles
     from serve_app.loaders.quantized import Step
-    from serve_app.quant.imatrix import Importance
+    from serve_app.loaders.quantized_target import Target
     from serve_app.quant.mix import Recipe
 
 
@@ -25,111 +26,71 @@ def run(config: AppConfig, options: QuantizeOptions) -> int:
     from kernels import dispatch
     from serve_app.cpu_info import num_physical_cores
     from serve_app.loaders.model_files import resolve
+    from serve_app.loaders.quantized import report_fallbacks
+    from serve_app.loaders.quantized_importance import with_importance
 
     recipes = _recipes(options)
-    targets = _targets(Path(options.output or "").expanduser(), [recipe.name for recipe in recipes])
+    paths = _paths(Path(options.output or "").expanduser(), [recipe.name for recipe in recipes])
     check_options(options.imatrix, options.calibration_file, options.save_imatrix)
     dispatch.set_num_threads(options.num_threads or num_physical_cores())
     files = resolve(config.model.to_source())
     kept = {path.resolve() for path in files.weight_files} | {files.folder.resolve()}
-    if any(target.resolve() in kept for target in targets):
+    if any(path.resolve() in kept for path in paths):
         raise LaunchError(f"The option --output names the model's own files: {options.output}")
-    if options.calibration_file:
-        for recipe, target in zip(recipes, targets, strict=True):
-            _plan(files, recipe, target, None)  # what is refused anyway needs no calibration
-    importance = find_importance(
-        files, options.imatrix, options.calibration_file, options.num_threads, options.save_imatrix
-    )
-    # All are planned before the first is written: what is refused costs no time.
-    plans = [_plan(files, recipe, target, importance) for recipe, target in zip(recipes, targets, strict=True)]
-    for recipe, target, steps in zip(recipes, targets, plans, strict=True):
+    # All are planned before a text is read and the first is written: what is refused costs no time.
+    target = _target(files, paths[0])
+    plans = [target.plan(recipe) for recipe in recipes]
+    importance = find_importance(files, options.imatrix, options.calibration_file, options.save_imatrix)
+    if importance is not None:
+        plans = [with_importance(steps, importance) for steps in plans]
+    for recipe, path, steps in zip(recipes, paths, plans, strict=True):
+        report_fallbacks(steps)
         try:
-            _write(files, recipe, target, steps)
+            _write(target, recipe, path, steps)
         except OSError as error:
-            raise LaunchError(f"{target}: cannot be written ({error.strerror or error}).") from error
+            raise LaunchError(f"{path}: cannot be written ({error.strerror or error}).") from error
     return 0
 
 
 def _recipes(options: QuantizeOptions) -> "list[Recipe]":
     """One for each type. LaunchError naming the option at fault."""
-    from serve_app.quant.mix import Recipe
     from serve_app.quant.topology import read_topology
 
     topology = read_topology(Path(options.topology).expanduser()) if options.topology else None
-    organization = options.isq_organization
-    names: list[str] | list[None] = [None] if topology and not options.isq else _names(options.isq)
-    if organization == "moqe" and not options.isq:
+    if options.isq_organization == "moqe" and not options.isq:
         raise LaunchError("--isq-organization moqe needs a type for the experts: give it with --isq.")
-    try:
-        return [
-            Recipe.parse(name, promotes=organization != "pure", experts_only=organization == "moqe", topology=topology)
-            for name in names
-        ]
-    except ValueError as error:
-        raise LaunchError(f"The option --isq: {error}.") from None
+    names = type_names(options.isq)
+    if not names and (options.isq or topology is None):
+        raise LaunchError("The command quantize needs a type: give it with --isq, several separated by commas.")
+    return recipes_of(names or [None], options.isq_organization, topology)
 
 
-def _is_gguf(target: Path) -> bool:
-    return target.suffix == ".gguf"
+def _target(files: "ModelFiles", path: Path) -> "Target":
+    from serve_app.commands.tokenizer_forms import OwnTokenizer
+    from serve_app.loaders.quantized_folder import FolderTarget
+    from serve_app.loaders.quantized_gguf import GgufTarget
+
+    return (GgufTarget if path.suffix == ".gguf" else FolderTarget)(files, OwnTokenizer(files))
 
 
-def _plan(files: "ModelFiles", recipe: "Recipe", target: Path, importance: "Importance | None") -> "list[Step]":
-    from serve_app.loaders.quantized_folder import plan_folder
-    from serve_app.loaders.quantized_gguf import plan_gguf
-
-    if _is_gguf(target):
-        return plan_gguf(files, recipe, importance, _Tokenizers())
-    return plan_folder(files, recipe, importance)
-
-
-def _write(files: "ModelFiles", recipe: "Recipe", target: Path, steps: "Sequence[Step]") -> None:
+def _write(target: "Target", recipe: "Recipe", path: Path, steps: "Sequence[Step]") -> None:
     from serve_app.loaders.quantized import bits_per_weight
-    from serve_app.loaders.quantized_folder import write_folder
-    from serve_app.loaders.quantized_gguf import write_gguf
 
     started = time.monotonic()
-    console = Console(stderr=True)
-    bar = Bar(console) if console.is_terminal else Silent()
-    bar.start(recipe.name, sum(step.source.num_bytes for step in steps))
+    bar = Bar(Console(stderr=True))
+    before = sum(step.source.num_bytes for step in steps)
+    bar.start(recipe.name, before)
     try:
-        if _is_gguf(target):
-            write_gguf(target, files, recipe, steps, bar.advance, _Tokenizers())
-        else:
-            write_folder(target, files, steps, bar.advance, _Tokenizers())
+        size = target.write(path, recipe, steps, bar.advance)
     finally:
         bar.finish()
-    size = target.stat().st_size if _is_gguf(target) else (target / "model.safetensors").stat().st_size
-    before = sum(step.source.num_bytes for step in steps)
     print(
-        f"{target}: {recipe.name}, {bits_per_weight(steps):.2f} bits a weight, {before / 2**20:.1f} → "
+        f"{path}: {recipe.name}, {bits_per_weight(steps):.2f} bits a weight, {before / 2**20:.1f} → "
         f"{size / 2**20:.1f} MiB in {time.monotonic() - started:.1f} s"
     )
 
 
-class _Tokenizers:
-    """See TokenizerForms."""
-
-    def gguf_values(
-        self, folder: Path, config: Mapping[str, Any], vocab_size: int, pre_tokenizer: str | None
-    ) -> dict[str, Any]:
-        from serve_app.text.gguf_tokenizer import tokenizer_values
-
-        return tokenizer_values(folder, config, vocab_size, pre_tokenizer)
-
-    def write_files(self, folder: Path, metadata: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
-        from serve_app.text.tokenizer_export import write_tokenizer
-
-        return write_tokenizer(folder, metadata)
-
-
-def _names(given: str | None) -> list[str]:
-    names = [name.strip() for name in (given or "").split(",") if name.strip()]
-    if not names:
-        raise LaunchError("The command quantize needs a type: give it with --isq, several separated by commas.")
-    return names
-
-
-def _targets(output: Path, names: Sequence[str]) -> list[Path]:
+def _paths(output: Path, names: Sequence[str]) -> list[Path]:
     """One path for each type: the type's name is put into it where there are several."""
     if not output.name:
         raise LaunchError("The command quantize needs a place to write to: give it with --output.")

@@ -13,16 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels import dispatch
 from kernels.cpu import weight_memory
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.torch_backend import TorchAttention
 from serve_app.batch import ForwardBatch
-from serve_app.cpu_info import num_physical_cores
 from serve_app.engine.text_chunks import text_chunks
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.layers.calibration_step import CalibrationStep
+from serve_app.loaders import isq_importance
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.named_source import NamedSource
 from serve_app.loaders.opening import find_args, open_checkpoint
@@ -33,8 +32,9 @@ from serve_app.quant.imatrix import Importance
 from serve_app.quant.weight import Weight
 from serve_app.text.tokenizer import open_tokenizer
 
-CHUNK_TOKENS = 512
 _BLOCK_SIZE = 32
+# How many of a chunk's widest activations are there at a time: gate, up, and their product twice.
+_WIDE_ACTIVATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,41 +48,52 @@ class Calibration:
     chunk_tokens: int
 
 
-def calibrate(files: ModelFiles, text: str, *, num_threads: int) -> Importance:
+def calibrate(files: ModelFiles, text: str) -> Importance:
     """The importance matrix of a model for a text; see measure_inputs."""
-    return measure_inputs(files, text, num_threads=num_threads).importance
+    return measure_inputs(files, text).importance
+
+
+def memory_bytes(files: ModelFiles) -> int:
+    """About what measure_inputs takes at most: the weights as they are stored, keys and values of a chunk, its scores
+    of one layer, and its widest activations. ModelFileError for a model that does not load."""
+    _, args = find_args(files)
+    stored = list(open_checkpoint(files).stored())
+    length = isq_importance.chunk_tokens(files)
+    pool = KvPool.bytes_per_block(_BLOCK_SIZE, args.n_layers, args.n_kv_heads, args.head_dim, torch.float32)
+    # Without the head, which is not computed.
+    widest = max((t.shape[-2] for t in stored if len(t.shape) > 1 and t.shape[-2] != args.vocab_size), default=0)
+    numbers = 2 * args.n_heads * length**2 + _WIDE_ACTIVATIONS * length * widest
+    return sum(t.data.size for t in stored) + _num_blocks(length) * pool + 4 * numbers
 
 
 def measure_inputs(
     files: ModelFiles,
     text: str,
     *,
-    num_threads: int,
     chunk_tokens: int | None = None,
     max_chunks: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Runs the model over a text on the CPU, its inputs not rounded; num_threads 0: the physical cores.
+    """Runs the model over a text on the CPU, its inputs not rounded, on the threads that compute in this process.
 
     chunk_tokens: at most the model's context; None: 512, or the context where that is shorter. progress is called with
     the chunks done and all chunks. LaunchError where the text has no whole chunk or activations are not finite,
     ModelFileError for a model that does not load.
     """
-    dispatch.set_num_threads(num_threads or num_physical_cores())
     family, args = find_args(files)
-    length = chunk_tokens or min(CHUNK_TOKENS, args.max_position_embeddings)
+    length = chunk_tokens or isq_importance.chunk_tokens(files)
     try:
         chunks = text_chunks(open_tokenizer(files.tokenizer_source), text, length, max_chunks)
     except ValueError as error:
         raise LaunchError(f"Calibration: {error}.") from None
-    source = NamedSource(CheckpointSource(open_checkpoint(files), torch.float32, torch.device("cpu"), is_exact=True))
+    stored = CheckpointSource(open_checkpoint(files), torch.float32, torch.device("cpu"), is_exact=True)
+    source = NamedSource(stored, args.GGUF.architecture)
     try:
         model = family.build(args, source)
     finally:
         weight_memory.end()
     sums = _Sums()
-    num_blocks = -(-length // _BLOCK_SIZE)
-    shape = (num_blocks, _BLOCK_SIZE, args.n_layers, args.n_kv_heads, args.head_dim)
+    shape = (_num_blocks(length), _BLOCK_SIZE, args.n_layers, args.n_kv_heads, args.head_dim)
     pool = KvPool.on_device("cpu", *shape, torch.float32)
     for done, chunk in enumerate(chunks):
         _read(model, DeviceBatch.of(_one_prompt(chunk), pool, torch.device("cpu")), sums)
@@ -92,6 +103,10 @@ def measure_inputs(
         if not np.isfinite(values).all():
             raise LaunchError(f"Calibration: what {name} is multiplied with is not finite.")
     return Calibration(importance, counts, len(chunks), length)
+
+
+def _num_blocks(length: int) -> int:
+    return -(-length // _BLOCK_SIZE)
 
 
 def _read(model: CausalLM, batch: DeviceBatch, sums: "_Sums") -> None:
@@ -139,7 +154,7 @@ def _one_prompt(ids: list[int]) -> ForwardBatch:
         token_ids=np.array(ids, np.int64),
         positions=positions,
         slot_mapping=positions,
-        block_tables=np.arange(-(-count // _BLOCK_SIZE), dtype=np.int32)[None],
+        block_tables=np.arange(_num_blocks(count), dtype=np.int32)[None],
         query_start=np.array([0, count], np.int32),
         context_lens=np.array([count], np.int32),
         logit_index=positions,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import dispatch
 from serve_app.engine.aside import run_aside
 from serve_app.engine.engine import Engine
 from serve_app.engine.forward import Forward
@@ -251,7 +250,7 @@ def read_once(files: ModelFiles, text: str) -> Importance:
     """See loaders.isq_importance.Calibrate."""
     from serve_app.engine.calibration import calibrate
 
-    return calibrate(files, text, num_threads=dispatch.num_threads())
+    return calibrate(files, text)
 
 
 def recompute_running(engine: Engine) -> int:

@@ -1,7 +1,7 @@
 """What quantisation costs a model: how far its predictions move away from those of the model as it is."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from serve_app.engine.llm import LLM
 from serve_app.engine.perplexity import Perplexity, of_nlls
+from serve_app.engine.reference_logits import ReferenceLogits, scored_logits
 from serve_app.engine.text_chunks import text_chunks
 from serve_app.engine.weight_probe import WeightProbe
 from serve_app.errors import LaunchError
@@ -74,21 +75,17 @@ def chunks_of(llm: LLM, text: str, chunk_tokens: int, most: int | None) -> list[
         raise LaunchError(f"Quality: {error}.") from None
 
 
-def compare(
-    reference: LLM, variant: LLM, chunks: Sequence[Sequence[int]], on_chunk: Callable[[], object] = lambda: None
-) -> Distance:
+def compare(reference: ReferenceLogits, variant: LLM, on_chunk: Callable[[], object] = lambda: None) -> Distance:
     """The distance over all chunks. Never more than one chunk's logits are held; on_chunk is called after each.
 
     The second half of each chunk is scored, as llama-perplexity does it: tokens chunk / 2 + 1 and after, each with all
     those before it in its chunk.
     """
     scores = _Scores()
-    for chunk in chunks:
-        # The last token is only predicted; the logits that follow it predict nothing that is known.
-        context, first = chunk[:-1], len(chunk) // 2
-        theirs, ours = (llm.logits(context)[first:] for llm in (reference, variant))
+    for number, chunk in enumerate(reference.chunks):
+        theirs, ours = reference(number), scored_logits(variant, chunk)
         step = max(1, _NUMBERS_AT_ONCE // theirs.shape[1])
-        targets = torch.tensor(chunk[first + 1 :], device=theirs.device)
+        targets = torch.tensor(chunk[-len(theirs) :], device=theirs.device)
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             scores.add(theirs[part], ours[part].to(theirs.device), targets[part])

@@ -68,8 +68,17 @@ def make_plan(
     name = type_name(isq)
     _check_source(files, seen)
     wanted, in_use = weight_bytes(files, isq), weight_bytes(files, current)
+    calibration = _calibration_bytes(files, isq)
     needed = wanted.kept + wanted.working + MARGIN_BYTES
     free = free_bytes(device)
+    if gpu_memory(device) is None:
+        # The text is read before, and what that took is given back.
+        needed = max(needed, calibration + MARGIN_BYTES)
+    elif calibration and calibration + MARGIN_BYTES > (host := free_memory_bytes()):
+        raise Conflict(
+            f"The calibration text is read on the CPU, which needs {calibration + MARGIN_BYTES} bytes; {host} bytes "
+            "are free there."
+        )
     most = free + in_use.kept
     if needed > most:
         raise Conflict(
@@ -77,6 +86,13 @@ def make_plan(
             "without the weights in use."
         )
     return SwitchPlan(name, type_name(current), isq, needed > free, needed, free, wanted.source)
+
+
+def _calibration_bytes(files: ModelFiles, isq: IsqOptions | None) -> int:
+    """What reading a calibration text takes in host memory, 0 where none is read."""
+    from serve_app.engine.calibration import memory_bytes
+
+    return 0 if isq is None or isq.calibration_file is None else memory_bytes(files)
 
 
 def free_bytes(device: str) -> int:

@@ -1,11 +1,13 @@
 """The architecture that the user names (-a) in the place of the one in the files. No torch."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from serve_app.models.registry import stored_name
 
 _KEY = "general.architecture"
+
+V = TypeVar("V")
 
 
 def config_as(config: Mapping[str, Any], arch: str | None) -> dict[str, Any]:
@@ -20,6 +22,12 @@ def metadata_as(metadata: Mapping[str, Any], arch: str | None) -> dict[str, Any]
     """
     if arch is None:
         return dict(metadata)
-    name, before = stored_name(arch, is_gguf=True), f"{metadata.get(_KEY)}."
-    own = {f"{name}.{key.removeprefix(before)}": metadata[key] for key in metadata if key.startswith(before)}
-    return {key: value for key, value in metadata.items() if not key.startswith(before)} | own | {_KEY: name}
+    name = stored_name(arch, is_gguf=True)
+    return renamed(metadata, str(metadata.get(_KEY)), name, name)
+
+
+def renamed(metadata: Mapping[str, V], before: str, name: str, value: V) -> dict[str, V]:
+    """Metadata with another architecture's name; value: that name, in the form of the values."""
+    prefix = f"{before}."
+    own = {f"{name}.{key.removeprefix(prefix)}": metadata[key] for key in metadata if key.startswith(prefix)}
+    return {key: value for key, value in metadata.items() if not key.startswith(prefix)} | own | {_KEY: value}

@@ -25,7 +25,7 @@ _SIDE_FILES = TOKENIZER_FILES | {
     "chat_template.jinja",
     "model.safetensors.index.json",
 }
-_SIDE_FOLDER = "additional_chat_templates/"
+SIDE_FOLDER = "additional_chat_templates"
 
 
 def detect_kind(names: Iterable[str], files: Sequence[str], kind: ModelKind) -> ModelKind:
@@ -56,7 +56,7 @@ def choose_files(names: Sequence[str], files: Sequence[str], kind: ModelKind, wh
         weights = choose_gguf(names, files, where)
     else:
         weights = [choose_ggml(names, files, where)]
-    return [*weights, *(name for name in names if name in _SIDE_FILES or name.startswith(_SIDE_FOLDER))]
+    return [*weights, *(name for name in names if name in _SIDE_FILES or name.startswith(f"{SIDE_FOLDER}/"))]
 
 
 def choose_gguf(names: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serve_app.loaders.checkpoint import Checkpoint
+from serve_app.loaders.checkpoint import Checkpoint, StoredTensor
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.quant.experts import DenseExperts, Experts
 from serve_app.quant.weight import DenseWeight, Weight
@@ -19,16 +19,20 @@ class HeaderSource(CheckpointSource):
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See WeightSource."""
-        self._take(name, shape)
+        self._note(name, [self._take(name, shape)], shape)
         return torch.empty(shape, device="meta")
 
     def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
         """See WeightSource."""
         for name, out in zip(names, out_features, strict=True):
-            self._take(name, (out, in_features))
+            self._note(name, [self._take(name, (out, in_features))], (out, in_features))
         return DenseWeight(torch.empty((sum(out_features), in_features), device="meta"))
 
     def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
         """See WeightSource."""
-        self._expert_parts(name, num_experts, out_features, in_features)
-        return DenseExperts(torch.empty((num_experts, out_features, in_features), device="meta"))
+        shape = (num_experts, out_features, in_features)
+        self._note(name.replace("{}.", ""), self._expert_parts(name, *shape), shape)
+        return DenseExperts(torch.empty(shape, device="meta"))
+
+    def _note(self, name: str, parts: Sequence[StoredTensor], shape: tuple[int, ...]) -> None:
+        """Told of each, for who remembers them: that of experts without their number."""

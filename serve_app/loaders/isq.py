@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,10 @@ from serve_app.loaders.isq_cache import open_cached
 from serve_app.loaders.isq_importance import Calibrate, calibration_text, importance_key, read_importance
 from serve_app.loaders.isq_progress import LoadProgress, LogProgress
 from serve_app.loaders.model_files import ModelFiles
-from serve_app.loaders.quantized import Step, bits_per_weight, with_importance
-from serve_app.loaders.quantized_as_stored import plan_as_stored
+from serve_app.loaders.quantized import Step, bits_per_weight, report_fallbacks
+from serve_app.loaders.quantized_as_stored import sources_as_stored
+from serve_app.loaders.quantized_importance import with_importance
+from serve_app.loaders.quantized_plan import plan_steps
 from serve_app.loaders.recode import Progress
 from serve_app.loaders.recoded_checkpoint import CachedCheckpoint, RecodedCheckpoint
 from serve_app.options import IsqOptions
@@ -47,6 +49,23 @@ class IsqReport:
     is_cached: bool
 
 
+class AsStored:
+    """A load that quantises nothing, in the words of InSitu."""
+
+    identity = None
+
+    def __init__(self, checkpoint: Checkpoint, listener: LoadProgress | None) -> None:
+        self.checkpoint = checkpoint
+        self.progress: Progress | None = None if listener is None else listener.advance
+
+    def running(self) -> AbstractContextManager[None]:
+        """See InSitu."""
+        return nullcontext()
+
+    def report(self, label: str, started: float) -> None:
+        """Nothing was quantised."""
+
+
 class InSitu:
     """The quantisation of one load. checkpoint: what the model is built from; progress: for who builds it.
 
@@ -59,24 +78,23 @@ class InSitu:
         checkpoint: Checkpoint,
         steps: Sequence[Step],
         identity: str,
-        listener: LoadProgress,
+        listener: LoadProgress | None,
         *,
         is_old: bool = False,
     ) -> None:
-        """is_old: an earlier start has done it."""
+        """listener: None where all is quantised already; is_old: an earlier start has done it."""
         self.checkpoint = checkpoint
         self.identity = identity
         self._name = recipe.name
         self._steps = steps
         self._listener = listener
-        self._is_done = isinstance(checkpoint, CachedCheckpoint)
-        self.progress: Progress | None = None if self._is_done else listener.advance
+        self.progress: Progress | None = None if listener is None else listener.advance
         self._is_old = is_old
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """While the model is built."""
-        if self._is_done:
+        if self._listener is None:
             yield
             return
         self._listener.start(self._name, sum(step.source.num_bytes for step in self._steps))
@@ -124,7 +142,8 @@ def recipe_of(options: IsqOptions) -> Recipe | None:
 
 def plan(files: ModelFiles, opened: Checkpoint, recipe: Recipe) -> list[Step]:
     """What becomes of each tensor, before any importance. ModelFileError for what cannot be done; see plan_steps."""
-    return plan_as_stored(files, list(opened.stored()), recipe, None)
+    sources, facts = sources_as_stored(files, list(opened.stored()))
+    return plan_steps(sources, recipe, facts, needs_gguf=False)
 
 
 def check_isq(files: ModelFiles, opened: Checkpoint) -> None:
@@ -147,8 +166,8 @@ def prepare(
     opened: Checkpoint,
     listener: LoadProgress | None = None,
     calibrate: Calibrate | None = None,
-) -> InSitu | None:
-    """Plans the quantisation that files.isq asks for; None where it asks for none.
+) -> InSitu | AsStored:
+    """Plans the quantisation that files.isq asks for, if it asks for one.
 
     With a cache the result is mapped from there, and made there first where this is its first time. Nothing else is
     quantised yet. ModelFileError for what cannot be done.
@@ -156,12 +175,12 @@ def prepare(
     options = files.isq
     recipe = None if options is None else recipe_of(options)
     if options is None or recipe is None:
-        return None
+        return AsStored(opened, listener)
     listener = listener or LogProgress()
     steps = plan(files, opened, recipe)
+    report_fallbacks(steps)
     _warn_of_loss(files, steps)
-    key = importance_key(options)
-    identity = _identity(steps, key)
+    identity = _identity(steps, importance_key(files, options))
 
     @cache
     def final_steps() -> list[Step]:
@@ -173,7 +192,7 @@ def prepare(
         kept = open_cached(folder, files, recipe.name, steps, identity, final_steps, listener)
         if kept is not None:
             done, is_old = kept
-            return InSitu(recipe, CachedCheckpoint(opened, steps, done), steps, identity, listener, is_old=is_old)
+            return InSitu(recipe, CachedCheckpoint(opened, steps, done), steps, identity, None, is_old=is_old)
     final = final_steps()
     return InSitu(recipe, RecodedCheckpoint(opened, final), final, identity, listener)
 

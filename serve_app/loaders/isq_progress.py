@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -29,15 +30,18 @@ class LoadProgress(Protocol):
 class LogProgress:
     """Lines in the log: tensor, share, speed, and the time that it still takes. Quick work has none."""
 
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
     def start(self, title: str, total_bytes: int) -> None:
         """See LoadProgress."""
         self._title, self._total, self._done = title, max(1, total_bytes), 0
-        self._started = self._told = time.monotonic()
+        self._started = self._told = self._clock()
 
     def advance(self, tensor: str, num_bytes: int) -> None:
         """See LoadProgress."""
         self._done += num_bytes
-        now = time.monotonic()
+        now = self._clock()
         if now - self._told < LOG_SECONDS:
             return
         self._told = now

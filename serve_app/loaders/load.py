@@ -2,7 +2,6 @@
 
 import logging
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -65,17 +64,11 @@ def load_model(
     family, args = find_args(files)
     opened = open_checkpoint(files)
     isq = prepare(files, opened, progress, calibrate)
-    checkpoint = opened if isq is None else isq.checkpoint
+    checkpoint = isq.checkpoint
     chosen = compute_dtype(dtype, checkpoint, torch.device(device))
-    source = CheckpointSource(
-        checkpoint,
-        chosen,
-        torch.device(device),
-        is_exact=is_exact,
-        progress=isq.progress if isq is not None else None if progress is None else progress.advance,
-    )
+    source = CheckpointSource(checkpoint, chosen, torch.device(device), is_exact=is_exact, progress=isq.progress)
     try:
-        with nullcontext() if isq is None else isq.running():
+        with isq.running():
             model = family.build(args, source)
     finally:
         weight_memory.end()
@@ -88,11 +81,10 @@ def load_model(
         "dtypes": f"{chosen} {kept}",
         "is_exact": is_exact,
     }
-    if isq is not None:
+    if isq.identity is not None:
         facts["isq"] = isq.identity
     identity = fingerprint(facts, opened.stored())
-    report = None if isq is None else isq.report(files.model_name, started)
-    return LoadedModel(model, args, identity, chosen, kept, scales, report)
+    return LoadedModel(model, args, identity, chosen, kept, scales, isq.report(files.model_name, started))
 
 
 def _report_unused(checkpoint: Checkpoint, source: CheckpointSource) -> None:

@@ -13,8 +13,10 @@ from serve_app.quant.weight import Weight
 class NamedSource:
     """The WeightSource behind it, with a list of what it gave."""
 
-    def __init__(self, source: WeightSource) -> None:
+    def __init__(self, source: WeightSource, architecture: str) -> None:
+        """architecture: GGUF's name of it, by which tensors have theirs."""
         self._source = source
+        self._architecture = architecture
         self._found: dict[int, tuple[Weight | Experts, tuple[str, ...]]] = {}
 
     def names(self, matrix: Weight | Experts) -> tuple[str, ...]:
@@ -31,13 +33,13 @@ class NamedSource:
         """See WeightSource."""
         weight = self._source.weight(names, out_features, in_features)
         # The matrix is kept, so that no other can come to lie at its address.
-        self._found[id(weight)] = weight, tuple(gguf_name(name) for name in names)
+        self._found[id(weight)] = weight, tuple(gguf_name(name, self._architecture) for name in names)
         return weight
 
     def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
         """See WeightSource."""
         experts = self._source.experts(name, num_experts, out_features, in_features)
-        self._found[id(experts)] = experts, (gguf_name(name.replace("{}.", "")),)
+        self._found[id(experts)] = experts, (gguf_name(name.replace("{}.", ""), self._architecture),)
         return experts
 
     def has(self, name: str) -> bool:

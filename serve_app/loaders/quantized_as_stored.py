@@ -7,31 +7,21 @@ from serve_app.loaders.checkpoint import StoredTensor
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.loaders.name_map import gguf_name
 from serve_app.loaders.opening import stated_args
-from serve_app.loaders.quantized import Source, Step, plan_steps
+from serve_app.loaders.quantized import Source
 from serve_app.models.decoder_args import DecoderArgs
-from serve_app.quant.imatrix import Importance
-from serve_app.quant.mix import ModelFacts, Recipe
+from serve_app.quant.mix import ModelFacts
 
 
-def plan_as_stored(
-    files: ModelFiles,
-    stored: Sequence[StoredTensor],
-    recipe: Recipe,
-    importance: Importance | None,
-    *,
-    needs_gguf: bool = False,
-) -> list[Step]:
-    """See plan_steps. A GGUF's tensors have its names, a folder's are known to the recipe by those."""
+def sources_as_stored(files: ModelFiles, stored: Sequence[StoredTensor]) -> tuple[list[Source], ModelFacts]:
+    """For plan_steps. A GGUF's tensors have its names, a folder's are known to the recipe by those."""
     names = {tensor.name for tensor in stored}
     if files.gguf_metadata is not None:
         facts = gguf_facts(files.gguf_metadata, "output.weight" in names)
-        sources = [Source.of(tensor, tensor.name) for tensor in stored]
-    else:
-        _, args = stated_args(files)
-        assert isinstance(args, DecoderArgs)
-        facts = folder_facts(args, "lm_head.weight" in names)
-        sources = [Source.of(tensor, gguf_name(tensor.name, args.GGUF.architecture)) for tensor in stored]
-    return plan_steps(sources, recipe, facts, importance, needs_gguf=needs_gguf)
+        return [Source.of(tensor, tensor.name) for tensor in stored], facts
+    _, args = stated_args(files)
+    assert isinstance(args, DecoderArgs)
+    facts = folder_facts(args, "lm_head.weight" in names)
+    return [Source.of(tensor, gguf_name(tensor.name, args.GGUF.architecture)) for tensor in stored], facts
 
 
 def folder_facts(args: DecoderArgs, has_head: bool) -> ModelFacts:

@@ -1,16 +1,19 @@
 """A quantised SafeTensors folder out of another one or of a GGUF, for every type that there is."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve_app.loaders.folder_of_gguf import gguf_sources, write_side_files
+from serve_app.loaders.file_choice import SIDE_FOLDER, TOKENIZER_FILES
+from serve_app.loaders.folder_of_gguf import gguf_config, gguf_sources
 from serve_app.loaders.model_files import ModelFiles
-from serve_app.loaders.quantized import Step, TokenizerForms, plan_steps, run_steps, stored_tensors
-from serve_app.loaders.quantized_as_stored import folder_facts, plan_as_stored
+from serve_app.loaders.quantized import Step, run_steps
+from serve_app.loaders.quantized_as_stored import folder_facts, sources_as_stored
+from serve_app.loaders.quantized_plan import plan_steps
+from serve_app.loaders.quantized_target import TokenizerForms, open_readable
 from serve_app.loaders.recode import Progress
 from serve_app.loaders.safetensors_writer import SafetensorsSink
-from serve_app.quant.imatrix import Importance
 from serve_app.quant.mix import Recipe
 
 _WEIGHTS = "model.safetensors"
@@ -18,34 +21,60 @@ _INDEX = "model.safetensors.index.json"
 _NOT_COPIED = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json")
 
 
-def plan_folder(files: ModelFiles, recipe: Recipe, importance: Importance | None) -> list[Step]:
-    """The steps from a folder, or a GGUF, to a folder; errors for a model that none can be made of."""
-    stored = stored_tensors(files)
-    if files.config is not None:
-        return plan_as_stored(files, stored, recipe, importance)
-    sources, args = gguf_sources(files)
-    has_head = any(source.name == "lm_head.weight" for source in sources)
-    return plan_steps(sources, recipe, folder_facts(args, has_head), importance, needs_gguf=False)
+class FolderTarget:
+    """See Target: the model as a folder."""
 
+    def __init__(self, files: ModelFiles, tokenizers: TokenizerForms) -> None:
+        """Errors for a model that none can be made of."""
+        checkpoint = open_readable(files)
+        self._files, self._tokenizers = files, tokenizers
+        if files.config is not None:
+            self._config = files.config
+            self._sources, self._facts = sources_as_stored(files, list(checkpoint.stored()))
+        else:
+            self._config = gguf_config(files, checkpoint)
+            self._sources, args = gguf_sources(files, checkpoint, self._config)
+            self._facts = folder_facts(args, any(source.name == "lm_head.weight" for source in self._sources))
 
-def write_folder(
-    folder: Path, files: ModelFiles, steps: Sequence[Step], progress: Progress, tokenizers: TokenizerForms
-) -> None:
-    """Writes what a model's folder has besides weights, then those under their name, once they are whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if files.config is None:
-        write_side_files(folder, files, tokenizers)
-    else:
-        for path in sorted(files.folder.iterdir()):
-            if path.is_file() and not path.name.endswith(_NOT_COPIED):
+    def plan(self, recipe: Recipe) -> list[Step]:
+        """See Target."""
+        return plan_steps(self._sources, recipe, self._facts, needs_gguf=False)
+
+    def write(self, path: Path, recipe: Recipe, steps: Sequence[Step], progress: Progress) -> int:
+        """See Target: first what a model's folder has besides weights."""
+        path.mkdir(parents=True, exist_ok=True)
+        self._write_side_files(path)
+        part = path / (_WEIGHTS + ".part")
+        try:
+            with part.open("wb") as file:
+                run_steps(steps, SafetensorsSink(file, steps), progress)
+                size = file.tell()
+            # One of an earlier model there would send readers to other weights.
+            (path / _INDEX).unlink(missing_ok=True)
+            part.replace(path / _WEIGHTS)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return size
+
+    def _write_side_files(self, folder: Path) -> None:
+        files = self._files
+        if files.config is not None:
+            self._copy_side_files(folder)
+        elif (beside := files.folder / "generation_config.json").is_file():
+            shutil.copy(beside, folder / beside.name)
+        ids = self._tokenizers.write_files(folder)
+        config = self._config
+        if ids is not None and files.config is None:
+            config = config | {"bos_token_id": ids[0], "eos_token_id": list(ids[1])}
+        # Also where it was one before: an option may have named another architecture.
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def _copy_side_files(self, folder: Path) -> None:
+        source = self._files.folder
+        has_own = self._files.tokenizer_source == source
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.endswith(_NOT_COPIED) and (has_own or path.name not in TOKENIZER_FILES):
                 shutil.copy(path, folder / path.name)
-    part = folder / (_WEIGHTS + ".part")
-    try:
-        with part.open("wb") as file:
-            run_steps(steps, SafetensorsSink(file, steps), progress)
-        # One of an earlier model there would send readers to other weights.
-        (folder / _INDEX).unlink(missing_ok=True)
-        part.replace(folder / _WEIGHTS)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        if (source / SIDE_FOLDER).is_dir():
+            shutil.copytree(source / SIDE_FOLDER, folder / SIDE_FOLDER, dirs_exist_ok=True)

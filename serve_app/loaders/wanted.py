@@ -3,14 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from serve_app.loaders.checkpoint import Checkpoint, StoredTensor
 from serve_app.loaders.headers import HeaderSource
 from serve_app.models.base import ModelArgs
 from serve_app.models.registry import Family
-from serve_app.quant.experts import Experts
-from serve_app.quant.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +38,5 @@ class _Recorder(HeaderSource):
         super().__init__(checkpoint)
         self.wanted: dict[str, WantedTensor] = {}
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """See WeightSource."""
-        self._note(name, (self._take(name, shape),), shape)
-        return super().tensor(name, shape)
-
-    def weight(self, names: Sequence[str], out_features: Sequence[int], in_features: int) -> Weight:
-        """See WeightSource."""
-        for name, rows in zip(names, out_features, strict=True):
-            self._note(name, (self._take(name, (rows, in_features)),), (rows, in_features))
-        return super().weight(names, out_features, in_features)
-
-    def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
-        """See WeightSource."""
-        shape = (num_experts, out_features, in_features)
-        self._note(name.replace("{}.", ""), tuple(self._expert_parts(name, *shape)), shape)
-        return super().experts(name, *shape)
-
-    def _note(self, name: str, parts: tuple[StoredTensor, ...], shape: tuple[int, ...]) -> None:
-        self.wanted[name] = WantedTensor(name, parts, shape)
+    def _note(self, name: str, parts: Sequence[StoredTensor], shape: tuple[int, ...]) -> None:
+        self.wanted[name] = WantedTensor(name, tuple(parts), shape)

@@ -8,14 +8,12 @@ from jinja2 import Template, TemplateError, nodes
 
 from serve_app.errors import InvalidRequest, ModelFileError
 from serve_app.text.template_environment import TemplateEnvironment
+from serve_app.text.template_files import DEFAULT, templates_of_folder, templates_of_gguf, templates_of_options
 from serve_app.text.template_limits import Budget, current_budget
 from serve_app.text.tokenizer import Tokenizer
-from serve_app.text.tokenizer_files import read_json
 
-_DEFAULT: Final = "default"
 _TOOL_USE: Final = "tool_use"
 _MAX_SOURCE_CHARS: Final = 1 << 20
-_GGUF_KEY: Final = "tokenizer.chat_template"
 # What rendering can raise for a template that does not fit the conversation, or is malicious.
 _RENDER_ERRORS: Final = (
     TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
@@ -39,11 +37,11 @@ class ChatTemplate:
         tokens: Mapping[str, str] | None = None,
         origin: str = "chat template",
     ) -> None:
-        sources = {_DEFAULT: source} if isinstance(source, str) else dict(source)
+        sources = {DEFAULT: source} if isinstance(source, str) else dict(source)
         if not sources:
             raise ModelFileError(f"{origin}: has no chat template")
         self.origin = origin
-        self.source = sources.get(_DEFAULT, next(iter(sources.values())))
+        self.source = sources.get(DEFAULT, next(iter(sources.values())))
         self._tokens = {**(tokens or {}), "bos_token": bos, "eos_token": eos}
         self._variants = {name: _Variant(text, origin) for name, text in sources.items()}
 
@@ -60,7 +58,7 @@ class ChatTemplate:
         parts is joined for templates that know only strings. Raises InvalidRequest when the template refuses the
         conversation, does not fit it, or costs too much.
         """
-        variant = self._variants.get(_DEFAULT)
+        variant = self._variants.get(DEFAULT)
         if variant is None or (tools and _TOOL_USE in self._variants):
             variant = self._variants.get(_TOOL_USE) or next(iter(self._variants.values()))
         if not variant.takes_parts:
@@ -143,16 +141,14 @@ def choose_template(
 ) -> ChatTemplate | None:
     """The template to use, the first that is there, in the order that mistral.rs documents.
 
-    1. jinja_explicit (-j): a file that holds Jinja. 2. chat_template (-c): a .json file with a "chat_template", a file
-    that holds Jinja, or Jinja itself. 3. The model's files in folder: chat_template.jinja, the "chat_template" of
-    tokenizer_config.json (a text, or a list of {name, template}), of chat_template.json. 4. GGUF metadata. None means
-    that chat needs one of the first two; completions do not. Raises ModelFileError for one that is there but broken.
+    1. jinja_explicit (-j). 2. chat_template (-c). 3. The model's files in folder. 4. GGUF metadata; for all of them see
+    template_files. None means that chat needs one of the first two; completions do not. Raises ModelFileError for one
+    that is there but broken.
     """
     found = (
-        _from_option(jinja_explicit, literal_allowed=False)
-        or _from_option(chat_template, literal_allowed=True)
-        or _from_folder(folder)
-        or _from_gguf(gguf_metadata)
+        templates_of_options(jinja_explicit, chat_template)
+        or (None if folder is None else templates_of_folder(folder))
+        or templates_of_gguf(gguf_metadata or {})
     )
     if found is None:
         return None
@@ -185,71 +181,3 @@ def open_chat_template(files: TemplateSources, tokenizer: Tokenizer) -> ChatTemp
         bos="" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
         eos="" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
     )
-
-
-_Found = tuple[str, dict[str, str]]
-
-
-def _from_option(value: str | None, *, literal_allowed: bool) -> _Found | None:
-    if not value:
-        return None
-    if literal_allowed and ("{{" in value or "{%" in value):
-        return "--chat-template", {_DEFAULT: value}
-    path = Path(value)
-    if path.suffix == ".json":
-        found = _from_json(path)
-        if found is None:
-            raise ModelFileError(f'{path}: has no "chat_template"')
-        return found
-    return str(path), {_DEFAULT: _read_text(path)}
-
-
-def _from_folder(folder: Path | None) -> _Found | None:
-    if folder is None:
-        return None
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        sources = {_DEFAULT: _read_text(path)}
-        for more in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-            sources[more.stem] = _read_text(more)
-        return str(path), sources
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        found = _from_json(folder / name) if (folder / name).is_file() else None
-        if found is not None:
-            return found
-    return None
-
-
-def _from_json(path: Path) -> _Found | None:
-    content = read_json(path)
-    value = content.get("chat_template") if isinstance(content, dict) else None
-    if value is None:
-        return None
-    if isinstance(value, list):
-        try:
-            value = {entry["name"]: entry["template"] for entry in value}
-        except (TypeError, KeyError):
-            raise ModelFileError(f'{path}: the list "chat_template" needs name and template in each entry') from None
-    sources = {_DEFAULT: value} if isinstance(value, str) else value
-    if not isinstance(sources, dict) or not all(isinstance(t, str) for t in sources.values()) or not sources:
-        raise ModelFileError(f'{path}: "chat_template" is neither a text nor a list of them')
-    return str(path), sources
-
-
-def _from_gguf(metadata: Mapping[str, Any] | None) -> _Found | None:
-    sources: dict[str, str] = {}
-    for key, value in (metadata or {}).items():
-        if key == _GGUF_KEY or key.startswith(_GGUF_KEY + "."):
-            if not isinstance(value, str):
-                raise ModelFileError(f"the GGUF metadata: key {key} is no string")
-            sources[key.removeprefix(_GGUF_KEY).removeprefix(".") or _DEFAULT] = value
-    return ("the GGUF metadata", sources) if sources else None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ModelFileError(f"{path}: is not UTF-8") from None

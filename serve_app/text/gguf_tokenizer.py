@@ -1,4 +1,4 @@
-"""A GGUF's tokenizer and chat template out of a folder's tokenizer.json or tokenizer.model, and what stands beside it.
+"""A GGUF's tokenizer out of a folder's tokenizer.json or tokenizer.model, and what stands beside it.
 
 Keys and types of tokens are those that llama.cpp's converter writes. BOS, EOS and whether they are put around a text
 come from our own reading of the folder, so that both files encode alike.
@@ -61,7 +61,7 @@ def tokenizer_values(
     if is_spm:
         values |= {"model": "llama", "pre": "default", "scores": table.scores}
     values |= _special(folder, config, settings, vocab_size)
-    return {_KEY + key: value for key, value in values.items()} | _templates(folder, settings)
+    return {_KEY + key: value for key, value in values.items()}
 
 
 class _Table:
@@ -177,22 +177,3 @@ def _special(folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     return read_json(path) if path.is_file() else {}
-
-
-def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat template, and those with a name beside it."""
-    found = settings.get("chat_template")
-    if found is None and (folder / "chat_template.json").is_file():
-        found = read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-    named = {"default": found} if isinstance(found, str) else dict(found or {})
-    if (folder / "chat_template.jinja").is_file():
-        named["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    values = {
-        "tokenizer.chat_template" if name == "default" else f"tokenizer.chat_template.{name}": template
-        for name, template in named.items()
-        if isinstance(name, str) and isinstance(template, str)
-    }
-    others = [name for name in named if name != "default"]
-    return values | ({"tokenizer.chat_templates": others} if others else {})

@@ -1,4 +1,4 @@
-"""A GGUF's tokenizer and chat template as the files of a folder."""
+"""A GGUF's tokenizer as the files of a folder."""
 
 import json
 from collections.abc import Mapping
@@ -9,8 +9,6 @@ from tokenizers import decoders
 
 from serve_app.text.gguf_vocab import vocabulary_from_gguf
 from serve_app.text.vocabulary import SPACE_MARK
-
-_TEMPLATE = "tokenizer.chat_template"
 
 
 def write_tokenizer(folder: Path, metadata: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
@@ -29,14 +27,5 @@ def write_tokenizer(folder: Path, metadata: Mapping[str, Any]) -> tuple[int | No
     ids = {"bos_token": vocabulary.bos_id, "eos_token": next(iter(vocabulary.eos_ids), None)}
     settings: dict[str, Any] = {role: vocabulary.texts[i] for role, i in ids.items() if i is not None}
     settings |= {"add_bos_token": bool(vocabulary.prefix), "add_eos_token": bool(vocabulary.suffix)}
-    templates = {
-        key.removeprefix(_TEMPLATE).removeprefix(".") or "default": text
-        for key, text in metadata.items()
-        if key == _TEMPLATE or key.startswith(_TEMPLATE + ".")
-    }
-    if list(templates) == ["default"]:
-        settings["chat_template"] = templates["default"]
-    elif templates:
-        settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return vocabulary.bos_id, vocabulary.eos_ids

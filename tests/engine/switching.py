@@ -16,6 +16,7 @@ from serve_app.engine.weight_switch import Mode, WeightSwitch
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles
 from serve_app.messages import GenerateRequest, TokenDelta
+from serve_app.models.base import CausalLM
 from serve_app.options import EngineConfig, IsqOptions, ModelSource, SamplingParams
 
 MODELS = Path(__file__).parents[1] / "data" / "models" / "stories3M"
@@ -122,6 +123,10 @@ class Plain:
         self._llm = LLM(ModelSource(model=None if file is None else str(file), isq=isq), config=CONFIG)
         assert self._llm.engine.switch is not None
         self.isq_type = self._llm.engine.switch.isq_type
+
+    @property
+    def model(self) -> CausalLM:
+        return self._llm.model
 
     def __call__(self, prompt: list[int], **sampling: Any) -> Any:
         return self._llm.generate([prompt], request("x", prompt, **sampling).sampling)[0].choices

@@ -28,7 +28,7 @@ def files(path: Path) -> ModelFiles:
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request: pytest.FixtureRequest) -> tuple[str, Calibration]:
-    return request.param, measure_inputs(files(MODELS[request.param]), TEXT, num_threads=1, max_chunks=CHUNKS)
+    return request.param, measure_inputs(files(MODELS[request.param]), TEXT, max_chunks=CHUNKS)
 
 
 def test_means_are_those_of_llama_imatrix(case: tuple[str, Calibration]) -> None:
@@ -59,7 +59,7 @@ def test_counts_are_those_of_llama_imatrix(case: tuple[str, Calibration]) -> Non
 def test_a_folder_has_the_same_names_and_values(case: tuple[str, Calibration]) -> None:
     name, of_gguf = case
     if name == "stories3M":
-        of_folder = measure_inputs(files(STORIES / "hf"), TEXT, num_threads=1, max_chunks=CHUNKS)
+        of_folder = measure_inputs(files(STORIES / "hf"), TEXT, max_chunks=CHUNKS)
         assert set(of_folder.importance) == set(of_gguf.importance)
         for key, values in of_folder.importance.items():
             np.testing.assert_allclose(values, of_gguf.importance[key], rtol=1e-4, err_msg=key)
@@ -74,7 +74,7 @@ def test_an_expert_that_no_token_reaches_counts_alike(monkeypatch: pytest.Monkey
             add(self, matrix, expert, x)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sums, "add", without_the_third)
-    made = measure_inputs(files(MODELS["mixture"]), TEXT, num_threads=1, chunk_tokens=64, max_chunks=1)
+    made = measure_inputs(files(MODELS["mixture"]), TEXT, chunk_tokens=64, max_chunks=1)
     assert made.counts["blk.0.ffn_up_exps.weight"][2] == 0
     assert (made.importance["blk.0.ffn_up_exps.weight"].reshape(5, 32)[2] == 1).all()
 
@@ -82,7 +82,7 @@ def test_an_expert_that_no_token_reaches_counts_alike(monkeypatch: pytest.Monkey
 def test_progress_and_short_texts() -> None:
     seen = []
     model = files(MODELS["mixture"])
-    measure_inputs(model, TEXT[:3000], num_threads=1, progress=lambda done, total: seen.append((done, total)))
+    measure_inputs(model, TEXT[:3000], progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]
     with pytest.raises(LaunchError, match="Calibration: the text is shorter than one chunk of 512 tokens"):
-        calibrate(model, "Once upon a time", num_threads=1)
+        calibrate(model, "Once upon a time")

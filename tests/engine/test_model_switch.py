@@ -13,17 +13,22 @@ from shutil import copy
 from typing import Any
 
 import pytest
+import torch
 from family_cases import CASES, hf_model
 
-from serve_app.engine import model_switch, switch_plan
+from serve_app.commands.quality import DEFAULT_TEXT
+from serve_app.engine import calibration, model_switch, switch_plan
+from serve_app.engine.calibration import measure_inputs, memory_bytes
 from serve_app.engine.llm import LLM
 from serve_app.engine.request_factory import _derive
 from serve_app.errors import Conflict, EngineFailed, InvalidRequest, ModelFileError
 from serve_app.loaders.load import load_model
+from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.loaders.weight_files import EMBEDDED_MODEL
 from serve_app.options import IsqOptions, ModelSource, SamplingParams
 from tests.engine.switching import CONFIG, FILES, MODELS, Plain, Served, load_other_file, request, until
 from tests.engine.test_angle_sets import ROPES
+from tests.loaded_weights import same
 
 NEW = "Q4_0"
 PROMPTS = ("Once upon a time", "The little dog", "Lily and Tom", "One day, a big", "In the forest there")
@@ -490,6 +495,68 @@ def test_with_the_real_loader(old: Plain) -> None:
     finally:
         served.close()
         plain.close()
+
+
+@pytest.fixture
+def calibration_text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(DEFAULT_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return path
+
+
+def test_a_calibration_text_is_read_once_for_each_making(
+    calibration_text: Path, old: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the model as it is, on the engine's own threads; the weights are those of a start with that type and text."""
+    isq = IsqOptions(type="Q4_K", calibration_file=str(calibration_text))
+    seen: list[tuple[IsqOptions | None, str]] = []
+
+    def measured(files: ModelFiles, text: str) -> Any:
+        seen.append((files.isq, text))
+        return measure_inputs(files, text)
+
+    monkeypatch.setattr(calibration, "measure_inputs", measured)
+    plain = Plain("none", replace(isq, type="Q3_K"))
+    served = Served(source=ModelSource(isq=isq))
+    assert seen == [(None, calibration_text.read_text())] * 2
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "set_num_threads", lambda count: pytest.fail("the process has other threads now"))
+            with served.switching("Q3_K", "drain"):
+                served.step()
+        assert seen == [(None, calibration_text.read_text())] * 3
+        prompt = prompts(old, 1)[0]
+        served.engine.add(request("r", prompt, seed=1))
+        served.finish()
+        assert served.ids("r") == plain(prompt, seed=1)[0].token_ids
+        runner: Any = served.engine.parts.runner
+        assert same(runner.model, plain.model)
+    finally:
+        served.close()
+        plain.close()
+
+
+def test_a_calibration_takes_memory_too(calibration_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(source=ModelSource(isq=IsqOptions(type="Q4_K", calibration_file=str(calibration_text))))
+    try:
+        plan, needed = served.switch.plan("Q3_K"), memory_bytes(resolve(ModelSource())) + switch_plan.MARGIN_BYTES
+        assert plan.needed == needed > served.switch.plan("none").needed
+        monkeypatch.setattr(switch_plan, "free_bytes", lambda device: needed - 1)
+        assert served.switch.plan("Q3_K").in_place
+        assert not served.switch.plan("none").in_place
+        monkeypatch.setattr(switch_plan, "free_bytes", lambda device: needed - 10_000_000)
+        with pytest.raises(Conflict, match=f"as Q3_K need {needed} bytes"):
+            served.switch.plan("Q3_K")
+        # On a GPU it is the host's memory that the text's reading takes.
+        monkeypatch.setattr(switch_plan, "free_bytes", lambda device: needed)
+        monkeypatch.setattr(switch_plan, "gpu_memory", lambda device: (1, 1))
+        assert served.switch.plan("Q3_K").needed < needed
+        monkeypatch.setattr(switch_plan, "free_memory_bytes", lambda: needed - 1)
+        with pytest.raises(Conflict, match=f"read on the CPU, which needs {needed} bytes; {needed - 1} bytes are free"):
+            served.switch.plan("Q3_K")
+        assert served.switch.plan("none").isq is None
+    finally:
+        served.close()
 
 
 def test_preparing_gives_way(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,18 @@
 """Distances between a model and its quantised variants, against llama-perplexity's."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from serve_app.engine import reference_logits
 from serve_app.engine.llm import LLM
 from serve_app.engine.quality import chunks_of, compare, open_model, size_of, with_cache_of
+from serve_app.engine.reference_logits import ReferenceLogits, scored_logits
 from serve_app.errors import LaunchError
 from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.options import EngineConfig, IsqOptions, ModelSource
@@ -45,7 +49,7 @@ def test_figures_are_those_of_llama_perplexity(name: str) -> None:
         # llama-quantize promotes an embedding to Q6_K, and not beyond.
         isq = IsqOptions(name, is_pure=name == "Q6_K")
         with open_model(replace(source, isq=isq), CONFIG, CONTEXT) as variant:
-            found = compare(reference, variant, chunks)
+            found = compare(ReferenceLogits(reference, chunks), variant)
     assert found.perplexity.num_tokens == CHUNKS * (CONTEXT // 2 - 1)
     assert found.reference_perplexity.value == pytest.approx(REFERENCE, rel=1e-4)
     assert found.perplexity.value == pytest.approx(perplexity, rel=0.002)
@@ -61,7 +65,7 @@ def test_perplexities_of_the_whole_text(name: str) -> None:
     with open_model(source, CONFIG, CONTEXT) as reference:
         chunks = chunks_of(reference, TEXT, CONTEXT, ALL_CHUNKS)
         with open_model(replace(source, isq=IsqOptions(name)), CONFIG, CONTEXT) as variant:
-            found = compare(reference, variant, chunks)
+            found = compare(ReferenceLogits(reference, chunks), variant)
     assert found.perplexity.value == pytest.approx(WHOLE[name], rel=0.005)
 
 
@@ -71,7 +75,7 @@ def test_the_sums_are_what_their_names_say() -> None:
         open_model(files("stories3M-Q2_K.gguf"), CONFIG, 64) as other,
     ):
         chunks = chunks_of(reference, TEXT, 64, 2)
-        found = compare(reference, other, chunks)
+        found = compare(ReferenceLogits(reference, chunks), other)
         divergences, nlls, agreed = [], [], 0
         for chunk in chunks:
             p, q = (torch.log_softmax(llm.logits(chunk).double(), -1)[32:-1] for llm in (reference, other))
@@ -93,12 +97,47 @@ def test_a_model_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     source = files("stories3M-Q4_0.gguf")
     rounds = []
     with open_model(source, CONFIG, 512) as one, open_model(source, CONFIG, 512) as two:
-        found = compare(one, two, chunks_of(one, TEXT, 512, 2), lambda: rounds.append(1))
+        found = compare(ReferenceLogits(one, chunks_of(one, TEXT, 512, 2)), two, lambda: rounds.append(1))
         assert size_of(one) == size_of(two)
     assert (found.kl_divergence, found.kl_error, found.top1_agreement) == (0.0, 0.0, 1.0)
     assert found.perplexity == found.reference_perplexity
     assert found.perplexity.num_tokens == 2 * 255
     assert len(rounds) == 2
+
+
+@pytest.mark.parametrize("room", ["for all", "for one chunk", "none", "no file", "a quota"])
+def test_the_reference_is_computed_once_where_it_can_be_kept(
+    room: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+
+    def counted(llm: LLM, chunk: Sequence[int]) -> torch.Tensor:
+        computed.extend(i for i, known in enumerate(chunks) if known is chunk and llm is reference)
+        return scored_logits(llm, chunk)
+
+    def left(_: int) -> SimpleNamespace:
+        chunk_bytes = 4 * 31 * reference.tokenizer.vocab_size
+        free = {"for all": 1 << 60, "for one chunk": chunk_bytes * (not computed[1:]), "none": 0}.get(room, 1 << 60)
+        return SimpleNamespace(f_bavail=free + (1 << 30), f_frsize=1)
+
+    def fails(*_: object) -> int:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(reference_logits.os, "fstatvfs", left)
+    monkeypatch.setattr(reference_logits, "scored_logits", counted)
+    with (
+        open_model(files("hf"), CONFIG, 64) as reference,
+        open_model(files("stories3M-Q2_K.gguf"), CONFIG, 64) as other,
+        (tmp_path / "logits").open("w+b") as file,
+    ):
+        chunks = chunks_of(reference, TEXT, 64, 3)
+        expected = compare(ReferenceLogits(reference, chunks), other)
+        computed.clear()
+        kept = file if room != "a quota" else SimpleNamespace(fileno=file.fileno, seek=file.seek, write=fails)
+        logits = ReferenceLogits(reference, chunks, None if room == "no file" else kept)  # type: ignore[arg-type]
+        assert [compare(logits, other) for _ in range(3)] == [expected] * 3
+    again = {"for all": [], "for one chunk": [1, 2]}.get(room, [0, 1, 2])
+    assert computed == [0, 1, 2, *again, *again]
 
 
 def test_caches_are_kept_alike() -> None:

@@ -19,7 +19,8 @@ from kernels.reference.quant import dequantize
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.pages import as_tensor
-from serve_app.loaders.quantized import Source, plan_steps
+from serve_app.loaders.quantized import Source
+from serve_app.loaders.quantized_plan import plan_steps
 from serve_app.loaders.recoded_checkpoint import RecodedCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.quant.encode import requantize
@@ -144,7 +145,7 @@ def recoding(source: CheckpointSource, wanted: str, device: torch.device) -> Che
     checkpoint = source._checkpoint
     tensors = [Source.of(tensor, tensor.name) for tensor in checkpoint.stored()]
     facts = ModelFacts("llama", 1, 4, 4)
-    steps = plan_steps(tensors, Recipe.parse(wanted, promotes=False), facts, None, needs_gguf=False)
+    steps = plan_steps(tensors, Recipe.parse(wanted, promotes=False), facts, needs_gguf=False)
     return CheckpointSource(RecodedCheckpoint(checkpoint, steps), torch.float32, device)
 
 

@@ -1,5 +1,6 @@
 """Weights quantised while they are loaded are those of the files that `sirocco quantize` writes."""
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -173,21 +174,27 @@ def test_the_log_says_what_was_done(caplog: pytest.LogCaptureFixture) -> None:
     assert "is quantised already" in caplog.text
 
 
-def test_progress_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "serve_app")
-    monkeypatch.setattr(isq_progress, "LOG_SECONDS", 0.0)
-    load(FOLDER, type="Q4K")
+    ticks = itertools.count(0, 10)
+    listener = LogProgress(lambda: float(next(ticks)))
+    load_model(files(FOLDER, type="Q4K"), dtype="auto", device="cpu", progress=listener)
     lines = [record.message for record in caplog.records if record.name == isq_progress.__name__]
-    assert len(lines) == 38  # the model's tensors, in one piece each
-    assert lines[-1].startswith("Q4_K: 100 % (model.layers.")
-    assert lines[-1].endswith(" MB/s, 0 s left")
+    assert len(lines) == 38  # the model's tensors, in one piece each, each of them ten seconds long
+    assert lines[1].startswith("Q4_K: 4 % (model.embed_tokens.weight), ")
+    assert lines[-1].startswith("Q4_K: 100 % (model.layers.3.")
+    assert lines[-1].endswith(", 0 s left")
     caplog.clear()
-    monkeypatch.setattr(isq_progress, "LOG_SECONDS", 1e6)
-    progress = LogProgress()
-    progress.start("x", 10)
-    progress.advance("t", 10)
+    now = 100.0
+    progress = LogProgress(lambda: now)
+    progress.start("x", 50_000_000)
+    for now, num_bytes in ((105.0, 10_000_000), (110.0, 10_000_000), (119.0, 1), (120.0, 19_999_999)):
+        progress.advance(f"at {now:.0f}", num_bytes)
     progress.finish()
-    assert not caplog.records
+    assert [record.message for record in caplog.records] == [
+        "x: 40 % (at 110), 2 MB/s, 15 s left",
+        "x: 80 % (at 120), 2 MB/s, 5 s left",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import pytest
 
 from serve_app.errors import ModelFileError
 from serve_app.loaders.isq import prepare
+from serve_app.loaders.isq_importance import chunk_tokens
 from serve_app.loaders.load import LoadedModel, load_model
-from serve_app.loaders.model_files import resolve
+from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.loaders.opening import open_checkpoint
 from serve_app.loaders.weight_files import EMBEDDED_MODEL
 from serve_app.options import IsqOptions, ModelSource
-from serve_app.quant.imatrix import write_imatrix
+from serve_app.quant.imatrix import Importance, write_imatrix
 from tests.loaded_weights import same
 
 STORIES = Path(__file__).parents[1] / "data" / "models" / "stories3M"
@@ -92,6 +94,37 @@ def test_whatever_decides_the_bytes_gives_another_file(tmp_path: Path) -> None:
     assert len(kept(cache)) == len(ways)
     os.utime(source, ns=(0, source.stat().st_mtime_ns + 1))
     load(source, type="Q4K", cache=str(cache))
+    assert len(kept(cache)) == len(ways) + 1
+
+
+def test_a_calibration_is_of_a_tokenizer_and_a_length(tmp_path: Path) -> None:
+    """The same text in other tokens, or read in other chunks, gives another importance; read once, it is kept."""
+    text, cache, lengths = tmp_path / "text.txt", tmp_path / "cache", []
+    text.write_text("Once upon a time")
+    shutil.copytree(FOLDER, tmp_path / "model")
+    shutil.copytree(FOLDER, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    (tmp_path / "other/tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+
+    def calibrate(files: ModelFiles, text: str) -> Importance:
+        lengths.append(chunk_tokens(files))
+        return {"blk.0.attn_q.weight": np.ones(256, np.float32)}
+
+    isq = IsqOptions(type="Q4K", calibration_file=str(text), cache=str(cache))
+    source = ModelSource(model=str(tmp_path / "model"), isq=isq)
+    ways = [
+        source,
+        replace(source, tokenizer=str(tmp_path / "other")),
+        replace(source, tokenizer=str(tmp_path / "other/tokenizer.json"), max_seq_len=64),
+        replace(source, tokenizer=str(EMBEDDED_MODEL)),
+        replace(source, max_seq_len=64),
+    ]
+    for way in [*ways, *ways]:
+        load_model(resolve(way), dtype="auto", device="cpu", calibrate=calibrate)
+    assert lengths == [512, 512, 64, 512, 64]
+    assert len(kept(cache)) == len(ways)
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config | {"add_eos_token": True}))
+    load_model(resolve(source), dtype="auto", device="cpu", calibrate=calibrate)
     assert len(kept(cache)) == len(ways) + 1
 
 
@@ -171,8 +204,9 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path
 
 def start(model: Path, cache: Path) -> subprocess.Popen[str]:
     """A process that quantises the model when it is told to."""
-    options = json.dumps({"type": "Q5_K", "cache": str(cache)})
-    command = [sys.executable, str(Path(__file__).with_name("isq_probe.py")), str(EMBEDDED_MODEL), str(model), options]
+    first = {"model": str(EMBEDDED_MODEL), "type": "Q5_K"}
+    works = [json.dumps(work) for work in (first, {"model": str(model), "type": "Q5_K", "cache": str(cache)})]
+    command = [sys.executable, str(Path(__file__).with_name("isq_probe.py")), "load", *works]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
@@ -213,9 +247,9 @@ def test_of_two_at_once_the_second_waits_and_maps(tmp_path: Path, caplog: pytest
     waits = Waits(caplog)
 
     def is_cached(listener: Waits | None) -> bool:
-        prepared = prepare(files, open_checkpoint(files), listener)
-        assert prepared is not None
-        return prepared.report("", 0.0).is_cached
+        report = prepare(files, open_checkpoint(files), listener).report("", 0.0)
+        assert report is not None
+        return report.is_cached
 
     with ThreadPoolExecutor() as pool:
         first = pool.submit(is_cached, waits)

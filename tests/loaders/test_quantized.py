@@ -15,7 +15,8 @@ from serve_app.errors import ModelFileError
 from serve_app.gguf_file import open_gguf
 from serve_app.loaders.checkpoint import StoredTensor
 from serve_app.loaders.model_files import resolve
-from serve_app.loaders.quantized import Source, importance_of
+from serve_app.loaders.quantized import Source
+from serve_app.loaders.quantized_importance import importance_of
 from serve_app.options import ModelSource
 from serve_app.quant import dequantize, quantize
 from serve_app.quant.imatrix import read_imatrix, write_imatrix
