@@ -57,7 +57,7 @@ class TorchStep:
 
     def experts(self, x: Tensor, weights: MixtureWeights, routing: Routing, activation: Activation) -> Tensor:
         """See Step."""
-        logits = weights.router.matmul(x.float())
+        logits = weights.router.matmul(x)
         chosen, factors = route(logits, routing.kind, routing.top_k, routing.is_renormalised, routing.jitter)
         out = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
