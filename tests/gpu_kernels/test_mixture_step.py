@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from block_data import usual_blocks
 from mixtures import FAMILIES, hf_mixture, our_model, saved, write_gguf
 from tiny_llama import DictSource, Piece, TinyPool, full_logits, make_batch, step_logits
 from torch import Tensor
 from torch_operators import WAITING, Operators
 
 from kernels import dispatch
+from kernels.formats import BY_NAME
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.triton_backend import TritonAttention
-from serve_app.engine.forward import TorchForward
+from serve_app.engine.forward import TorchForward, attention_needs
 from serve_app.engine.graph_forward import CudaRecorder, GraphForward, GraphLimits
 from serve_app.gguf_file import open_gguf
 from serve_app.layers.gpu_step import GpuStep
@@ -22,7 +24,7 @@ from serve_app.layers.torch_step import TorchStep
 from serve_app.loaders.gguf import GgufCheckpoint
 from serve_app.loaders.weight_source import CheckpointSource
 from serve_app.models.registry import find_family
-from serve_app.quant.experts import DenseExperts, PackedExperts
+from serve_app.quant.experts import DenseExperts, Experts, PackedExperts
 from serve_app.quant.planar_weight import PlanarExperts
 from tests.requantise import requantise
 
@@ -131,6 +133,37 @@ def test_no_operator_of_a_mixtures_step_waits_for_the_device(family: str, device
         found[kind] = {name.split(".")[1] for name in operators.names} & WAITING
     assert not found[GpuStep]
     assert found[TorchStep], "an operator that waits is noticed"
+
+
+class DownOf(DictSource):
+    """See DictSource: the experts' last matrices are random blocks of a type, in file order."""
+
+    type_name = ""
+
+    def experts(self, name: str, num_experts: int, out_features: int, in_features: int) -> Experts:
+        if ".w2." not in name:
+            return super().experts(name, num_experts, out_features, in_features)
+        blocks = usual_blocks(self.type_name, num_experts * out_features, in_features)
+        shaped = blocks.view(num_experts, out_features, -1).to(self.device)
+        return PackedExperts(BY_NAME[self.type_name], shaped, self.dtype)
+
+
+@pytest.mark.parametrize(("type_name", "is_safe"), [("F16", True), ("IQ4_NL", False)])
+def test_graphs_are_recorded_where_no_experts_are_waited_for(
+    type_name: str, is_safe: bool, device: torch.device, tmp_path: Path
+) -> None:
+    """Types without planes are multiplied expert by expert, which the host has to know: no graph can hold that."""
+    hf = hf_mixture("mixtral", **WHOLE_BLOCKS)
+    source = DownOf(saved(hf, tmp_path), device=device)
+    source.type_name = type_name
+    model = our_model(hf, source)
+    pool = TinyPool(model.args, 4, 16, device=device)
+    forward = TorchForward(model, pool, device, TritonAttention())
+    assert forward.is_graph_safe == is_safe
+    assert attention_needs(model, pool, device, wants_graphs=True).wants_graphs == is_safe
+    with Operators() as operators:
+        forward(make_batch(pool, [Piece(IDS, 0, 1, [2])]))
+    assert ({name.split(".")[1] for name in operators.names}.isdisjoint(WAITING)) == is_safe
 
 
 class Rerun:
