@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from family_cases import hf_model, our_model
 
-from serve_app.batch import ForwardBatch
+from serve_app.attention.torch_backend import TorchAttention
+from serve_app.attention.triton_backend import TritonAttention
+from serve_app.batch import ForwardBatch, GroupTables
 from serve_app.engine import graph_forward
 from serve_app.engine.forward import TorchForward
 from serve_app.engine.graph_forward import (
@@ -24,6 +27,7 @@ from serve_app.engine.graph_forward import (
     table_widths,
 )
 from serve_app.engine.llm import LLM
+from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.options import EngineConfig, SamplingParams
 
 FOLDER = Path(__file__).parents[1] / "data" / "models" / "stories260K"
@@ -111,6 +115,40 @@ def test_logits_and_caches_are_those_of_the_step_alone(llm: LLM, device: torch.d
             torch.testing.assert_close(value, tensor, rtol=1e-5, atol=1e-5)
             assert (value != old).any()
             tensor.copy_(old)
+
+
+def of_two_groups(contexts: list[int], window: int, nobodys: int) -> ForwardBatch:
+    """A decode whose first group has given up what is before its window: nobody's block stands there."""
+    batch = decode(contexts)
+    num_blocks = batch.block_tables.size
+    further = GroupTables(batch.slot_mapping + num_blocks * 16, batch.block_tables + num_blocks)
+    for table, context in zip(batch.block_tables, contexts, strict=True):
+        table[: max(0, context - window) // 16] = nobodys
+    return replace(batch, further_groups=(further,))
+
+
+def test_every_group_of_layers_has_its_tables(device: torch.device) -> None:
+    """A windowed layer and one without over the same memory, as plain torch computes them; nobody's block is NaN."""
+    model = our_model(hf_model("gemma2, short window"), str(device))
+    args = model.args
+    assert args.windows == (8, 0)
+    kv = KvPool.on_device(device, 19, 16, 1, args.n_kv_heads, args.head_dim, torch.float32, [[0], [1]])
+    eager, plain = (TorchForward(model, kv, device, by) for by in (TritonAttention(), TorchAttention()))
+    recorder = CudaRecorder(device) if device.type == "cuda" else Rerun()
+    graphs = GraphForward(eager.run, eager, kv, args.vocab_size, GraphLimits(4, 48), recorder)
+    caches = (kv.k[0], kv.v[0])
+    begin = [torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)) for cache in caches]
+    for contexts in ([40, 20, 5], [33]):
+        batch = of_two_groups(contexts, 8, 18)
+        after = []
+        for forward in (graphs, plain):
+            for cache, value in zip(caches, begin, strict=True):
+                cache.copy_(value)
+                cache[18] = torch.nan
+            logits = forward(batch).clone()
+            after.append([logits, *(cache[:18].clone() for cache in caches)])
+        for ours, right in zip(*after, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
 def test_other_steps_run_as_they_are(llm: LLM, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
