@@ -97,8 +97,13 @@ def graphs_of(llm: LLM, device: torch.device, recorder: Recorder | None = None, 
     return GraphForward(eager.run, eager, llm.engine.parts.kv, vocab_size, GraphLimits(4, max_context), by)
 
 
-def test_logits_and_caches_are_those_of_the_step_alone(llm: LLM, device: torch.device) -> None:
-    eager, graphs, kv = eager_of(llm), graphs_of(llm, device), llm.engine.parts.kv
+@pytest.fixture(scope="module")
+def graphs(llm: LLM, device: torch.device) -> GraphForward:
+    return graphs_of(llm, device)
+
+
+def test_logits_and_caches_are_those_of_the_step_alone(llm: LLM, graphs: GraphForward, device: torch.device) -> None:
+    eager, kv = eager_of(llm), llm.engine.parts.kv
     for tensor in (*kv.k, *kv.v):
         tensor.normal_(generator=torch.Generator(device).manual_seed(1))
     begin = [tensor.clone() for tensor in (*kv.k, *kv.v)]
@@ -151,8 +156,7 @@ def test_every_group_of_layers_has_its_tables(device: torch.device) -> None:
             torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
-def test_other_steps_run_as_they_are(llm: LLM, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = graphs_of(llm, device)
+def test_other_steps_run_as_they_are(graphs: GraphForward, monkeypatch: pytest.MonkeyPatch) -> None:
     eager_runs: list[ForwardBatch] = []
     monkeypatch.setattr(graphs, "_run_eagerly", lambda batch: eager_runs.append(batch) or torch.zeros(1))
     too_long, too_many = decode([65]), decode([2] * 5)
@@ -203,10 +207,10 @@ def test_an_engine_on_a_gpu_runs_graphs() -> None:
     assert result.token_ids == ids
 
 
-def test_a_golden_text_through_graphs(llm: LLM, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_golden_text_through_graphs(llm: LLM, graphs: GraphForward, monkeypatch: pytest.MonkeyPatch) -> None:
     case = json.loads((FOLDER / "golden_greedy.json").read_text())["cases"][0]
     ids = (case.get("generated_ids") or case["greedy_ids"])[:6]
-    monkeypatch.setattr(llm.engine.parts.runner, "_forward", graphs_of(llm, device))
+    monkeypatch.setattr(llm.engine.parts.runner, "_forward", graphs)
     [result] = llm.generate(case["prompt_ids"], SamplingParams(temperature=0.0, max_tokens=len(ids)))
     assert result.token_ids == ids
 
