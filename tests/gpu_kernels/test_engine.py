@@ -57,7 +57,10 @@ def open_llm(config: EngineConfig = CONFIG) -> LLM:
 
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many parts as one core needs: the tests of the kernel cut contexts, and programs take their time here."""
+    """As many parts as one core needs: the tests of the kernel cut contexts, and programs take their time when they are
+    interpreted."""
+    if DEVICE != "cpu":
+        return
     for module in (attention_plan, dense_gemv, launch_shapes):
         monkeypatch.setattr(module, "num_cores", lambda device: 1)
 
