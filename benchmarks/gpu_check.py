@@ -179,6 +179,19 @@ class _Runner:
             for row in engine_speed.measure(sizes, layouts, self._device, has_time, loads, new_tokens):
                 self._report.speeds.append(row)
                 print(f"{sizes.name} {row.layout}, {row.load}: {row.tokens_per_s:.0f} tok/s", flush=True)
+        self._compiled_transformers()
+
+    def _compiled_transformers(self) -> None:
+        """As transformers generates by itself; last, since to compile takes a minute or more."""
+        from benchmarks.gpu import engine_speed
+        from benchmarks.gpu.sizes import LLAMA_8B
+
+        if self._device.type != "cuda":
+            self._report.skipped.append("transformers compiled (it does so on a GPU alone)")
+        elif not self._has_time("engine"):
+            self._report.skipped.append("transformers compiled (out of time)")
+        elif theirs := engine_speed.transformers_row(LLAMA_8B, self._device, engine_speed.LOADS[0], compiles=True):
+            self._report.speeds.append(theirs)
 
     def _profile(self) -> None:
         from benchmarks.gpu.engine_speed import EngineUnderTest, Load

@@ -56,7 +56,10 @@ def test_parts_run_and_are_reported(tmp_path: Path) -> None:
         ("Sirocco, no graphs", "bf16", 1, 2), ("Sirocco", "Q4_K_M", 1, 2), ("Sirocco", "Q4_K_M", 2, 4),
         ("Sirocco, no graphs", "Q4_K_M", 1, 2),
     ]  # fmt: skip
-    assert found["skipped"] == ["profile (it needs a CUDA device)"]
+    assert found["skipped"] == [
+        "transformers compiled (it does so on a GPU alone)",
+        "profile (it needs a CUDA device)",
+    ]
     assert "| Sirocco | Q4_K_M | 2 x 20 |" in files[1].read_text()
 
 
