@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,11 +135,16 @@ class _Runner:
             print(done.stdout[-6000:], flush=True)
 
     def _products(self) -> None:
-        from benchmarks.gpu import products
-        from benchmarks.gpu.sizes import LLAMA_8B, TINY
+        from benchmarks.gpu import mixture, products
+        from benchmarks.gpu.sizes import LLAMA_8B, QWEN3_30B, TINY, TINY_MIXTURE
 
+        has_time = self._timed("products")
         sizes, rows = (TINY, (1,)) if self._is_tiny else (LLAMA_8B, products.ROWS)
-        for row in products.measure(sizes, self._device, self._timed("products"), rows):
+        mixtures, mixture_rows = (TINY_MIXTURE, (1,)) if self._is_tiny else (QWEN3_30B, mixture.ROWS)
+        for row in chain(
+            products.measure(sizes, self._device, has_time, rows),
+            mixture.measure(mixtures, self._device, has_time, mixture_rows),
+        ):
             self._report.products.append(row)
             print(
                 f"{row.name}, {row.rows} rows: {row.seconds * 1e6:.0f} us, {row.bytes_per_s / 1e9:.0f} GB/s", flush=True
@@ -173,6 +179,19 @@ class _Runner:
             for row in engine_speed.measure(sizes, layouts, self._device, has_time, loads, new_tokens):
                 self._report.speeds.append(row)
                 print(f"{sizes.name} {row.layout}, {row.load}: {row.tokens_per_s:.0f} tok/s", flush=True)
+        self._compiled_transformers()
+
+    def _compiled_transformers(self) -> None:
+        """As transformers generates by itself; last, since to compile takes a minute or more."""
+        from benchmarks.gpu import engine_speed
+        from benchmarks.gpu.sizes import LLAMA_8B
+
+        if self._device.type != "cuda":
+            self._report.skipped.append("transformers compiled (it does so on a GPU alone)")
+        elif not self._has_time("engine"):
+            self._report.skipped.append("transformers compiled (out of time)")
+        elif theirs := engine_speed.transformers_row(LLAMA_8B, self._device, engine_speed.LOADS[0], compiles=True):
+            self._report.speeds.append(theirs)
 
     def _profile(self) -> None:
         from benchmarks.gpu.engine_speed import EngineUnderTest, Load

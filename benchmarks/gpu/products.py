@@ -88,7 +88,9 @@ def _has_int4(device: torch.device) -> bool:
     try:
         multiply, _ = _int4(64, 1024, device)
         multiply(torch.zeros(1, 1024, dtype=torch.bfloat16, device=device))
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # of the card, not of the operators
+    except (RuntimeError, AttributeError) as error:
         print(f"int4 (torch): not measured ({(str(error).splitlines() or [''])[0]})", flush=True)
         return False
     return True

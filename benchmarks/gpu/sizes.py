@@ -34,6 +34,19 @@ class Sizes:
         return self.layers * 2 * self.kv_heads * self.head_dim * 2
 
 
+@dataclass(frozen=True, slots=True)
+class MixtureSizes:
+    """Of a layer's experts: each is three matrices between hidden and inner; a token takes top_k."""
+
+    name: str
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+
+
 LLAMA_8B = Sizes("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128256, False)
 LLAMA_1B = Sizes("Llama-3.2-1B", 2048, 16, 32, 8, 64, 8192, 128256, True)
 TINY = Sizes("tiny", 256, 1, 4, 2, 64, 256, 640, True)
+QWEN3_30B = MixtureSizes("Qwen3-30B-A3B", 2048, 768, 128, 8)
+TINY_MIXTURE = MixtureSizes("tiny", 256, 256, 4, 2)

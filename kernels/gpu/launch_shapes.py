@@ -125,14 +125,15 @@ def rule(
     return LaunchShape("tile", tokens, 64, vectors, split, 4, 3)
 
 
+@cache
 def grouped_shape(
     form: PlanarForm | None, rows: int, columns: int, tokens: int, num_tiles: int, dtype: torch.dtype,
     num_processors: int, *, has_two: bool,
 ) -> LaunchShape:  # fmt: skip
     """How a mixture's pairs, in at most num_tiles tiles of `tokens`, are multiplied by experts of rows x columns.
 
-    form None: plain numbers. has_two: by gate and up at once, which cannot be split. By the rule alone: which experts
-    a step takes decides about its time as much as sizes do.
+    form None: plain numbers. has_two: by gate and up at once, which cannot be split. By the rule alone, once for each:
+    which experts a step takes decides about its time as much as sizes do.
     """
     vector = 1 if form is None else form.vector
     num_vectors = max(1, columns // vector)

@@ -14,7 +14,10 @@ LEAST_TILE_TOKENS = 16
 """The narrowest tile that tensor cores multiply."""
 
 MOST_COMPARED = 1 << 20 if IS_INTERPRETED else 8192
-"""Pairs times experts that a program compares at once."""
+"""Pairs times experts that a program compares at once, where it counts all of them."""
+
+MOST_PLACED = 1 << 20 if IS_INTERPRETED else 2048
+"""Pairs that a program compares at once with its own expert."""
 
 
 @triton.jit
@@ -78,22 +81,22 @@ def route(
 @triton.jit
 def _group(
     experts, who, starts, tile_starts, num_pairs,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, COUNTED: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """Program e of E + 1: counts all experts' pairs, then puts those of expert e in their places, in order."""
     expert = tl.program_id(0)
     lane = tl.arange(0, WIDTH)
     counts = tl.zeros((WIDTH,), tl.int32)
-    for first in range(0, num_pairs, CHUNK):
-        pair = first + tl.arange(0, CHUNK)
+    for first in range(0, num_pairs, COUNTED):
+        pair = first + tl.arange(0, COUNTED)
         found = tl.load(experts + pair, mask=pair < num_pairs, other=-1)
         counts += tl.sum((found[:, None] == lane[None, :]).to(tl.int32), axis=0)
     is_before = lane < expert
     start = tl.sum(tl.where(is_before, counts, 0), axis=0)
     tl.store(starts + expert, start)
     tl.store(tile_starts + expert, tl.sum(tl.where(is_before, (counts + (TOKENS - 1)) // TOKENS, 0), axis=0))
-    for first in range(0, num_pairs, CHUNK):
-        pair = first + tl.arange(0, CHUNK)
+    for first in range(0, num_pairs, PLACED):
+        pair = first + tl.arange(0, PLACED)
         is_own = (tl.load(experts + pair, mask=pair < num_pairs, other=-1) == expert).to(tl.int32)
         tl.store(who + start + tl.cumsum(is_own, axis=0) - 1, pair, mask=is_own != 0)
         start += tl.sum(is_own, axis=0)
@@ -125,10 +128,11 @@ class Groups:
         starts, tile_starts = torch.empty(2, num_experts + 1, dtype=torch.int32, device=device)
         groups = Groups(who, starts, tile_starts, tokens, min(num_pairs, num_experts) + num_pairs // tokens)
         require_device(experts)
-        width = triton.next_power_of_2(num_experts + 1)
-        most = max(16, MOST_COMPARED // width)
+        width = triton.next_power_of_2(num_experts)
+        all_pairs = triton.next_power_of_2(max(16, num_pairs))
         _group[(num_experts + 1,)](
             experts.contiguous(), who, starts, tile_starts, num_pairs,
-            TOKENS=tokens, WIDTH=width, CHUNK=min(most, triton.next_power_of_2(max(16, num_pairs))),
+            TOKENS=tokens, WIDTH=width, COUNTED=min(max(16, MOST_COMPARED // width), all_pairs),
+            PLACED=min(MOST_PLACED, all_pairs),
         )  # fmt: skip
         return groups

@@ -60,6 +60,7 @@ def _installed() -> tuple[int, int] | None:
     return major, minor
 
 
+@cache
 def num_cores(device: torch.device) -> int:
     """Multiprocessors: how many programs run at the same time, about. A few where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -57,11 +57,11 @@ class AttentionNeeds:
 class PlannedAttention(Protocol):
     """One step's attention: what plan() prepared, used by every layer."""
 
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        """Writes k and v to the step's slots of the layer, then attends causally over each request's whole context.
+    def run(self, shape: AttentionShape, q: Tensor) -> Tensor:
+        """Attends causally over each request's whole context; the step's own keys and values are in their slots.
 
-        q [T, n_heads, head_dim], k and v [T, n_kv_heads, head_dim], rotated, unit stride in the last dimension; no k
-        and v: they are in their slots already. Returns [T, n_heads * head_dim] in q's dtype.
+        q [T, n_heads, head_dim], rotated, unit stride in the last dimension. Returns [T, n_heads * head_dim] in q's
+        dtype.
         """
         ...
 

@@ -12,7 +12,6 @@ from serve_app.attention.backend import AttentionNeeds, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.gpu_limits import Limits
 from serve_app.attention.report import BackendReport
-from serve_app.attention.slot_write import write_slots
 
 NAME = "flash-attn-3"
 MODULE = "flash_attn_interface"
@@ -45,11 +44,9 @@ class Flash3Plan:
         self._function = function
         self._batch = batch
 
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    def run(self, shape: AttentionShape, q: Tensor) -> Tensor:
         """See PlannedAttention."""
         batch = self._batch
-        if k is not None and v is not None:
-            write_slots(batch, shape.layer, k, v)
         out: Tensor = self._function(
             q=q,
             k_cache=batch.k[shape.layer],

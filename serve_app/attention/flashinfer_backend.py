@@ -17,7 +17,6 @@ from serve_app.attention.backend import AttentionNeeds, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.gpu_limits import Limits
 from serve_app.attention.report import BackendReport
-from serve_app.attention.slot_write import write_slots
 
 NAME = "flashinfer"
 WORKSPACE_BYTES = 128 << 20
@@ -72,11 +71,9 @@ class FlashinferPlan:
         self._planned: dict[Kind, Any] = {}
         self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    def run(self, shape: AttentionShape, q: Tensor) -> Tensor:
         """See PlannedAttention."""
         batch = self._batch
-        if k is not None and v is not None:
-            write_slots(batch, shape.layer, k, v)
         kind = (batch.groups[shape.layer], replace(shape, layer=0))
         if kind not in self._planned:
             self._planned[kind] = self._plan(kind, q.dtype)

@@ -11,6 +11,7 @@ from kernels.reference.attention import paged_attention
 from kernels.reference.norm import kv_write
 from serve_app.attention.backend import AttentionBackend, AttentionNeeds, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
+from serve_app.attention.slot_write import write_slots
 from serve_app.batch import ForwardBatch
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -69,7 +70,8 @@ def _error(backend: AttentionBackend, needs: AttentionNeeds, shape: AttentionSha
     )
     q = draw(host.num_tokens, shape.n_heads)
     k, v = draw(host.num_tokens, shape.n_kv_heads), draw(host.num_tokens, shape.n_kv_heads)
-    out = backend.plan(batch).run(shape, q, k, v)
+    write_slots(batch, 0, k, v)
+    out = backend.plan(batch).run(shape, q)
     right = paged_attention(
         q.float(), k_cache, v_cache, batch.tables(0), host.query_start.tolist(), host.context_lens.tolist(),
         shape.scale, shape.softcap, shape.window, *batch.scales(0),

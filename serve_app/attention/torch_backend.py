@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from kernels.reference.attention import paged_attention, paged_decode
-from kernels.reference.norm import kv_write
 from serve_app.attention.backend import AttentionNeeds, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.report import BackendReport
@@ -30,12 +29,10 @@ class TorchPlan:
         self._query_start: list[int] = [] if self._is_decode else host.query_start.tolist()
         self._context_lens: list[int] = [] if self._is_decode else host.context_lens.tolist()
 
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    def run(self, shape: AttentionShape, q: Tensor) -> Tensor:
         """See PlannedAttention."""
         batch = self._batch
         k_cache, v_cache, scales = batch.k[shape.layer], batch.v[shape.layer], batch.scales(shape.layer)
-        if k is not None and v is not None:
-            kv_write(k, v, k_cache, v_cache, batch.slots(shape.layer), *scales)
         extra = (shape.scale, shape.softcap, shape.window, *scales)
         tables = batch.tables(shape.layer)
         if self._is_decode:

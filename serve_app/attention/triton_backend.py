@@ -9,7 +9,6 @@ from kernels.gpu.support import FP8_ARCHITECTURE, triton_support
 from serve_app.attention.backend import AttentionNeeds, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.report import BackendReport
-from serve_app.attention.slot_write import write_slots
 
 if TYPE_CHECKING:
     from kernels.gpu.attention_plan import AttentionPlan
@@ -38,13 +37,11 @@ class TritonPlan:
         self._batch = batch
         self._plans: dict[tuple[int, int, int, int, int], AttentionPlan] = {}
 
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    def run(self, shape: AttentionShape, q: Tensor) -> Tensor:
         """See PlannedAttention."""
         from kernels.gpu.paged_attention import attend
 
         batch = self._batch
-        if k is not None and v is not None:
-            write_slots(batch, shape.layer, k, v)
         return attend(
             self._plan(shape, q), q, batch.k[shape.layer], batch.v[shape.layer], shape.scale, shape.softcap,
             shape.window, *batch.scales(shape.layer),

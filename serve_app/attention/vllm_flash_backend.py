@@ -17,7 +17,6 @@ from serve_app.attention.flash_library import find_library, load_operator
 from serve_app.attention.gpu_limits import Limits
 from serve_app.attention.op_schema import BoundOperator, missing_arguments
 from serve_app.attention.report import BackendReport
-from serve_app.attention.slot_write import write_slots
 from serve_app.attention.vllm_flash_module import ModuleFlashAttention, load_module
 
 NAME = "vllm-flash-attn"
@@ -125,11 +124,9 @@ class VllmFlashPlan:
             # Asked for and, with seqused_k, not read.
             self._lengths["cu_seqlens_k"] = batch.query_start
 
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    def run(self, shape: AttentionShape, q: Tensor) -> Tensor:
         """See PlannedAttention."""
         batch = self._batch
-        if k is not None and v is not None:
-            write_slots(batch, shape.layer, k, v)
         out = q.new_empty(q.shape)
         k_cache, tables = batch.k[shape.layer], batch.tables(shape.layer)
         self._backend.call(

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from serve_app.attention.backend import AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
-from serve_app.attention.slot_write import write_slots
 
 MODULE = "vllm_flash_attn"
 FUNCTION = "flash_attn_varlen_func"
@@ -51,11 +50,9 @@ class ModuleFlashPlan:
             sums = functional.pad(batch.context_lens.cumsum(0), (1, 0)).to(batch.context_lens.dtype)
             self._lengths = {"cu_seqlens_k": sums}
 
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    def run(self, shape: AttentionShape, q: Tensor) -> Tensor:
         """See PlannedAttention."""
         batch = self._batch
-        if k is not None and v is not None:
-            write_slots(batch, shape.layer, k, v)
         k_cache, tables = batch.k[shape.layer], batch.tables(shape.layer)
         out = self._backend.function(
             q=q,

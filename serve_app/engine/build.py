@@ -135,7 +135,8 @@ def _kv_pool(loaded: LoadedModel, config: EngineConfig, plan: KvPlan) -> KvPool:
     bytes_per_block = KvPool.bytes_per_block(*shape, loaded.kv_dtype)
     context = plan.most_blocks * config.block_size
     gpu = gpu_memory(config.device)
-    free, gpu_bytes = (None, None) if gpu is None else gpu
+    # Rotary tables take their place with the first steps.
+    free, gpu_bytes = (None, None) if gpu is None else (max(0, gpu[0] - plan.table_bytes), gpu[1])
     num_blocks = num_pool_blocks(
         config, bytes_per_block, context, free, gpu_bytes=gpu_bytes, num_tables=len(plan.groups)
     )

@@ -1,5 +1,6 @@
 """The two ways to run a model's forward over a step: as one native program, and operation by operation."""
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,7 +11,7 @@ from serve_app.attention.backend import AttentionBackend, AttentionNeeds
 from serve_app.attention.choose import architecture_of, choose_backend
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.batch import ForwardBatch
-from serve_app.engine.graph_forward import CudaRecorder, GraphForward, GraphLimits
+from serve_app.engine.graph_forward import NO_GRAPHS, CudaRecorder, GraphForward, GraphLimits
 from serve_app.engine.last_tokens import LastTokens
 from serve_app.engine.logits_ops import Logits
 from serve_app.layers.shape_probe import ShapeProbe
@@ -21,6 +22,8 @@ from serve_app.models.base import CausalLM
 if TYPE_CHECKING:
     from kernels.cpu.program import RecordedProgram
     from serve_app.kv_cache.kv_pool import KvPool
+
+log = logging.getLogger(__name__)
 
 
 class Forward(Protocol):
@@ -54,7 +57,10 @@ def choose_forward(
     if backend is None:
         return NativeForward(model, kv, is_exact=is_exact)
     forward = TorchForward(model, kv, device, backend, drawn)
-    if graphs is None or not wants_graphs or not forward.is_graph_safe:
+    if graphs is None or not wants_graphs:
+        return forward
+    if not forward.is_graph_safe:
+        log.warning(NO_GRAPHS)
         return forward
     return GraphForward(forward.run, forward, kv, model.args.vocab_size, graphs, CudaRecorder(device))
 
@@ -63,11 +69,17 @@ def attention_needs(
     model: CausalLM, kv: "KvPool", device: torch.device, *, wants_graphs: bool = False
 ) -> AttentionNeeds:
     """What a model over a pool asks of an attention backend."""
+    probe = _probed(model)
+    return AttentionNeeds(
+        device, architecture_of(device), probe.dtype, kv.dtype, kv.block_size, tuple(probe.shapes),
+        wants_graphs and not probe.has_single_experts,
+    )  # fmt: skip
+
+
+def _probed(model: CausalLM) -> ShapeProbe:
     probe = ShapeProbe()
     model.forward(probe)
-    return AttentionNeeds(
-        device, architecture_of(device), probe.dtype, kv.dtype, kv.block_size, tuple(probe.shapes), wants_graphs
-    )
+    return probe
 
 
 class TorchForward:
@@ -91,8 +103,11 @@ class TorchForward:
 
     @property
     def is_graph_safe(self) -> bool:
-        """Whether a step can be captured. Plain torch writes no slot of -1, with which graphs are filled up."""
-        return self._backend.is_graph_safe and self._step_type is not TorchStep
+        """Whether a step can be captured. Plain torch writes no slot of -1, with which graphs are filled up; and
+        nothing may wait for the device, as experts without planes do."""
+        if not self._backend.is_graph_safe or self._step_type is TorchStep:
+            return False
+        return not _probed(self._model).has_single_experts
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """See Forward."""

@@ -20,6 +20,8 @@ from serve_app.batch import ForwardBatch, GroupTables
 
 log = logging.getLogger(__name__)
 
+NO_GRAPHS = "CUDA graphs are not used: steps run kernel by kernel, which is slower"
+
 SHORTEST_CONTEXT = 2048
 """Tokens of the first bucket of contexts; each further one is four times as long."""
 
@@ -157,7 +159,7 @@ class GraphForward:
             if self._graph(count, width) is None:
                 # What cannot be recorded once cannot be recorded at all.
                 self._counts = []
-                log.warning("CUDA graphs are not used: steps run kernel by kernel, which is slower")
+                log.warning(NO_GRAPHS)
                 return
 
     def _bucket(self, batch: ForwardBatch) -> tuple[int, int] | None:

@@ -12,13 +12,15 @@ from serve_app.options import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class KvPlan:
-    """groups: of layers. angles: the rotary sets of requests. max_tokens: of the longest request that is allowed."""
+    """groups: of layers. angles: the rotary sets of requests. max_tokens: of the longest request that is allowed.
+    table_bytes: of the rotary tables on the model's device for requests of any allowed length."""
 
     groups: tuple[LayerGroup, ...]
     angles: AngleSets
     block_size: int
     chunk_tokens: int
     max_tokens: int
+    table_bytes: int
 
     @classmethod
     def of(cls, model: CausalLM, config: EngineConfig, max_tokens: int) -> "KvPlan":
@@ -36,6 +38,7 @@ class KvPlan:
             config.block_size,
             min(config.prefill_chunk_tokens, config.max_batched_tokens),
             max_tokens,
+            sum(rotary.num_bytes(max_tokens) for rotary in probe.rotaries),
         )
 
     @property

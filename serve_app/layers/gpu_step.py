@@ -53,7 +53,7 @@ class GpuStep(TorchStep):
         gate, up, down = (grouped_matrix(part) for part in (weights.gate, weights.up, weights.down))
         if gate is None or up is None or down is None:
             return super().experts(x, weights, routing, activation)
-        logits = weights.router.matmul(x.float())
+        logits = weights.router.matmul(x)
         chosen, factors = route(logits, routing.kind, routing.top_k, routing.is_renormalised, routing.jitter)
         groups = Groups.of(chosen, weights.gate.num_experts)
         return grouped.combined(down, grouped.gated(gate, up, x, groups, activation), groups, factors)

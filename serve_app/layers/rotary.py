@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.reference.sampling import without_waiting
 from serve_app.layers.angle_sets import AngleSets, OneSet, SetsByLength, TwoSets
 
 NUM_PLACES = 16
@@ -47,8 +48,7 @@ class Rotary:
     def covering(self, num_positions: int) -> Rows:
         """See AngleTable. Without torch: native steps run no operator of it."""
         if self.rows_ahead + num_positions > len(self._host):
-            count = max(num_positions, min(self._max_positions, max(512, 2 * num_positions)))
-            self._host = _angles(count, self._frequencies, self._magnitude)
+            self._host = _angles(self._most_rows(num_positions), self._frequencies, self._magnitude)
             if self._short is not None:
                 ahead = _angles(self.rows_ahead, self._short._frequencies, self._short._magnitude)
                 self._host = np.concatenate([ahead, self._host])
@@ -60,6 +60,14 @@ class Rotary:
         if len(self._table) != len(host):
             self._table = torch.from_numpy(host).to(self._device)
         return self._table
+
+    def num_bytes(self, num_positions: int) -> int:
+        """See AngleTable."""
+        return 4 * self.rotary_dim * (self.rows_ahead + self._most_rows(num_positions))
+
+    def _most_rows(self, num_positions: int) -> int:
+        """Of the set that grows, once so many are asked for: some more, so that it rarely does."""
+        return max(num_positions, min(self._max_positions, max(512, 2 * num_positions)))
 
 
 class PlacedRotary:
@@ -98,11 +106,16 @@ class PlacedRotary:
             self._table = torch.from_numpy(self.covering(num_positions)).to(self._device)
         return self._table
 
+    def num_bytes(self, num_positions: int) -> int:
+        """See AngleTable."""
+        return 4 * self.rotary_dim * self._num_rows
+
     def _fill(self, first_row: int, length: int, count: int) -> None:
         rows = self.covering(0)[first_row : first_row + count]
         rows[:] = _angles(count, self._frequencies(length).numpy(), 1.0)
         if self._table is not None and self._device.type != "cpu":
-            self._table[first_row : first_row + count].copy_(torch.from_numpy(rows))
+            # Behind the steps that are under way, which read other rows.
+            self._table[first_row : first_row + count].copy_(without_waiting(torch.from_numpy(rows), self._device))
 
 
 def _angles(num_positions: int, frequencies: Rows, magnitude: float) -> Rows:

@@ -5,19 +5,21 @@ from torch import Tensor
 
 from serve_app.attention.backend import AttentionShape
 from serve_app.layers.step import Activation, AngleTable, MixtureWeights, NormWeights, Routing, Rows
+from serve_app.quant.planar_weight import grouped_matrix
 from serve_app.quant.weight import Weight
 
 _ROWS = object()
 
 
 class ShapeProbe:
-    """See Step. After a model's forward: shapes of its attention layers, the dtype of its activations, and its rotary
-    tables."""
+    """See Step. After a model's forward: shapes of its attention layers, the dtype of its activations, its rotary
+    tables, and whether there are experts that a GPU multiplies one by one, for which the host waits to know them."""
 
     def __init__(self) -> None:
         self.shapes: list[AttentionShape] = []
         self.dtype = torch.float32
         self.rotaries: list[AngleTable] = []
+        self.has_single_experts = False
 
     def embed(self, weight: Weight, factor: float = 1.0) -> Rows:
         """See Step."""
@@ -49,6 +51,8 @@ class ShapeProbe:
 
     def experts(self, x: Rows, weights: MixtureWeights, routing: Routing, activation: Activation) -> Rows:
         """See Step."""
+        parts = (weights.gate, weights.up, weights.down)
+        self.has_single_experts |= any(grouped_matrix(part) is None for part in parts)
         return _ROWS
 
     def add_gated(self, x: Rows, other: Rows, gate: Rows) -> None:

@@ -94,6 +94,10 @@ class AngleTable(Protocol):
         """The same as a tensor on the model's device."""
         ...
 
+    def num_bytes(self, num_positions: int) -> int:
+        """Of that tensor, while requests have no more tokens."""
+        ...
+
 
 class Step(Protocol):
     """The operations of a step. Rows come in and go out in the compute dtype; each result is new unless it says so."""

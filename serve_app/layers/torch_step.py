@@ -7,6 +7,7 @@ from kernels.reference import norm as reference
 from kernels.reference.routing import route
 from serve_app.attention.backend import AttentionBackend, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
+from serve_app.attention.slot_write import write_slots
 from serve_app.layers.step import Activation, AngleTable, MixtureWeights, NormWeights, Routing
 from serve_app.quant.experts import Experts
 from serve_app.quant.weight import Weight
@@ -57,7 +58,7 @@ class TorchStep:
 
     def experts(self, x: Tensor, weights: MixtureWeights, routing: Routing, activation: Activation) -> Tensor:
         """See Step."""
-        logits = weights.router.matmul(x.float())
+        logits = weights.router.matmul(x)
         chosen, factors = route(logits, routing.kind, routing.top_k, routing.is_renormalised, routing.jitter)
         out = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
@@ -82,7 +83,8 @@ class TorchStep:
         q, k, v = torch.split_with_sizes(qkv.view(qkv.shape[0], sum(counts), shape.head_dim), counts, dim=1)
         if rotary is not None:
             reference.rope(q, k, self._batch.positions, rotary.on_device(self._batch.host.max_context_len))
-        return self._attention.run(shape, q, k, v)
+        write_slots(self._batch, shape.layer, k, v)
+        return self._attention.run(shape, q)
 
     def add(self, x: Tensor, other: Tensor) -> None:
         """See Step."""

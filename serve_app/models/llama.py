@@ -39,8 +39,8 @@ class LlamaArgs(DecoderArgs):
     def from_gguf(cls, metadata: dict[str, Any], file: str = "the GGUF file") -> "LlamaArgs":
         """See ModelArgs."""
         reader = ConfigReader(metadata, file)
-        if reader.get("llama.expert_count"):
-            raise reader.fail("llama.expert_count", "is set: mixtures of experts are not supported")
+        if num_experts := reader.get("llama.expert_count"):
+            raise reader.fail("llama.expert_count", f"is {num_experts}: with experts the architecture is mixtral")
         args = cls(**common_from_gguf(reader, cls.GGUF), rope=rope_from_gguf(reader, cls.GGUF))
         check_rotary(args, reader, cls.GGUF.key("head_dim"))
         return args

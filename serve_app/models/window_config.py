@@ -35,13 +35,11 @@ def upper_windows(reader: ConfigReader, n_layers: int) -> tuple[int, ...]:
 
 
 def windows_from_gguf(
-    reader: ConfigReader, form: GgufForm, n_layers: int, is_sliding: Callable[[int], bool], default: int | None = None
+    reader: ConfigReader, form: GgufForm, n_layers: int, is_sliding: Callable[[int], bool], default: int = 0
 ) -> tuple[int, ...]:
-    """DecoderArgs.windows from the form's key of `sliding_window`; default: where the key is missing."""
-    key = form.key("sliding_window")
-    if not reader.get(key) and default is None:
-        return ()
-    return alternating(reader.count(key, default), n_layers, is_sliding)
+    """DecoderArgs.windows from the form's key of `sliding_window`, 0 = none; default: where the key is missing."""
+    window = reader.count(form.key("sliding_window"), default, least=0)
+    return alternating(window, n_layers, is_sliding) if window else ()
 
 
 def alternating(window: int, n_layers: int, is_sliding: Callable[[int], bool]) -> tuple[int, ...]:

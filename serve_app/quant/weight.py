@@ -86,7 +86,9 @@ class DenseWeight:
         return self._tensor.nbytes
 
     def matmul(self, x: Tensor) -> Tensor:
-        """See Weight."""
+        """See Weight. Narrower rows are widened: routers and gates of experts are float32 in every model."""
+        if x.dtype.itemsize < self._tensor.dtype.itemsize:
+            x = x.to(self._tensor.dtype)
         if self._native is not None:
             return self._native(x.contiguous(), self._bytes)
         if self._few is not None and len(x) <= self._most:

@@ -14,6 +14,7 @@ from serve_app.attention.backend import AttentionBackend, AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
 from serve_app.attention.flash3_backend import ARGUMENTS, Flash3Attention
 from serve_app.attention.flashinfer_backend import PLAN_ARGUMENTS, FlashinferAttention, block_lists
+from serve_app.attention.slot_write import write_slots
 from serve_app.attention.torch_backend import TorchAttention
 from serve_app.attention.vllm_flash_backend import FLASH_2, FLASH_3, VllmFlashAttention
 from serve_app.attention.vllm_flash_module import ModuleFlashAttention
@@ -137,19 +138,18 @@ def test_a_step_is_what_plain_torch_computes(name: str) -> None:
     results = []
     for backend in (BACKENDS[name], TorchAttention()):
         cache = pool()
-        planned = backend.plan(DeviceBatch.of(make_batch(cache, pieces), cache, torch.device("cpu")))
+        batch = DeviceBatch.of(make_batch(cache, pieces), cache, torch.device("cpu"))
+        planned = backend.plan(batch)
         generator = torch.Generator().manual_seed(1)
         outs = []
         for shape in SHAPES:
             qkv = torch.randn(19, 8, 16, generator=generator)
-            outs.append(planned.run(shape, qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]))
-            outs.append(planned.run(shape, qkv[:, :4] * 2))
-        results.append((outs, [*cache.k, *cache.v]))
-    for ours, theirs in zip(*(outs for outs, _ in results), strict=True):
+            write_slots(batch, shape.layer, qkv[:, 4:6], qkv[:, 6:])
+            outs += [planned.run(shape, qkv[:, :4] * factor) for factor in (1, 2)]
+        results.append(outs)
+    for ours, theirs in zip(*results, strict=True):
         assert ours.shape == (19, 64)
         torch.testing.assert_close(ours, theirs)
-    for ours, theirs in zip(*(caches for _, caches in results), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, "torch"])
@@ -169,17 +169,21 @@ def test_layers_of_two_groups_have_tables_of_their_own(name: str) -> None:
         cache.groups = groups
         batch, other = make_batch(cache, pieces), make_batch(cache, others)
         batch.further_groups = (GroupTables(other.slot_mapping, other.block_tables),)
-        planned = backend.plan(DeviceBatch.of(batch, cache, torch.device("cpu")))
-        return [
-            planned.run(shape, qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]) for shape, qkv in zip(shapes, qkvs, strict=True)
-        ]
+        on_device = DeviceBatch.of(batch, cache, torch.device("cpu"))
+        planned = backend.plan(on_device)
+        outs = []
+        for shape, qkv in zip(shapes, qkvs, strict=True):
+            write_slots(on_device, shape.layer, qkv[:, 4:6], qkv[:, 6:])
+            outs.append(planned.run(shape, qkv[:, :4]))
+        return outs
 
     cache = pool(14)
     expected = []
     for shape, qkv, of_group in zip(shapes, qkvs, (pieces, others), strict=True):
-        planned = TorchAttention().plan(DeviceBatch.of(make_batch(cache, of_group), cache, torch.device("cpu")))
+        of_one = DeviceBatch.of(make_batch(cache, of_group), cache, torch.device("cpu"))
         alone = AttentionShape(0, 4, 2, 16, shape.scale, window=shape.window)
-        expected.append(planned.run(alone, qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]))
+        write_slots(of_one, 0, qkv[:, 4:6], qkv[:, 6:])
+        expected.append(TorchAttention().plan(of_one).run(alone, qkv[:, :4]))
     for ours, theirs in zip(outputs([0, 1]), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(outputs([0, 0])[1], expected[1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
+from benchmarks.gpu import products
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.step_profile import Span, summary
 
@@ -34,12 +35,19 @@ def test_kernels_are_checked_without_a_gpu() -> None:
 def test_parts_run_and_are_reported(tmp_path: Path) -> None:
     files = tmp_path / "found.json", tmp_path / "found.md"
     done = run(
-        "--device", "cpu", "--tiny", "--parts", "limits,attention,engine,profile", "--json", str(files[0]),
+        "--device", "cpu", "--tiny", "--parts", "limits,products,attention,engine,profile", "--json", str(files[0]),
         "--markdown", str(files[1]),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(files[0].read_text())
     assert found["limits"]["bandwidth"] > 0
+    products = {row["name"]: row for row in found["products"]}
+    assert {"bf16 (torch)", "bf16 (as loaded)", "Q4_K", "HQQ8"} < products.keys()
+    for name, bits in (("bf16", 16), ("Q4_K", 4.625)):
+        row = products[f"{name}, tiny's experts"]
+        assert row["rows"] == 1
+        assert row["weight_bytes"] == 2 * 3 * 256 * 256 * bits / 8, "one token takes two of four experts"
+        assert row["products"] == 2 * 3 * 256 * 256
     assert {row["backend"] for row in found["attention"]} == {"triton", "torch"}
     speeds = [(row["engine"], row["layout"], row["load"]["batch"], row["tokens"]) for row in found["speeds"]]
     assert speeds == [
@@ -48,7 +56,10 @@ def test_parts_run_and_are_reported(tmp_path: Path) -> None:
         ("Sirocco, no graphs", "bf16", 1, 2), ("Sirocco", "Q4_K_M", 1, 2), ("Sirocco", "Q4_K_M", 2, 4),
         ("Sirocco, no graphs", "Q4_K_M", 1, 2),
     ]  # fmt: skip
-    assert found["skipped"] == ["profile (it needs a CUDA device)"]
+    assert found["skipped"] == [
+        "transformers compiled (it does so on a GPU alone)",
+        "profile (it needs a CUDA device)",
+    ]
     assert "| Sirocco | Q4_K_M | 2 x 20 |" in files[1].read_text()
 
 
@@ -73,6 +84,22 @@ def test_tests_that_did_not_run_are_no_success(monkeypatch: pytest.MonkeyPatch) 
     runner = gpu_check._Runner(report, torch.device("cpu"), 1e6, is_tiny=True)
     runner._tests()
     assert report.skipped == ["tests (they need a CUDA device)"]
+
+
+def test_an_int4_of_other_torches_is_left_out_but_errors_of_the_card_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    for error in (AttributeError("no such operator"), NotImplementedError("not here"), RuntimeError("of 4 arguments")):
+        monkeypatch.setattr(products, "_int4", lambda *sizes, error=error: fail(error))
+        assert not products._has_int4(torch.device("cpu"))
+        assert f"int4 (torch): not measured ({error})" in capsys.readouterr().out
+    for error in (torch.OutOfMemoryError("of 80 GB"), torch.AcceleratorError("illegal memory access")):
+        monkeypatch.setattr(products, "_int4", lambda *sizes, error=error: fail(error))
+        with pytest.raises(type(error)):
+            products._has_int4(torch.device("cpu"))
 
 
 def test_an_unknown_part_is_refused() -> None:

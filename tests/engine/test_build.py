@@ -57,11 +57,12 @@ def test_an_instruction_set_that_this_cpu_lacks_ends_the_start(environment: pyte
 
 
 def test_on_a_gpu_the_pool_fills_its_memory_up_to_nine_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU in the place of a device of 100 MB, 40 of which are in use."""
+    """With the CPU in the place of a device of 100 MB: 40 are in use, and a rotary table of 512 tokens will be."""
     monkeypatch.setattr("serve_app.engine.build.gpu_memory", lambda device: (60 * 10**6, 100 * 10**6))
     with LLM(str(MODEL), dtype="f32", config=EngineConfig(block_size=16)) as llm:
         kv = llm.engine.parts.kv
-        assert kv.num_blocks == 50 * 10**6 // kv.geometry.bytes_per_block
+        assert kv.num_blocks == (50 * 10**6 - 512 * 8 * 4) // kv.geometry.bytes_per_block
+        assert kv.num_blocks < 50 * 10**6 // kv.geometry.bytes_per_block
         plain = llm.generate(["Once upon a time"], SamplingParams(temperature=0.0, max_tokens=6))[0].token_ids
     monkeypatch.undo()
     with LLM(str(MODEL), dtype="f32", config=EngineConfig(block_size=16)) as llm:

@@ -7,12 +7,13 @@ import torch
 from tiny_llama import Piece, TinyPool, full_logits, hf_llama, make_batch, our_llama, step_logits
 from torch import Tensor
 
-from serve_app.attention.backend import AttentionShape
 from serve_app.attention.device_batch import DeviceBatch
-from serve_app.attention.torch_backend import TorchAttention, TorchPlan
+from serve_app.attention.slot_write import write_slots
+from serve_app.attention.torch_backend import TorchAttention
 from serve_app.engine.forward import TorchForward
 from serve_app.engine.llm import LLM
 from serve_app.errors import LaunchError
+from serve_app.layers import torch_step
 from serve_app.options import EngineConfig, SamplingParams
 
 MODEL = str(Path(__file__).parents[1] / "data" / "models" / "stories260K" / "stories260K-F32.gguf")
@@ -32,29 +33,22 @@ def rounded(x: Tensor, scale: float) -> Tensor:
     return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
 
-class RoundingPlan(TorchPlan):
-    def run(self, shape: AttentionShape, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        assert k is not None
-        assert v is not None
-        return super().run(shape, q, rounded(k, 0.05), rounded(v, 0.02))
-
-
-class RoundingAttention(TorchAttention):
+def write_rounded(batch: DeviceBatch, layer: int, k: Tensor, v: Tensor) -> None:
     """Keeps float32, of keys and values that were rounded before. The scales are TinyPool's."""
-
-    def plan(self, batch: DeviceBatch) -> RoundingPlan:
-        return RoundingPlan(batch)
+    write_slots(batch, layer, rounded(k, 0.05), rounded(v, 0.02))
 
 
-def test_logits_are_those_of_keys_and_values_rounded_to_it() -> None:
+def test_logits_are_those_of_keys_and_values_rounded_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = our_llama(hf_llama())
     ids = list(range(60))
     pools = [TinyPool(model.args, 4, 16, dtype) for dtype in (torch.float8_e4m3fn, torch.float32)]
-    rounding = TorchForward(model, pools[1], torch.device("cpu"), RoundingAttention())
+    rounding = TorchForward(model, pools[1], torch.device("cpu"), TorchAttention())
     for span in ((0, 40), (40, 41), (41, 60)):
         piece = Piece(ids, *span, range(4))
         ours = step_logits(model, pools[0], [piece], "torch")[0]
-        theirs = torch.as_tensor(rounding(make_batch(pools[1], [piece])))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_step, "write_slots", write_rounded)
+            theirs = torch.as_tensor(rounding(make_batch(pools[1], [piece])))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - full_logits(model, ids)[41:]).abs().max() > 0.01
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.gpu import activation, kv_write, norm, paged_attention
+from kernels.gpu import activation, kv_write, norm, paged_attention, routing
 from kernels.gpu.attention_plan import choose_tiles
 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -100,6 +100,10 @@ def test_the_small_kernels() -> None:
     constants = {"HEAD_DIM": 128, "WIDTH": 128, "ROWS": 4}
     types = {"part_out": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "out": "*bf16"}
     compile_kernel(paged_attention._merge, types, constants, 90)
+    types = dict.fromkeys(("experts", "who", "starts", "tile_starts"), "*i32")
+    for num_experts, num_pairs in ((1, 16), (128, 4096)):
+        constants = {"TOKENS": 16, "WIDTH": num_experts, "COUNTED": min(8192 // num_experts, num_pairs)}
+        compile_kernel(routing._group, types, constants | {"PLACED": min(2048, num_pairs)}, 90)
 
 
 @pytest.mark.nightly

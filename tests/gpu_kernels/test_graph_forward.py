@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from family_cases import hf_model, our_model
 
-from serve_app.batch import ForwardBatch
+from serve_app.attention.torch_backend import TorchAttention
+from serve_app.attention.triton_backend import TritonAttention
+from serve_app.batch import ForwardBatch, GroupTables
 from serve_app.engine import graph_forward
 from serve_app.engine.forward import TorchForward
 from serve_app.engine.graph_forward import (
@@ -24,6 +27,7 @@ from serve_app.engine.graph_forward import (
     table_widths,
 )
 from serve_app.engine.llm import LLM
+from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.options import EngineConfig, SamplingParams
 
 FOLDER = Path(__file__).parents[1] / "data" / "models" / "stories260K"
@@ -93,8 +97,13 @@ def graphs_of(llm: LLM, device: torch.device, recorder: Recorder | None = None, 
     return GraphForward(eager.run, eager, llm.engine.parts.kv, vocab_size, GraphLimits(4, max_context), by)
 
 
-def test_logits_and_caches_are_those_of_the_step_alone(llm: LLM, device: torch.device) -> None:
-    eager, graphs, kv = eager_of(llm), graphs_of(llm, device), llm.engine.parts.kv
+@pytest.fixture(scope="module")
+def graphs(llm: LLM, device: torch.device) -> GraphForward:
+    return graphs_of(llm, device)
+
+
+def test_logits_and_caches_are_those_of_the_step_alone(llm: LLM, graphs: GraphForward, device: torch.device) -> None:
+    eager, kv = eager_of(llm), llm.engine.parts.kv
     for tensor in (*kv.k, *kv.v):
         tensor.normal_(generator=torch.Generator(device).manual_seed(1))
     begin = [tensor.clone() for tensor in (*kv.k, *kv.v)]
@@ -113,8 +122,41 @@ def test_logits_and_caches_are_those_of_the_step_alone(llm: LLM, device: torch.d
             tensor.copy_(old)
 
 
-def test_other_steps_run_as_they_are(llm: LLM, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = graphs_of(llm, device)
+def of_two_groups(contexts: list[int], window: int, nobodys: int) -> ForwardBatch:
+    """A decode whose first group has given up what is before its window: nobody's block stands there."""
+    batch = decode(contexts)
+    num_blocks = batch.block_tables.size
+    further = GroupTables(batch.slot_mapping + num_blocks * 16, batch.block_tables + num_blocks)
+    for table, context in zip(batch.block_tables, contexts, strict=True):
+        table[: max(0, context - window) // 16] = nobodys
+    return replace(batch, further_groups=(further,))
+
+
+def test_every_group_of_layers_has_its_tables(device: torch.device) -> None:
+    """A windowed layer and one without over the same memory, as plain torch computes them; nobody's block is NaN."""
+    model = our_model(hf_model("gemma2, short window"), str(device))
+    args = model.args
+    assert args.windows == (8, 0)
+    kv = KvPool.on_device(device, 19, 16, 1, args.n_kv_heads, args.head_dim, torch.float32, [[0], [1]])
+    eager, plain = (TorchForward(model, kv, device, by) for by in (TritonAttention(), TorchAttention()))
+    recorder = CudaRecorder(device) if device.type == "cuda" else Rerun()
+    graphs = GraphForward(eager.run, eager, kv, args.vocab_size, GraphLimits(4, 48), recorder)
+    caches = (kv.k[0], kv.v[0])
+    begin = [torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)) for cache in caches]
+    for contexts in ([40, 20, 5], [33]):
+        batch = of_two_groups(contexts, 8, 18)
+        after = []
+        for forward in (graphs, plain):
+            for cache, value in zip(caches, begin, strict=True):
+                cache.copy_(value)
+                cache[18] = torch.nan
+            logits = forward(batch).clone()
+            after.append([logits, *(cache[:18].clone() for cache in caches)])
+        for ours, right in zip(*after, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
+
+
+def test_other_steps_run_as_they_are(graphs: GraphForward, monkeypatch: pytest.MonkeyPatch) -> None:
     eager_runs: list[ForwardBatch] = []
     monkeypatch.setattr(graphs, "_run_eagerly", lambda batch: eager_runs.append(batch) or torch.zeros(1))
     too_long, too_many = decode([65]), decode([2] * 5)
@@ -165,10 +207,10 @@ def test_an_engine_on_a_gpu_runs_graphs() -> None:
     assert result.token_ids == ids
 
 
-def test_a_golden_text_through_graphs(llm: LLM, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_golden_text_through_graphs(llm: LLM, graphs: GraphForward, monkeypatch: pytest.MonkeyPatch) -> None:
     case = json.loads((FOLDER / "golden_greedy.json").read_text())["cases"][0]
     ids = (case.get("generated_ids") or case["greedy_ids"])[:6]
-    monkeypatch.setattr(llm.engine.parts.runner, "_forward", graphs_of(llm, device))
+    monkeypatch.setattr(llm.engine.parts.runner, "_forward", graphs)
     [result] = llm.generate(case["prompt_ids"], SamplingParams(temperature=0.0, max_tokens=len(ids)))
     assert result.token_ids == ids
 

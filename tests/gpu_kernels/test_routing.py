@@ -73,6 +73,8 @@ def test_groups(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     experts = torch.randint(0, 6, (150, 4), generator=generator, dtype=torch.int32)
     assert check_groups(experts, 6, device).tokens == 64
-    # As pairs are counted on a GPU: in several chunks.
+    # As pairs are counted and placed on a GPU: in several chunks.
     monkeypatch.setattr(routing, "MOST_COMPARED", 16 * 8)
+    monkeypatch.setattr(routing, "MOST_PLACED", 32)
     check_groups(experts[:20], 6, device)
+    check_groups(experts[:20] % 4, 4, device)

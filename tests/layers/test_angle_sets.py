@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from serve_app.layers import rotary as rotary_module
 from serve_app.layers.angle_sets import SetsByLength
 from serve_app.layers.rope_scaling import RopeScaling, dynamic_base, inverse_frequencies
 from serve_app.layers.rotary import PlacedRotary, Rotary
@@ -91,3 +92,21 @@ def test_the_table_of_places() -> None:
     assert rotary.covering(30) is table
     np.testing.assert_allclose(angles(table, taken.first_row, 30), expected(frequencies(25), 30), atol=1e-5)
     assert rotary.on_device(30).data_ptr() == table.ctypes.data
+
+
+def test_a_devices_table_gets_the_rows_of_a_new_length_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.Tensor] = []
+
+    def without_waiting(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copied.append(rows.clone())
+        return rows.to(device)
+
+    monkeypatch.setattr(rotary_module, "without_waiting", without_waiting)
+    rotary = PlacedRotary(lambda length: torch.tensor([1.0, 1.0 / length]), 10, 40, torch.device("meta"))
+    assert rotary.on_device(30).shape == (10 + 16 * 40, 4)
+    assert not copied
+    taken = rotary.sets.take(25, 25, 30)
+    assert taken is not None
+    [rows] = copied
+    assert np.array_equal(rows, rotary.covering(30)[taken.first_row : taken.first_row + 30])
+    assert rows.abs().max() > 0

@@ -116,6 +116,11 @@ def test_gguf_misfits_name_file_and_key(key: str, value: Any) -> None:
     assert key in str(raised.value) or "llama.attention.key_length" in str(raised.value)
 
 
+def test_a_mixture_that_is_read_as_a_llama_is_told_its_architecture() -> None:
+    with pytest.raises(ModelFileError, match=r"x\.gguf: key 'llama\.expert_count' is 8: .* mixtral"):
+        LlamaArgs.from_gguf(GGUF | {"llama.expert_count": 8}, "x.gguf")
+
+
 def test_an_unknown_architecture_is_told_what_is_supported() -> None:
     with pytest.raises(ModelFileError, match=r"x\.gguf: architecture 'mamba' is not supported; .*LlamaForCausalLM"):
         find_family("mamba", "x.gguf")

@@ -38,6 +38,8 @@ def test_gemma_2_knows_what_a_silent_file_means() -> None:
 
 def test_gemma_2_in_gguf() -> None:
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    none = Gemma2Args.from_gguf(gguf("gemma2", **caps, **{"attention.sliding_window": 0}))
+    assert none.windows == ()
     args = Gemma2Args.from_gguf(gguf("gemma2", **caps, **{"attention.sliding_window": 7}))
     assert (args.attn_logit_softcapping, args.final_logit_softcapping) == (50.0, 30.0)
     assert (args.windows, args.query_pre_attn_scalar) == ((7, 0, 7, 0), 16)
@@ -64,6 +66,7 @@ def test_windows_of_other_families() -> None:
     window = {"attention.sliding_window": 11}
     starcoder = gguf("starcoder2", eps="layer_norm_epsilon", **window)
     assert Starcoder2Args.from_gguf(starcoder).windows == (11,) * 4
+    assert Starcoder2Args.from_gguf(starcoder | {"starcoder2.attention.sliding_window": 0}).windows == ()
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "sliding_window": 5}
     assert Qwen3MoeArgs.from_hf(HF | experts).windows == ()
     assert Qwen3MoeArgs.from_hf(HF | experts | {"use_sliding_window": True}).windows == (5,) * 4

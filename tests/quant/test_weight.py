@@ -103,6 +103,15 @@ def test_dense(dtype: torch.dtype, compute: str) -> None:
     assert (dense.shape, dense.dtype, dense.nbytes) == ((9, IN_FEATURES), dtype, matrix.nbytes)
 
 
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_a_dense_matrix_widens_narrower_rows(narrow: torch.dtype, compute: str) -> None:
+    """As they are for routers, which stay float32 whatever a model computes in."""
+    matrix, x = torch.randn(9, IN_FEATURES), torch.randn(4, IN_FEATURES).to(narrow)
+    actual = DenseWeight(matrix).matmul(x)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, functional.linear(x.float(), matrix), rtol=1e-4, atol=1e-4)
+
+
 def test_dense_product_of_a_strided_input(compute: str) -> None:
     matrix, wide = torch.randn(9, IN_FEATURES), torch.randn(4, 2 * IN_FEATURES)
     x = wide[:, IN_FEATURES:]
