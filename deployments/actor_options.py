@@ -12,6 +12,7 @@ from serve_app.options import EngineConfig
 INGRESS = "Ingress"
 PREPROCESSOR = "Preprocessor"
 TARGET = "Target"
+DRAFT = "Draft"
 
 # The ingress's own routes (health, models, metrics) must get through when every place for a request is taken.
 _SPARE_REQUESTS = 64

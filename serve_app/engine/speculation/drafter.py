@@ -90,7 +90,7 @@ class Drafter:
                 break
             if not self._compute(at_work, self._batch_tokens, evicts=True):
                 break
-        return [s and s.drafted(s.max_tokens, self._least_chance) for s in asked]
+        return [None if s is None else s.drafted(s.max_tokens, self._least_chance) for s in asked]
 
     def feed(self, sequence: Hashable, token_ids: Sequence[int], offset: int) -> None:
         """See DraftModel."""
