@@ -159,20 +159,18 @@ class DraftThread:
             self._drop(target)
 
     def _take(self, target: "_Target", message: Message) -> None:
-        number = target.number
+        number, numbers = target.number, message.numbers
         if message.kind == PROPOSE:
             until_s = time.monotonic() + message.limit_s
-            calls = calls_of(message)
-            target.sequences.update(row[0] for row in message.rows)
-            named = [DraftCall((number, c.sequence), c.base, c.token_ids, c.max_tokens) for c in calls]
-            answer = pack_answer(message.epoch, calls, self._propose(named, until_s))
-            target.connection.send(answer)
+            target.sequences.update(numbers[::4])
+            answers = self._propose(calls_of(message, number), until_s)
+            target.connection.send(pack_answer(message.epoch, numbers, answers))
         elif message.kind == FEED:
-            sequence, base, _, _ = message.rows[0]
+            sequence, base = numbers[:2]
             target.sequences.add(sequence)
             self._model.feed((number, sequence), message.token_ids, base)
         elif message.kind == FORGET:
-            for sequence, *_ in message.rows:
+            for sequence in numbers[::4]:
                 target.sequences.discard(sequence)
                 self._model.forget((number, sequence))
         else:

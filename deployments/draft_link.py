@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import select
 import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
@@ -26,6 +27,8 @@ SILENCE_S = 2.0
 """A draft that owes an answer for so long is not asked any more: the way to it is opened anew."""
 LIMIT_SHARE = 0.8
 """Of the time until the deadline the draft may use so much; the rest is for the way."""
+
+_TIMEVAL = struct.Struct("@ll")
 
 
 class LinkLost(Exception):
@@ -91,11 +94,11 @@ class ChannelLink:
         try:
             self._socket.setblocking(False)
             self._socket.connect(path)
+            self._socket.setblocking(True)
         except BaseException:
             self._socket.close()
             raise
-        self._readable, self._writable = select.poll(), select.poll()
-        self._readable.register(self._socket, select.POLLIN)
+        self._writable = select.poll()
         self._writable.register(self._socket, select.POLLOUT)
         self._buffer = bytearray(MOST_BYTES)
         self._told = Told()
@@ -171,7 +174,7 @@ class ChannelLink:
     def _send_one(self, message: bytes, until_s: float) -> bool:
         while True:
             try:
-                self._socket.send(message)
+                self._socket.send(message, socket.MSG_DONTWAIT)
                 return True
             except BlockingIOError:
                 pass
@@ -184,15 +187,19 @@ class ChannelLink:
     def _receive(self, until_s: float) -> Message | None:
         """The answer to the last call; earlier ones are dropped. None: it does not come until then."""
         while True:
-            if not self._readable.poll(max(0.0, until_s - time.monotonic()) * 1000):
-                return None
+            wait_us = int((until_s - time.monotonic()) * 1e6)
+            flags: int = socket.MSG_DONTWAIT
+            if wait_us > 0:
+                # Half the time of a poll and a receive.
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(*divmod(wait_us, 10**6)))
+                flags = 0
             try:
-                size = self._socket.recv_into(self._buffer)
+                size = self._socket.recv_into(self._buffer, 0, flags)
                 if not size:
                     raise LinkLost("the draft has ended")
                 message = unpack(memoryview(self._buffer)[:size])
             except BlockingIOError:
-                continue
+                return None
             except (OSError, BadMessage) as error:
                 raise LinkLost(str(error)) from error
             if message.epoch == self._epoch:

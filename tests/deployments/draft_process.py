@@ -1,6 +1,6 @@
 """A draft replica's process without Ray: a model that counts, and the real thread behind a real socket.
 
-Takes the socket's folder; prints the socket's path, then waits to be killed.
+Takes the socket's folder and the model's class; prints the socket's path, then waits to be killed.
 """
 
 import sys
@@ -47,6 +47,13 @@ class CountingModel:
         self.texts.clear()
 
 
+class EmptyModel(CountingModel):
+    """Takes no time: the way alone is measured."""
+
+    def _answer(self, call: DraftCall) -> Drafted:
+        return list(range(call.max_tokens))
+
+
 def expected(text: Sequence[int], max_tokens: int) -> list[int]:
     """What CountingModel proposes."""
     return [(sum(text) + i) % 500 for i in range(max_tokens)]
@@ -54,7 +61,7 @@ def expected(text: Sequence[int], max_tokens: int) -> list[int]:
 
 if __name__ == "__main__":
     sys.setswitchinterval(0.0005)
-    thread = DraftThread(CountingModel(), sys.argv[1])
+    thread = DraftThread({"counting": CountingModel, "empty": EmptyModel}[sys.argv[2]](), sys.argv[1])
     thread.start()
     print(thread.path, flush=True)
     threading.Event().wait()
