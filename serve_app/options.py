@@ -9,6 +9,9 @@ PaCacheType = Literal["auto", "f8e4m3"]
 ModelKind = Literal["auto", "plain", "gguf", "ggml"]
 Speculate = Literal["auto", "draft", "ngram", "suffix", "off"]
 
+MAX_DRAFT_TOKENS = 16
+"""Tokens drafted for one request in one step at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class DryParams:
