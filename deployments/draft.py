@@ -5,12 +5,12 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ray import serve
 
 from deployments.actor_options import DRAFT
 from deployments.draft_channel import DraftThread
+from deployments.draft_plan import DraftPlan, draft_plan
 from deployments.remote_proposer import DraftOffer, refusal
 from deployments.replica_process import Surroundings, prepare_process
 from serve_app.config import AppConfig
@@ -18,26 +18,10 @@ from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftMod
 from serve_app.errors import EngineFailed, ModelFileError
 from serve_app.loaders.model_files import resolve
 from serve_app.metrics import Snapshot, process_snapshot
-from serve_app.options import EngineConfig, ModelSource
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import vocabulary_digest, vocabulary_of
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DraftPlan:
-    """What a draft replica serves.
-
-    source: the draft model; target: whose tokens it proposes. engine: sizes and device of its cache and forward.
-    maps_text: the two have different vocabularies. works_ahead: see Drafter.
-    """
-
-    source: ModelSource
-    target: ModelSource
-    engine: EngineConfig
-    maps_text: bool = False
-    works_ahead: bool = True
 
 
 class DraftServer:
@@ -108,11 +92,12 @@ class Draft(DraftServer):
     """DraftServer as a Serve replica."""
 
     # Serve waits for a constructor that is a coroutine.
-    async def __init__(self, config: AppConfig, surroundings: Surroundings, plan: DraftPlan) -> None:  # type: ignore[misc]
+    async def __init__(self, config: AppConfig, surroundings: Surroundings) -> None:  # type: ignore[misc]
         import ray
 
         prepare_process(config, surroundings)
         started_s = time.monotonic()
+        plan = draft_plan(config, is_private=surroundings.is_private)
         model, vocabulary = build_model(plan)
         super().__init__(
             model,

@@ -82,18 +82,16 @@ class RemoteProposer:
         client: str,
         node_id: str,
         vocabulary: Sequence[bytes],
-        vocab_size: int,
         deadline_s: float,
     ) -> None:
-        """client: a name that no other target has, in this life. vocabulary: the target's. vocab_size: of its model:
-        proposals end before an id beyond."""
+        """client: a name that no other target has, in this life. vocabulary: the target's; proposals end before an id
+        beyond. deadline_s: how long a step waits at most."""
         self.counts = DraftCounts()
         self.refusal: str | None = None
         self._draft = draft
         self._client = client
         self._node_id = node_id
         self._vocabulary = vocabulary
-        self._vocab_size = vocab_size
         self._deadline_s = deadline_s
         self._loop = asyncio.get_running_loop()
         self._link: DraftLink | None = None
@@ -167,7 +165,7 @@ class RemoteProposer:
 
     def _usable(self, drafted: Drafted, wish: DraftWish) -> list[int]:
         drafted = (drafted or [])[: wish.max_tokens]
-        end = next((i for i, token_id in enumerate(drafted) if not 0 <= token_id < self._vocab_size), len(drafted))
+        end = next((i for i, token_id in enumerate(drafted) if not 0 <= token_id < len(self._vocabulary)), len(drafted))
         return drafted[:end]
 
     def _lose(self, link: DraftLink, error: Exception) -> None:

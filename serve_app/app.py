@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from deployments.actor_options import check_gpus, ingress_options, preprocessor_options, target_options
+from deployments.actor_options import check_gpus, draft_options, ingress_options, preprocessor_options, target_options
 from deployments.edge import check_port, choose_edge
 from deployments.joined_cluster import JoinedCluster
 from deployments.private_cluster import PrivateCluster
@@ -121,6 +121,7 @@ def _absolute(value: str) -> str:
 
 
 def _application(config: AppConfig, surroundings: Surroundings) -> Any:
+    from deployments.draft import Draft
     from deployments.ingress import Ingress
     from deployments.preprocessor import Preprocessor
     from deployments.target import Target
@@ -131,7 +132,8 @@ def _application(config: AppConfig, surroundings: Surroundings) -> Any:
         )
 
     preprocessor = bind(Preprocessor, preprocessor_options)
-    target = bind(Target, target_options)
+    draft = () if config.speculation.draft is None else (bind(Draft, draft_options),)
+    target = bind(Target, target_options, *draft)
     return bind(Ingress, ingress_options, _build_asgi, preprocessor, target)
 
 

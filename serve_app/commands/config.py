@@ -50,7 +50,7 @@ def serve_config(config: AppConfig) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": {section: value for section, value in args.items() if value != {}},
-                "deployments": [{"name": name} for name in deployment_names()],
+                "deployments": [{"name": name} for name in deployment_names(config)],
             }
         ],
     }

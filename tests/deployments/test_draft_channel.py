@@ -80,7 +80,7 @@ async def make() -> AsyncIterator[Make]:
     made: list[RemoteProposer] = []
 
     def one(draft: object, node_id: str = "node", deadline_s: float = DEADLINE_S) -> RemoteProposer:
-        made.append(RemoteProposer(draft, "target", node_id, VOCABULARY, 600, deadline_s))  # type: ignore[arg-type]
+        made.append(RemoteProposer(draft, "target", node_id, VOCABULARY, deadline_s))  # type: ignore[arg-type]
         return made[-1]
 
     yield one
