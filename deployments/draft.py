@@ -15,6 +15,7 @@ from deployments.remote_proposer import DraftOffer, refusal
 from deployments.replica_process import Surroundings, prepare_process
 from serve_app.config import AppConfig
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
+from serve_app.engine.speculation.text_map import TextMappedDraft
 from serve_app.errors import EngineFailed, ModelFileError
 from serve_app.loaders.model_files import resolve
 from serve_app.metrics import Snapshot, process_snapshot
@@ -84,7 +85,8 @@ def build_model(plan: DraftPlan) -> tuple[DraftModel, list[bytes]]:
     # Imported here: the driver and the targets read this module too, which need nothing of it.
     from serve_app.engine.speculation.build_drafter import build_drafter
 
-    return build_drafter(files, plan.engine, works_ahead=plan.works_ahead), mine
+    drafter: DraftModel = build_drafter(files, plan.engine, works_ahead=plan.works_ahead)
+    return TextMappedDraft(drafter, tokenizer, target) if mine != theirs else drafter, mine
 
 
 @serve.deployment(name=DRAFT)

@@ -209,7 +209,9 @@ class RemoteProposer:
         if offer.node_id == self._node_id:
             # Not seen from here: another container. One that refuses is dead, and another will be there soon.
             with contextlib.suppress(FileNotFoundError, PermissionError):
-                return ChannelLink(offer.path)
+                link = ChannelLink(offer.path)
+                log.info("a channel to the draft in process %d is open", offer.pid)
+                return link
             log.warning("the draft's socket %s cannot be reached: it is asked by calls, which are slower", offer.path)
         return CallLink(self._call, self._loop)
 
