@@ -11,6 +11,7 @@ class DraftSequence:
     """The target's text, and how the draft would go on.
 
     ids: the num_text known tokens, then those drafted; chances: the draft's probability of each of the latter.
+    num_prompt: tokens when they were first computed.
     num_computed: tokens whose K and V are in blocks, always fewer than ids where anything was drafted. max_tokens: of
     the last call, 0 before the first. last_call: its number.
     """
@@ -21,6 +22,7 @@ class DraftSequence:
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     angles: AngleSet | None = None
+    num_prompt: int = 0
     max_tokens: int = 0
     last_call: int = 0
 

@@ -187,15 +187,17 @@ class Drafter:
         """Whether all of a sequence may be computed under its rotary set, which it gets where it has none that fits."""
         if not sequence.num_text or len(sequence.ids) > self._longest:
             return False
-        if sequence.angles is not None and self._angles.is_outgrown(sequence.angles, len(sequence.ids)):
-            if len(sequence.ids) > sequence.num_text:
-                # Perhaps the text itself has not: for once a few tokens fewer.
-                return False
-            self._angles.give_back(sequence.angles)
+        angles = sequence.angles
+        if angles is not None and self._angles.is_outgrown(angles, sequence.num_text):
+            self._angles.give_back(angles)
             sequence.angles = None
-            sequence.num_computed = 0
+            sequence.reset()
+        elif angles is not None and self._angles.is_outgrown(angles, len(sequence.ids)):
+            # The text itself has not: for once a few tokens fewer.
+            return False
         if sequence.angles is None:
-            sequence.angles = self._angles.take(sequence.num_text, sequence.num_text, self._longest)
+            sequence.num_prompt = sequence.num_prompt or sequence.num_text
+            sequence.angles = self._angles.take(sequence.num_prompt, sequence.num_text, self._longest)
         return sequence.angles is not None
 
     def _grow(self, sequence: DraftSequence, count: int, *, evicts: bool) -> bool:
