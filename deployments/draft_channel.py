@@ -182,7 +182,9 @@ class DraftThread:
         except Exception:  # a failing kernel: the targets go on without
             log.exception("a draft failed")
             self.num_failures += 1
-            return [[] for _ in calls]
+            for call in calls:
+                self._model.forget(call.sequence)
+            return [None for _ in calls]
         self.num_failures = 0
         return answers
 

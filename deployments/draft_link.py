@@ -212,42 +212,47 @@ Call = Callable[[Sequence[DraftCall], Sequence[int], float], Awaitable[list[Draf
 
 
 class CallLink:
-    """See DraftLink: a draft elsewhere, asked by calls that an event loop makes."""
+    """See DraftLink: a draft elsewhere, asked by calls that an event loop makes.
+
+    A call takes about as long as a step. So the next one is made at once, for the text that there will be if all of an
+    answer is accepted, while the target verifies it; only where that turns out to be wrong the next step waits for a
+    call of its own. Calls are made one after the other: the draft sees them in their order.
+    """
 
     def __init__(self, call: Call, loop: asyncio.AbstractEventLoop) -> None:
         self._call = call
         self._loop = loop
         self._told = Told()
+        # What the draft was told beyond that, without being sure.
+        self._guesses: dict[int, list[int]] = {}
         self._ended: list[int] = []
-        self._owed: concurrent.futures.Future[list[Drafted]] | None = None
+        self._calls: list[DraftCall] = []
+        self._under_way: concurrent.futures.Future[list[Drafted]] | None = None
+        # Somebody has waited for it in vain.
+        self._is_late = False
         self._asked_s = 0.0
 
     @property
     def is_owed(self) -> bool:
         """See DraftLink."""
-        return self._owed is not None
+        return self._is_late
 
     def ask(self, wishes: Sequence[DraftWish], until_s: float) -> list[Drafted] | None:
         """See DraftLink."""
-        if self._owed is not None:
-            if not self._owed.done():
-                if time.monotonic() - self._asked_s > SILENCE_S:
-                    raise LinkLost("no answer")
-                return None
-            # Too late to be of use; what it was told, the draft knows.
-            self._answers(self._owed, 0.0)
-        calls = []
-        for wish in wishes:
-            base = self._told[wish.sequence]
-            calls.append(DraftCall(wish.sequence, base, list(wish.token_ids[base:]), wish.max_tokens))
-            self._told[wish.sequence] = len(wish.token_ids)
-        self._asked_s = time.monotonic()
-        limit_s = max(0.0, until_s - self._asked_s) * LIMIT_SHARE
-        ended, self._ended = self._ended, []
-        future = asyncio.run_coroutine_threadsafe(self._run(calls, ended, limit_s), self._loop)
-        answers = self._answers(future, until_s)
-        if answers is not None:
-            self._told.check(calls, answers)
+        limit_s = max(0.0, until_s - time.monotonic()) * LIMIT_SHARE
+        early = self._early(until_s)
+        if early is None:
+            return None
+        answers = [self._continued(wish, early.get(wish.sequence)) for wish in wishes]
+        missing = [i for i, drafted in enumerate(answers) if drafted is None]
+        if missing:
+            self._make_call([self._change(wishes[i]) for i in missing], limit_s)
+            asked = self._wait(until_s)
+            if asked is None:
+                return answers if any(answers) else None
+            for i, drafted in zip(missing, asked, strict=True):
+                answers[i] = drafted
+        self._guess(wishes, answers, limit_s)
         return answers
 
     def tell(self, sequence: int, token_ids: Sequence[int]) -> None:
@@ -255,27 +260,88 @@ class CallLink:
 
     def forget(self, sequence: int) -> None:
         """See DraftLink."""
+        self._guesses.pop(sequence, None)
         if self._told.forget(sequence):
             self._ended.append(sequence)
 
     def close(self) -> None:
         """See DraftLink."""
-        if self._owed is not None:
-            self._owed.cancel()
+        if self._under_way is not None:
+            self._under_way.cancel()
+
+    def _early(self, until_s: float) -> dict[int, Drafted] | None:
+        """What was guessed right, perhaps: the answers to the last call, where that was a guess. None: it is still
+        under way."""
+        if self._under_way is None:
+            return {}
+        was_late = self._is_late
+        answers = self._wait(0.0 if was_late else until_s)
+        if answers is None:
+            if time.monotonic() - self._asked_s > SILENCE_S:
+                raise LinkLost("no answer")
+            return None
+        # Too late to be of use; what it was told, the draft knows.
+        if was_late:
+            return {}
+        return {call.sequence: drafted for call, drafted in zip(self._calls, answers, strict=True)}  # type: ignore[misc]
+
+    def _continued(self, wish: DraftWish, early: Drafted) -> Drafted:
+        """What of an answer to a guess follows a text; None: nothing."""
+        base = self._told[wish.sequence]
+        guess = self._guesses.pop(wish.sequence, [])
+        new = wish.token_ids[base:]
+        common = next(
+            (i for i, (a, b) in enumerate(zip(guess, new, strict=False)) if a != b), min(len(guess), len(new))
+        )
+        if base:
+            self._told[wish.sequence] = base + common
+        rest = list(new[common:])
+        if early is None or common < len(guess) or early[: len(rest)] != rest or len(early) == len(rest):
+            return None
+        return early[len(rest) :][: wish.max_tokens]
+
+    def _change(self, wish: DraftWish, guess: Sequence[int] = (), more: int = 0) -> DraftCall:
+        base = self._told[wish.sequence]
+        self._told[wish.sequence] = len(wish.token_ids)
+        return DraftCall(wish.sequence, base, [*wish.token_ids[base:], *guess], wish.max_tokens + more)
+
+    def _guess(self, wishes: Sequence[DraftWish], answers: Sequence[Drafted], limit_s: float) -> None:
+        calls = []
+        for wish, drafted in zip(wishes, answers, strict=True):
+            if drafted is not None:
+                calls.append(self._change(wish, drafted, 1))
+                self._guesses[wish.sequence] = drafted
+        if calls:
+            self._make_call(calls, limit_s)
+
+    def _make_call(self, calls: list[DraftCall], limit_s: float) -> None:
+        self._asked_s = time.monotonic()
+        self._calls = calls
+        ended, self._ended = self._ended, []
+        self._under_way = asyncio.run_coroutine_threadsafe(self._run(calls, ended, limit_s), self._loop)
 
     async def _run(self, calls: Sequence[DraftCall], ended: Sequence[int], limit_s: float) -> list[Drafted]:
         return await self._call(calls, ended, limit_s)
 
-    def _answers(self, future: "concurrent.futures.Future[list[Drafted]]", until_s: float) -> list[Drafted] | None:
+    def _wait(self, until_s: float) -> list[Drafted] | None:
+        """The answers to the call under way; None: they do not come until then."""
+        future = self._under_way
+        assert future is not None
         try:
-            self._owed = None
-            return future.result(max(0.0, until_s - time.monotonic()))
+            answers = future.result(max(0.0, until_s - time.monotonic()))
         except TimeoutError:
             if future.done():
                 raise LinkLost("the call has timed out") from None
-            self._owed = future
+            self._is_late = True
             return None
         except concurrent.futures.CancelledError:
             raise LinkLost("the call was cancelled") from None
         except Exception as error:
             raise LinkLost(str(error)) from error
+        self._under_way, self._is_late = None, False
+        for call, drafted in zip(self._calls, answers, strict=True):
+            if drafted is None:
+                assert isinstance(call.sequence, int)
+                self._told.forget(call.sequence)
+                self._guesses.pop(call.sequence, None)
+        return answers

@@ -55,8 +55,12 @@ class EmptyModel(CountingModel):
 
 
 def expected(text: Sequence[int], max_tokens: int) -> list[int]:
-    """What CountingModel proposes."""
-    return [(sum(text) + i) % 500 for i in range(max_tokens)]
+    """What CountingModel proposes: each token follows from all before it, drafted ones included."""
+    total, drafted = sum(text), []
+    for _ in range(max_tokens):
+        drafted.append((7 * total + 3) % 500)
+        total += drafted[-1]
+    return drafted
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from deployments.draft_messages import MOST_IDS, BadMessage, pack_answer, pack_f
 from deployments.remote_proposer import DraftOffer, RemoteProposer
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
 from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.errors import EngineFailed
 from tests.deployments.draft_process import CountingModel, expected
 
 DEADLINE_S = 0.05
@@ -243,11 +244,90 @@ async def test_by_calls_from_another_node(make: Make) -> None:
     assert time.monotonic() - began_s < 2 * DEADLINE_S + 0.02
     await asyncio.sleep(0.3)
     assert await ask(proposer, wish(0, [*late, 1])) == [expected([*late, 1], 4)]
-    # The draft forgets behind the target's back.
+    # The draft forgets behind the target's back, once it has done what it was asked for.
+    await asyncio.sleep(0.1)
     model.forget(("target", 0))
     assert await ask(proposer, wish(0, [*late, 1, 2])) == [[]]
     assert await ask(proposer, wish(0, [*late, 1, 2])) == [expected([*late, 1, 2], 4)]
     await server.check_health()
+    await asyncio.to_thread(server.stop)
+
+
+class SlowWay:
+    """A draft on another node: each call takes a while."""
+
+    def __init__(self, server: DraftServer, delay_s: float) -> None:
+        self.open_channel = server.open_channel
+        self._server = server
+        self._delay_s = delay_s
+        self.num_calls = 0
+
+    async def propose(
+        self, client: str, calls: Sequence[DraftCall], ended: Sequence[int], limit_s: float
+    ) -> list[Drafted]:
+        self.num_calls += 1
+        await asyncio.sleep(self._delay_s)
+        return await self._server.propose(client, calls, ended, limit_s)
+
+
+async def test_calls_are_made_for_the_text_that_is_likely_next(make: Make) -> None:
+    server = DraftServer(CountingModel(), VOCABULARY, "elsewhere")
+    way = SlowWay(server, 0.02)
+    proposer = make(way, deadline_s=1.0)
+    await until_open(proposer)
+    texts = {0: [1, 2], 1: [5]}
+    assert await ask(proposer, *(wish(i, text) for i, text in texts.items())) == [
+        expected(text, 4) for text in texts.values()
+    ]
+    for _ in range(5):
+        # All of it accepted, and the draft's own next token drawn: the answer is there when it is asked for.
+        await asyncio.sleep(0.1)
+        texts = {i: [*text, *expected(text, 5)] for i, text in texts.items()}
+        num_calls, began_s = way.num_calls, time.monotonic()
+        assert await ask(proposer, *(wish(i, text) for i, text in texts.items())) == [
+            expected(text, 4) for text in texts.values()
+        ]
+        assert time.monotonic() - began_s < 0.02
+        await asyncio.sleep(0.005)
+        assert way.num_calls == num_calls + 1
+    # One goes on otherwise, after two that were right; a third sequence comes; the other one rests.
+    texts = {0: [*texts[0], *expected(texts[0], 2), 9], 2: [4]}
+    for _ in range(2):
+        assert await ask(proposer, *(wish(i, text) for i, text in texts.items())) == [
+            expected(text, 4) for text in texts.values()
+        ]
+        texts[2] = [*texts[2], *expected(texts[2], 5)]
+    await asyncio.to_thread(server.stop)
+
+
+class BusyModel(CountingModel):
+    """Has always something to do, and fails where a text has 13 in it."""
+
+    def advance(self) -> bool:
+        time.sleep(0.002)
+        return True
+
+    def _answer(self, call: DraftCall) -> Drafted:
+        if 13 in call.token_ids:
+            raise RuntimeError("a broken kernel")
+        return super()._answer(call)
+
+
+async def test_a_busy_draft_answers_between_two_forwards_and_one_that_fails_is_replaced(make: Make) -> None:
+    server = DraftServer(BusyModel(), VOCABULARY, "node")
+    proposer = make(server)
+    await until_open(proposer)
+    for i in range(20):
+        assert await ask(proposer, wish(i, [1, i])) == [expected([1, i], 4)] or i == 13
+    assert proposer.counts.num_timeouts == 0
+    for _ in range(2):
+        assert await ask(proposer, wish(50, [13])) == [[]]
+    await server.check_health()
+    assert await ask(proposer, wish(100, [1])) == [expected([1], 4)]
+    for _ in range(3):
+        assert await ask(proposer, wish(50, [13])) == [[]]
+    with pytest.raises(EngineFailed):
+        await server.check_health()
     await asyncio.to_thread(server.stop)
 
 
