@@ -84,6 +84,9 @@ class DraftThread:
         def run() -> None:
             for sequence in ended:
                 self._model.forget((client, sequence))
+            # A caller that gave up has cancelled it.
+            if not future.set_running_or_notify_cancel():
+                return
             named = [DraftCall((client, c.sequence), c.base, c.token_ids, c.max_tokens) for c in calls]
             future.set_result(self._propose(named, time.monotonic() + limit_s))
 

@@ -343,6 +343,18 @@ async def test_another_vocabulary_is_refused(make: Make) -> None:
     await asyncio.to_thread(server.stop)
 
 
+async def test_a_call_that_was_given_up_is_not_computed() -> None:
+    server = DraftThread(CountingModel())
+    server.start()
+    slow = server.call("a", [DraftCall(0, 0, [CountingModel.SLOW + 50], 1)], [], 1.0)
+    given_up = server.call("a", [DraftCall(1, 0, [1], 1)], [], 1.0)
+    assert given_up.cancel()
+    assert await asyncio.wrap_future(slow) == [expected([CountingModel.SLOW + 50], 1)]
+    assert await asyncio.wrap_future(server.call("a", [DraftCall(1, 1, [2], 1)], [], 1.0)) == [None]
+    assert not server.is_failed
+    server.stop()
+
+
 async def test_sequences_of_two_targets_are_kept_apart_and_go_with_their_sockets() -> None:
     model = CountingModel()
     server = DraftThread(model)
