@@ -26,6 +26,8 @@ LEAST_CHANCE = 0.3
 """A token that the draft itself finds less likely ends its proposal."""
 MOST_SEQUENCES = 4096
 """Sequences whose text is kept. Those beyond, the longest unused, have to be told again."""
+IDLE_S = 0.02
+"""A part of a prompt that is computed in idle time takes about so long: a call may have to wait for it."""
 _MOST_PENDING = 64
 """A call with a limit does not compute more of a sequence: prompts are for idle time, and do not make others wait."""
 
@@ -69,6 +71,7 @@ class Drafter:
         self._ops: LogitsOps = HostLogits() if is_native else TorchLogits(torch.device(config.device))
         self._chunk_tokens = min(config.prefill_chunk_tokens, config.max_batched_tokens)
         self._batch_tokens = config.max_batched_tokens
+        self._idle_tokens = min(64, self._chunk_tokens)
         self._least_chance = least_chance
         self._works_ahead = works_ahead
         # The longest unused first.
@@ -108,7 +111,13 @@ class Drafter:
             if self._compute(ahead, self._batch_tokens, evicts=False):
                 return True
         behind = [s for s in self._sequences.values() if s.num_computed < s.num_text]
-        return self._compute(behind, self._chunk_tokens, evicts=False)
+        began_s = time.monotonic()
+        count = self._compute(behind, self._idle_tokens, evicts=False)
+        if count == self._idle_tokens:
+            affordable = int(count * IDLE_S / max(1e-9, time.monotonic() - began_s))
+            most = min(2 * count, self._chunk_tokens)
+            self._idle_tokens = max(min(affordable, most), count // 2, min(16, self._chunk_tokens))
+        return count > 0
 
     def forget(self, sequence: Hashable) -> None:
         """See DraftModel."""
@@ -152,9 +161,9 @@ class Drafter:
 
     # -- one forward ----------------------------------------------------------------------------------------------
 
-    def _compute(self, sequences: Iterable[DraftSequence], budget: int, *, evicts: bool) -> bool:
+    def _compute(self, sequences: Iterable[DraftSequence], budget: int, *, evicts: bool) -> int:
         """Computes what is pending of sequences, and drafts one more token for those of which all is; the shortest
-        first, where budget tokens do not suffice. False: there was nothing that could be done."""
+        first, where budget tokens do not suffice. Returns the number of tokens computed, 0: nothing could be done."""
         work: list[tuple[DraftSequence, int]] = []
         for sequence in sorted(sequences, key=lambda s: len(s.ids) - s.num_computed):
             if not self._may_grow(sequence):
@@ -164,7 +173,7 @@ class Drafter:
                 work.append((sequence, count))
                 budget -= count
         if not work:
-            return False
+            return 0
         ended = [sequence for sequence, n in work if sequence.num_computed + n == len(sequence.ids)]
         with self._place:
             logits = self._forward(self._batch(work))
@@ -174,7 +183,7 @@ class Drafter:
         for sequence, (token_id, chance) in zip(ended, drawn, strict=True):
             sequence.draw(token_id, chance)
         self.num_forwards += 1
-        return True
+        return sum(n for _, n in work)
 
     def _likeliest(self, logits: Logits) -> list[tuple[int, float]]:
         own = self._ops.own(logits)

@@ -171,6 +171,19 @@ def test_prompts_are_computed_in_idle_time(make: Callable[..., Made], greedy: Or
     assert made.drafter.propose([DraftCall(7, 5, long[:3], 3)]) == [None]
 
 
+@pytest.mark.parametrize(("idle_s", "least", "most"), [(0.0, 12, 14), (100.0, 9, 10)])
+def test_idle_work_is_done_in_parts_for_which_a_call_can_wait(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, idle_s: float, least: int, most: int
+) -> None:
+    monkeypatch.setattr("serve_app.engine.speculation.drafter.IDLE_S", idle_s)
+    made = make()
+    made.drafter.feed(0, prompt(1, 200), 0)
+    made.told[0] = 200
+    while made.drafter.advance():
+        pass
+    assert least <= made.drafter.num_forwards <= most
+
+
 def test_nothing_is_begun_after_the_limit(make: Callable[..., Made]) -> None:
     made = make()
     assert made.ask({0: prompt(1, 5)}, 3, until_s=0.0) == [[]]

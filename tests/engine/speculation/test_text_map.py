@@ -71,7 +71,7 @@ class Reader:
         self.texts.clear()
 
 
-@pytest.mark.parametrize(("own", "target"), itertools.permutations(TOKENIZERS, 2))
+@pytest.mark.parametrize(("own", "target"), list(itertools.permutations(TOKENIZERS, 2)))
 def test_a_draft_that_knows_the_text_is_understood(own: str, target: str) -> None:
     mine, theirs = open_tokenizer(TOKENIZERS[own]), open_tokenizer(TOKENIZERS[target])
     reader = Reader(mine, STORY)
