@@ -12,9 +12,13 @@ from serve_app.options import EngineConfig
 INGRESS = "Ingress"
 PREPROCESSOR = "Preprocessor"
 TARGET = "Target"
+DRAFT = "Draft"
 
 # The ingress's own routes (health, models, metrics) must get through when every place for a request is taken.
 _SPARE_REQUESTS = 64
+# Of a GPU that a target and the draft model share, as Ray counts; and the part of its memory that the target fills.
+_DRAFT_GPU = 0.1
+_POOL_BESIDE_DRAFT = 0.75
 # Open requests of a replica that Serve stops: let end on a cluster that goes on, cut with a server that ends.
 _DRAIN_S = 300.0
 _PRIVATE_DRAIN_S = 2.0
@@ -26,9 +30,10 @@ REPLICA_ENVIRONMENT = {
 }
 
 
-def deployment_names() -> tuple[str, ...]:
+def deployment_names(config: AppConfig) -> tuple[str, ...]:
     """The deployments of the application, the ingress first."""
-    return INGRESS, PREPROCESSOR, TARGET
+    names = (INGRESS, PREPROCESSOR, TARGET)
+    return names if config.speculation.draft is None else (*names, DRAFT)
 
 
 def ingress_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
@@ -61,7 +66,8 @@ def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
         "ray_actor_options": _actor(deployment.target_cpus, num_threads, is_private=is_private),
     }
     if wants_gpu(config.engine.device, is_private=is_private):
-        options["ray_actor_options"]["num_gpus"] = 1
+        shares = draft_shares_gpu(config, is_private=is_private)
+        options["ray_actor_options"]["num_gpus"] = 1 - _DRAFT_GPU if shares else 1
     most = deployment.max_target_replicas
     if most is None or most == deployment.target_replicas:
         options["num_replicas"] = deployment.target_replicas
@@ -72,6 +78,27 @@ def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
             "target_ongoing_requests": config.engine.max_seqs,
         }
     return options
+
+
+def draft_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
+    """Serve's options of the draft model's replica. Targets of its node ask it by packets; calls come from others."""
+    num_threads = target_threads(config, is_private=is_private)
+    options: dict[str, Any] = {
+        **_common(config, _SPARE_REQUESTS, is_private=is_private),
+        "num_replicas": 1,
+        "ray_actor_options": _actor(0, num_threads, is_private=is_private),
+    }
+    if wants_gpu(config.engine.device, is_private=is_private):
+        shares = draft_shares_gpu(config, is_private=is_private)
+        options["ray_actor_options"]["num_gpus"] = _DRAFT_GPU if shares else 1
+    return options
+
+
+def draft_shares_gpu(config: AppConfig, *, is_private: bool) -> bool:
+    """Whether the draft model lives on a target's GPU: where a private cluster has none to spare."""
+    if config.speculation.draft is None or not is_private:
+        return False
+    return wants_gpu(config.engine.device, is_private=True) and num_gpus() <= _most_targets(config)
 
 
 def target_threads(config: AppConfig, *, is_private: bool) -> int:
@@ -93,7 +120,16 @@ def target_engine(config: AppConfig, *, is_private: bool) -> EngineConfig:
     num_threads = target_threads(config, is_private=is_private)
     neighbours = _most_targets(config) if is_private else 1
     shares_cores = config.engine.shares_cores or num_threads * neighbours > num_physical_cores()
-    return replace(config.engine.to_config(), num_threads=num_threads, shares_cores=shares_cores)
+    engine = replace(config.engine.to_config(), num_threads=num_threads, shares_cores=shares_cores)
+    if config.speculation.draft is None:
+        return engine
+    if not wants_gpu(engine.device, is_private=is_private):
+        # The draft computes between the target's steps, on the same cores.
+        return replace(engine, shares_cores=True)
+    is_sized = any(size is not None for size in (engine.pool_mb, engine.pool_fraction, engine.pool_tokens))
+    if draft_shares_gpu(config, is_private=is_private) and not is_sized:
+        return replace(engine, pool_fraction=_POOL_BESIDE_DRAFT)
+    return engine
 
 
 def check_gpus(config: AppConfig) -> None:

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from deployments.actor_options import TARGET, target_engine
+from deployments.handle_draft import HandleDraft
 from deployments.handle_stream import HandleStreams
 from deployments.pump_sender import TokenSender
+from deployments.remote_proposer import DraftReplica, RemoteProposer
 from deployments.replica_process import Surroundings, prepare_process
 from deployments.switch_part import NO_WISH, PartState, Wish
 from deployments.target_switch import AskWish, TargetSwitch
@@ -20,9 +23,12 @@ from deployments.wish_call import latest_wish
 from serve_app.config import AppConfig
 from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed
+from serve_app.loaders.model_files import resolve
 from serve_app.messages import Finish, GenerateRequest, TokenDelta
 from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot, process_snapshot
 from serve_app.options import EngineConfig, IsqOptions, ModelSource
+from serve_app.text.tokenizer import open_tokenizer
+from serve_app.text.vocabulary_digest import vocabulary_of
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +91,10 @@ class TargetServer:
         is_private: bool = False,
         wish: Wish = NO_WISH,
         ask_wish: AskWish | None = None,
+        draft: DraftReplica | None = None,
     ) -> None:
         """is_private: on a cluster of this machine alone, whose cores the targets divide. wish: the type of the weights
-        that the targets serve by now; ask_wish: see TargetSwitch."""
+        that the targets serve by now; ask_wish: see TargetSwitch. draft: who drafts for this target."""
         loop = asyncio.get_running_loop()
         started_s = time.monotonic()
         build = build_engine or _engine_builder()
@@ -96,6 +103,7 @@ class TargetServer:
         pause, resume = self._engine.pause, self._engine.resume
         self._sender = TokenSender(replica_id, node_id, loop, pause=pause, resume=resume)
         self._handle_streams = HandleStreams(loop, pause=pause, resume=resume)
+        self.draft = None if draft is None else _remote_proposer(config, replica_id, node_id, draft)
         self._switch = TargetSwitch(self._engine.switch, replica_id, wish, ask_wish)
         if ask_wish is not None:
             self._switch.keep_catching_up()
@@ -177,6 +185,8 @@ class TargetServer:
             self._is_stopped = True
             self._switch.stop()
             self._engine.stop()
+            if self.draft is not None:
+                self.draft.close()
             self._sender.stop()
 
     def _publish(self, deltas: list[TokenDelta]) -> None:
@@ -193,6 +203,12 @@ def wished_source(source: ModelSource, wish: Wish) -> ModelSource:
     return replace(source, isq=replace(source.isq or IsqOptions(), type=wish.isq_type))
 
 
+def _remote_proposer(config: AppConfig, replica_id: str, node_id: str, draft: DraftReplica) -> RemoteProposer:
+    tokenizer = open_tokenizer(resolve(config.model.to_source()).tokenizer_source, encodes=False)
+    deadline_s = config.speculation.deadline_ms / 1000
+    return RemoteProposer(draft, replica_id, node_id, vocabulary_of(tokenizer), deadline_s)
+
+
 def _engine_builder() -> EngineBuilder:
     # Imported here: the module is read by the driver and the ingress too, which need nothing of it.
     from serve_app.engine.start import start_engine
@@ -205,7 +221,9 @@ class Target(TargetServer):
     """TargetServer as a Serve replica."""
 
     # Serve waits for a constructor that is a coroutine.
-    async def __init__(self, config: AppConfig, surroundings: Surroundings) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: AppConfig, surroundings: Surroundings, draft: DeploymentHandle[Any] | None = None
+    ) -> None:
         import ray
 
         prepare_process(config, surroundings)
@@ -221,6 +239,7 @@ class Target(TargetServer):
             is_private=surroundings.is_private,
             wish=wish,
             ask_wish=None if is_alone else latest_wish,
+            draft=None if draft is None else HandleDraft(draft),
         )
 
     def __del__(self) -> None:

@@ -16,14 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from deployments.actor_options import check_gpus, ingress_options, preprocessor_options, target_options
+from deployments.actor_options import check_gpus, draft_options, ingress_options, preprocessor_options, target_options
 from deployments.edge import check_port, choose_edge
 from deployments.joined_cluster import JoinedCluster
 from deployments.private_cluster import PrivateCluster
 from deployments.replica_process import Surroundings
 from serve_app.api.backend import Backend
 from serve_app.api.routes import build_asgi
-from serve_app.config import AppConfig, HttpConfig
+from serve_app.config import AppConfig, HttpConfig, ModelConfig
 from serve_app.errors import LaunchError, ModelFileError
 from serve_app.loaders.model_files import resolve
 from serve_app.metrics import HttpMetrics
@@ -71,15 +71,30 @@ def run(config: AppConfig) -> int:
         return _Server(config, JoinedCluster(config), name).run()
     check_gpus(config)
     check_port(config.http.host, config.http.port)
-    source = config.model.to_source()
+    source, draft = config.model.to_source(), config.speculation.draft
     name = config.http.served_model_name or resolve(source).model_name
+    sources = [source]
+    if draft is not None:
+        sources.append(draft.to_source())
+        resolve(sources[1])
     cluster = PrivateCluster(config, choose_edge(config.deployment))
-    return _Server(config, cluster, name, HeaderCheck(source)).run()
+    return _Server(config, cluster, name, HeaderCheck(*sources)).run()
 
 
 def with_absolute_paths(config: AppConfig) -> AppConfig:
     """The configuration for processes that run in other folders: names of local files in full."""
-    model, http = config.model, config.http
+    http, speculation = config.http, config.speculation
+    update: dict[str, Any] = {"model": _with_absolute_files(config.model)}
+    if speculation.draft is not None:
+        draft = _with_absolute_files(speculation.draft)
+        update["speculation"] = speculation.model_copy(update={"draft": draft})
+    keys = tuple(_absolute(key) for key in http.api_keys)
+    log_file = http.request_logging_file and str(Path(http.request_logging_file).expanduser().absolute())
+    update["http"] = http.model_copy(update={"api_keys": keys, "request_logging_file": log_file})
+    return config.model_copy(update=update)
+
+
+def _with_absolute_files(model: ModelConfig) -> ModelConfig:
     local: dict[str, Any] = {
         key: _absolute(value)
         for key in ("model", "tokenizer", "chat_template", "jinja_explicit", "hf_cache", "token_source")
@@ -92,14 +107,7 @@ def with_absolute_paths(config: AppConfig) -> AppConfig:
         # The cache's folder need not be there yet.
         full = {key: str(Path(value).expanduser().absolute()) for key, value in paths.items()}
         local["isq"] = isq.model_copy(update=full)
-    keys = tuple(_absolute(key) for key in http.api_keys)
-    log_file = http.request_logging_file and str(Path(http.request_logging_file).expanduser().absolute())
-    return config.model_copy(
-        update={
-            "model": model.model_copy(update=local),
-            "http": http.model_copy(update={"api_keys": keys, "request_logging_file": log_file}),
-        }
-    )
+    return model.model_copy(update=local)
 
 
 def _absolute(value: str) -> str:
@@ -113,6 +121,7 @@ def _absolute(value: str) -> str:
 
 
 def _application(config: AppConfig, surroundings: Surroundings) -> Any:
+    from deployments.draft import Draft
     from deployments.ingress import Ingress
     from deployments.preprocessor import Preprocessor
     from deployments.target import Target
@@ -123,7 +132,8 @@ def _application(config: AppConfig, surroundings: Surroundings) -> Any:
         )
 
     preprocessor = bind(Preprocessor, preprocessor_options)
-    target = bind(Target, target_options)
+    draft = () if config.speculation.draft is None else (bind(Draft, draft_options),)
+    target = bind(Target, target_options, *draft)
     return bind(Ingress, ingress_options, _build_asgi, preprocessor, target)
 
 
@@ -132,14 +142,14 @@ def _build_asgi(get_backend: Callable[[], Backend], config: HttpConfig, metrics:
 
 
 class HeaderCheck:
-    """Looks whether the model's files can be loaded, in a process of its own while Ray starts: it needs torch."""
+    """Looks whether the models' files can be loaded, in a process of its own while Ray starts: it needs torch."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, *sources: ModelSource) -> None:
         command = [sys.executable, "-m", "serve_app.loaders.check"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
         assert self._process.stdin is not None
-        json.dump(asdict(source), self._process.stdin)
+        json.dump([asdict(source) for source in sources], self._process.stdin)
         self._process.stdin.close()
         self._sentence = ""
         self._thread = threading.Thread(target=self._read, name="header check", daemon=True)

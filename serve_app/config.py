@@ -21,7 +21,18 @@ from pydantic import (
 )
 
 from serve_app.errors import LaunchError
-from serve_app.options import DType, EngineConfig, IsqOptions, KvDType, ModelKind, ModelSource, PaCacheType
+from serve_app.options import (
+    MAX_DRAFT_TOKENS,
+    DType,
+    EngineConfig,
+    IsqOptions,
+    KvDType,
+    ModelKind,
+    ModelSource,
+    PaCacheType,
+    Speculate,
+    SpeculationOptions,
+)
 from serve_app.quant_names import recipe_name
 
 LogLevel = Literal["off", "error", "warn", "info", "debug", "trace"]
@@ -49,6 +60,7 @@ RAY_LOG_LEVELS: dict[LogLevel, str] = {
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)]
 Cpus = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
@@ -187,6 +199,37 @@ class EngineSettings(Section):
         return EngineConfig(**dict(self))
 
 
+class SpeculationConfig(Section):
+    """Speculative decoding: the fields of options.SpeculationOptions, and the draft model where there is one."""
+
+    use: Speculate = "off"
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = 5
+    is_fixed: bool = False
+    deadline_ms: Milliseconds = 100.0
+    maps_text: bool = False
+    draft: ModelConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.draft is None:
+            if self.use == "draft":
+                raise ValueError("--speculation draft needs a draft model: give it with -d")
+            if self.maps_text:
+                raise ValueError("--draft-vocab text belongs to a draft model: give one with -d")
+            return self
+        if self.draft.model is None:
+            raise ValueError("the draft model needs a hub id, folder or file (-d)")
+        if self.use not in ("auto", "draft"):
+            raise ValueError(
+                f"a draft model (-d) is for --speculation auto or draft; with {self.use} nobody would ask it: "
+                "leave one of them out"
+            )
+        return self
+
+    def to_options(self) -> SpeculationOptions:
+        return SpeculationOptions(**{name: value for name, value in self if name != "draft"})
+
+
 class HttpConfig(Section):
     """The HTTP side: address, names, keys, limits. Sizes are bytes, times seconds.
 
@@ -265,6 +308,7 @@ class AppConfig(Section):
     engine: EngineSettings = EngineSettings()
     http: HttpConfig = HttpConfig()
     deployment: DeploymentConfig = DeploymentConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     log: LogLevel = "info"
 
     def to_args(self) -> dict[str, Any]:
@@ -275,7 +319,7 @@ class AppConfig(Section):
 class SettingError(LaunchError):
     """A setting is wrong. section and name say which where it is a single one; the message then begins with a verb.
 
-    The section isq is the part of that name in the section model.
+    The sections isq, draft and draft.isq are the parts of those names in the sections model and speculation.
     """
 
     def __init__(self, message: str, section: str | None = None, name: str | None = None) -> None:
@@ -293,6 +337,12 @@ def build_config(data: dict[str, Any]) -> AppConfig:
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = _PLAINER_FAULTS.get(fault["type"], message)
     match fault["loc"]:
+        case ("speculation", "draft") | ("speculation", "draft", "isq"):
+            raise SettingError(f"The draft model: {message}.")
+        case ("speculation", "draft", "isq", str(name), *_):
+            raise SettingError(message, "draft.isq", name)
+        case ("speculation", "draft", str(name), *_):
+            raise SettingError(message, "draft", name)
         case ("model", "isq"):
             raise SettingError(message[:1].upper() + message[1:] + ".")
         case ("model", "isq", str(name), *_):

@@ -72,11 +72,16 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of one request, all its choices together."""
+    """Token counts of one request, all its choices together.
+
+    accepted_tokens: of the output, those that were proposed before they were drawn; rejected_tokens: proposed in vain.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
 
 
 @dataclass(slots=True)

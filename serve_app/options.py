@@ -7,6 +7,10 @@ DType = Literal["auto", "f32", "f16", "bf16"]
 KvDType = Literal["auto", "f32", "f16", "bf16", "q8", "f8e4m3"]
 PaCacheType = Literal["auto", "f8e4m3"]
 ModelKind = Literal["auto", "plain", "gguf", "ggml"]
+Speculate = Literal["auto", "draft", "ngram", "suffix", "off"]
+
+MAX_DRAFT_TOKENS = 16
+"""Tokens drafted for one request in one step at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +21,15 @@ class DryParams:
     base: float = 1.75
     allowed_length: int = 2
     sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpeculation:
+    """What one request wants of speculation: none of it, or at most so many drafted tokens a step (None: as the server
+    does)."""
+
+    enabled: bool = True
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +59,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    speculation: RequestSpeculation = field(default_factory=RequestSpeculation)
 
     def with_overrides(self, overrides: dict[str, Any]) -> "SamplingParams":
         """These parameters with the given fields replaced; unknown names are an assertion, never a client's."""
@@ -98,6 +112,22 @@ class ModelSource:
     dtype: DType = "auto"
     max_seq_len: int | None = None
     isq: IsqOptions | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationOptions:
+    """How tokens are drafted.
+
+    use: by which proposer; auto: by whichever pays, draft only where there is a draft model. max_tokens: drafted a step
+    and request at most. is_fixed: always so many, whatever it costs; else as many as pay. deadline_ms: how long a step
+    waits for the draft. maps_text: the draft has another vocabulary, its proposals go through text.
+    """
+
+    use: Speculate = "off"
+    max_tokens: int = 5
+    is_fixed: bool = False
+    deadline_ms: float = 100.0
+    maps_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)

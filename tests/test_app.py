@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from serve_app import app
-from serve_app.config import AppConfig, DeploymentConfig, HttpConfig, IsqConfig, ModelConfig
+from serve_app.config import AppConfig, DeploymentConfig, HttpConfig, IsqConfig, ModelConfig, SpeculationConfig
 from serve_app.errors import LaunchError, ModelFileError
 from serve_app.options import IsqOptions, ModelSource
 from tests.server_process import Server, free_port
@@ -215,6 +215,9 @@ def test_names_of_local_files_are_made_absolute(tmp_path, monkeypatch):
     assert absolute.model.chat_template == config.model.chat_template
     assert absolute.http.request_logging_file == str(tmp_path / "requests.jsonl")
     assert app.with_absolute_paths(AppConfig(model=ModelConfig(model="org/name"))).model.model == "org/name"
+    speculation = SpeculationConfig(use="auto", draft=ModelConfig(model="model", isq=IsqConfig(topology="t.yml")))
+    draft = app.with_absolute_paths(AppConfig(speculation=speculation)).speculation.draft
+    assert draft == ModelConfig(model=str(tmp_path / "model"), isq=IsqConfig(topology=str(tmp_path / "t.yml")))
 
 
 def test_the_files_of_in_situ_quantization_are_named_in_full(tmp_path, monkeypatch):
@@ -229,10 +232,19 @@ def test_the_files_of_in_situ_quantization_are_named_in_full(tmp_path, monkeypat
     )
 
 
-def test_the_header_check_looks_at_the_quantisation_too(tmp_path):
-    check = app.HeaderCheck(ModelSource(isq=IsqOptions(type="Q4K", imatrix=str(tmp_path / "i.dat"))))
+@pytest.mark.parametrize("before", [[], [ModelSource()]])
+def test_the_header_check_looks_at_the_quantisation_of_both_models(tmp_path, before):
+    source = ModelSource(isq=IsqOptions(type="Q4K", imatrix=str(tmp_path / "i.dat")))
+    check = app.HeaderCheck(*before, source)
     with pytest.raises(ModelFileError, match=r"i\.dat: cannot be read"):
         check.wait()
+
+
+def test_a_draft_model_that_is_not_there_ends_the_start(tmp_path):
+    draft = ModelConfig(kind="gguf", model=str(tmp_path), files=("draft.gguf",))
+    config = AppConfig(speculation=SpeculationConfig(use="draft", draft=draft), http=HttpConfig(port=free_port()))
+    with pytest.raises(ModelFileError, match=r"draft\.gguf"):
+        app.run(config)
 
 
 @pytest.mark.parametrize("as_data", [True, False])

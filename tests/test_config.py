@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from serve_app.config import (
@@ -15,25 +16,41 @@ from serve_app.config import (
     IsqConfig,
     ModelConfig,
     Section,
+    SettingError,
+    SpeculationConfig,
     apply_log_level,
+    build_config,
     resolve_reference,
 )
 from serve_app.errors import LaunchError
-from serve_app.options import EngineConfig, IsqOptions, ModelSource
+from serve_app.options import EngineConfig, IsqOptions, ModelSource, SpeculationOptions
 
 
 @pytest.mark.parametrize(
-    ("section", "target"), [(ModelConfig, ModelSource), (EngineSettings, EngineConfig), (IsqConfig, IsqOptions)]
+    ("section", "target", "more"),
+    [
+        (ModelConfig, ModelSource, set()),
+        (EngineSettings, EngineConfig, set()),
+        (IsqConfig, IsqOptions, set()),
+        # The draft model is a source of its own.
+        (SpeculationConfig, SpeculationOptions, {"draft"}),
+    ],
 )
-def test_sections_repeat_the_engine_options_field_for_field(section: type[Section], target: type) -> None:
+def test_sections_repeat_the_engine_options_field_for_field(
+    section: type[Section], target: type, more: set[str]
+) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(target)}
-    assert {name: field.default for name, field in section.model_fields.items()} == fields
+    defaults = {name: field.default for name, field in section.model_fields.items()}
+    assert {name: default for name, default in defaults.items() if name not in more} == fields
+    assert more <= set(defaults)
 
 
 def test_sections_convert_to_the_engine_options() -> None:
     source = ModelConfig(model="m", kind="gguf", files=("a", "b"), dtype="f32", max_seq_len=77).to_source()
     assert source == ModelSource(model="m", kind="gguf", files=("a", "b"), dtype="f32", max_seq_len=77)
     assert EngineSettings(pool_mb=5, seed=3).to_config() == EngineConfig(pool_mb=5, seed=3)
+    speculation = SpeculationConfig(use="auto", max_tokens=7, is_fixed=True, draft=ModelConfig(model="d"))
+    assert speculation.to_options() == SpeculationOptions(use="auto", max_tokens=7, is_fixed=True)
 
 
 def test_the_two_names_of_the_cache_type() -> None:
@@ -58,6 +75,41 @@ def test_plain_data_without_defaults_builds_the_same_configuration() -> None:
     assert args["model"]["files"] == ["x.gguf"]
     assert AppConfig.model_validate(args) == config
     assert AppConfig().to_args() == {}
+
+
+def test_a_draft_model_is_described_like_the_target() -> None:
+    data = {
+        "speculation": {
+            "use": "draft",
+            "max_tokens": 3,
+            "deadline_ms": 20.0,
+            "maps_text": True,
+            "draft": {"model": "d", "kind": "gguf", "files": ["d.gguf"], "isq": {"type": "Q4K"}},
+        }
+    }
+    config = AppConfig.model_validate(yaml.safe_load(yaml.safe_dump(data)))
+    assert config.to_args() == data
+    assert AppConfig.model_validate(config.to_args()) == config
+    draft = config.speculation.draft
+    assert draft is not None
+    assert draft.to_source() == ModelSource(model="d", kind="gguf", files=("d.gguf",), isq=IsqOptions(type="Q4K"))
+
+
+@pytest.mark.parametrize(
+    ("draft", "section", "name", "words"),
+    [
+        ({"model": "d", "dtype": "f8"}, "draft", "dtype", "should be"),
+        ({"model": "d", "isq": {"type": "Q9"}}, "draft.isq", "type", "names no type"),
+        ({"model": "d", "isq": {}}, None, None, "The draft model: in-situ quantization needs a type"),
+        ({"model": "d", "kind": "plain", "files": ["x"]}, None, None, "The draft model: file names"),
+    ],
+)
+def test_a_fault_of_the_draft_model_is_told_from_the_targets(
+    draft: dict[str, object], section: str | None, name: str | None, words: str
+) -> None:
+    with pytest.raises(SettingError, match=words) as caught:
+        build_config({"speculation": {"use": "auto", "draft": draft}})
+    assert (caught.value.section, caught.value.name) == (section, name)
 
 
 def test_a_configuration_cannot_be_changed_and_crosses_processes() -> None:
@@ -92,6 +144,17 @@ def test_a_configuration_cannot_be_changed_and_crosses_processes() -> None:
         {"model": {"files": ["a.gguf"]}},
         {"model": {"kind": "plain", "model": "m", "files": ["a.gguf"]}},
         {"deployment": {"target_replicas": 3, "max_target_replicas": 2}},
+        {"speculation": {"max_tokens": 0}},
+        {"speculation": {"max_tokens": 17}},
+        {"speculation": {"deadline_ms": 0}},
+        {"speculation": {"use": "mtp"}},
+        {"speculation": {"use": "draft"}},
+        {"speculation": {"use": "ngram", "maps_text": True}},
+        {"speculation": {"draft": {"model": "d"}}},
+        {"speculation": {"use": "ngram", "draft": {"model": "d"}}},
+        {"speculation": {"use": "auto", "draft": {}}},
+        {"speculation": {"use": "auto", "draft": {"model": "d", "kind": "plain", "files": ["a.gguf"]}}},
+        {"speculation": {"use": "auto", "draft": {"model": "d", "isq": {"type": "Q9"}}}},
         {"log": "loud"},
     ],
 )

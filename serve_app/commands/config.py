@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import RAY_LOG_LEVELS, AppConfig
+from serve_app.config import RAY_LOG_LEVELS, AppConfig, ModelConfig
 
 APPLICATION = "sirocco"
 IMPORT_PATH = "serve_app.app:build_app"
@@ -50,7 +50,7 @@ def serve_config(config: AppConfig) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": {section: value for section, value in args.items() if value != {}},
-                "deployments": [{"name": name} for name in deployment_names()],
+                "deployments": [{"name": name} for name in deployment_names(config)],
             }
         ],
     }
@@ -60,20 +60,24 @@ def without_secrets(config: AppConfig) -> tuple[AppConfig, dict[str, str]]:
     """config with references to environment variables where secrets stood, and what each of those must hold."""
     variables: dict[str, str] = {}
     keys = tuple(_key_reference(key, variables) for key in config.http.api_keys)
-    token_source = config.model.token_source
+    update: dict[str, Any] = {
+        "http": config.http.model_copy(update={"api_keys": keys}),
+        "model": _without_token(config.model, variables),
+    }
+    if config.speculation.draft is not None:
+        draft = _without_token(config.speculation.draft, variables)
+        update["speculation"] = config.speculation.model_copy(update={"draft": draft})
+    return config.model_copy(update=update), variables
+
+
+def _without_token(model: ModelConfig, variables: dict[str, str]) -> ModelConfig:
+    """The model with a variable in the place of the hub's token; notes down the variable."""
+    token_source = model.token_source
     if token_source.startswith("literal:"):
         token_source = f"env:{TOKEN_VARIABLE}"
     if token_source.startswith("env:"):
         variables[token_source.removeprefix("env:")] = "the access token of the model hub"
-    return (
-        config.model_copy(
-            update={
-                "http": config.http.model_copy(update={"api_keys": keys}),
-                "model": config.model.model_copy(update={"token_source": token_source}),
-            }
-        ),
-        variables,
-    )
+    return model.model_copy(update={"token_source": token_source})
 
 
 def _key_reference(key: str, variables: dict[str, str]) -> str:

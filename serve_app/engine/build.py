@@ -39,7 +39,7 @@ def build_engine(
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
     config = replace(config, device=choose_device(config.device))
-    _say_what_computes(config.device)
+    say_what_computes(config.device)
     dispatch.set_num_threads(config.num_threads or num_physical_cores(), parks_at_once=config.shares_cores)
     with no_collection(), ThreadPoolExecutor(1, "tokenizer") as side:
         opening = side.submit(open_tokenizer, files.tokenizer_source, encodes=False)
@@ -54,7 +54,7 @@ def build_engine(
         )
         tokenizer = opening.result()
     plan = KvPlan.of(loaded.model, config, files.max_seq_len)
-    kv = _kv_pool(loaded, config, plan)
+    kv = kv_pool(loaded, config, plan)
     windows, longest = plan.windows(kv.num_blocks), plan.longest(kv.num_blocks)
     if not longest:
         raise LaunchError(
@@ -95,7 +95,7 @@ def build_engine(
     return engine
 
 
-def _say_what_computes(device: str) -> None:
+def say_what_computes(device: str) -> None:
     """One line in the log, a warning where plain torch does a CPU's work. LaunchError for what
     SIROCCO_CPU_ISA or SIROCCO_TRITON demands and this machine lacks."""
     try:
@@ -125,7 +125,8 @@ class DryBreakers:
         return self._found[breaker]
 
 
-def _kv_pool(loaded: LoadedModel, config: EngineConfig, plan: KvPlan) -> KvPool:
+def kv_pool(loaded: LoadedModel, config: EngineConfig, plan: KvPlan) -> KvPool:
+    """A model's cache, of the size that the options ask for. Raises LaunchError."""
     if config.max_seqs > config.max_batched_tokens:
         raise LaunchError(
             f"--max-seqs {config.max_seqs} is over the {config.max_batched_tokens} tokens that a step may have"

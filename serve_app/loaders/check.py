@@ -1,11 +1,12 @@
 """Whether a model can be loaded, from its headers alone: the server looks before it starts anything.
 
-Run as a program (`python -m serve_app.loaders.check`, a ModelSource as JSON on standard input), so that the server's
-own process stays without torch. Exit code 0, or 2 with the sentence on standard error.
+Run as a program (`python -m serve_app.loaders.check`, a list of ModelSource as JSON on standard input), so that the
+server's own process stays without torch. Exit code 0, or 2 with the sentence on standard error.
 """
 
 import json
 import sys
+from typing import Any
 
 from serve_app.errors import LaunchError, ModelFileError
 from serve_app.loaders.headers import HeaderSource
@@ -25,16 +26,18 @@ def check_model(files: ModelFiles) -> None:
 
 def main() -> int:
     """The program; returns the exit code."""
-    fields = json.load(sys.stdin)
-    fields["files"] = tuple(fields["files"])
-    if fields.get("isq") is not None:
-        fields["isq"] = IsqOptions(**fields["isq"])
     try:
-        check_model(resolve(ModelSource(**fields)))
+        for fields in json.load(sys.stdin):
+            check_model(resolve(_source(fields)))
     except (ModelFileError, LaunchError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _source(fields: dict[str, Any]) -> ModelSource:
+    isq = None if fields["isq"] is None else IsqOptions(**fields["isq"])
+    return ModelSource(**{**fields, "files": tuple(fields["files"]), "isq": isq})
 
 
 if __name__ == "__main__":

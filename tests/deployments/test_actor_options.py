@@ -6,10 +6,11 @@ import tempfile
 import pytest
 from ray import serve
 
-from deployments import actor_options
+from deployments import actor_options, draft_plan
 from deployments.actor_options import (
     check_gpus,
     deployment_names,
+    draft_options,
     ingress_options,
     node_environment,
     preprocessor_options,
@@ -18,10 +19,12 @@ from deployments.actor_options import (
 )
 from deployments.edge import Edge, choose_edge, private_directory, private_environment
 from serve_app import gpu_info
-from serve_app.config import AppConfig, DeploymentConfig, EngineSettings
+from serve_app.config import AppConfig, DeploymentConfig, EngineSettings, ModelConfig, SpeculationConfig
 from serve_app.errors import LaunchError
 
 ALL = (ingress_options, preprocessor_options, target_options)
+
+DRAFTED = AppConfig(speculation=SpeculationConfig(use="draft", draft=ModelConfig(model="draft")))
 
 
 @pytest.mark.parametrize("options_of", ALL)
@@ -97,11 +100,54 @@ def test_targets_are_scaled_by_open_requests():
 
 
 def test_names_are_those_of_the_deployments():
+    from deployments.draft import Draft
     from deployments.ingress import Ingress
     from deployments.preprocessor import Preprocessor
     from deployments.target import Target
 
-    assert deployment_names() == (Ingress.name, Preprocessor.name, Target.name)
+    assert deployment_names(AppConfig()) == (Ingress.name, Preprocessor.name, Target.name)
+    assert deployment_names(DRAFTED) == (Ingress.name, Preprocessor.name, Target.name, Draft.name)
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_nothing_of_a_draft_is_left_to_serves_defaults(is_private):
+    options = draft_options(DRAFTED, is_private=is_private)
+    assert options["num_replicas"] == 1
+    assert options["ray_actor_options"]["num_cpus"] == 0
+    serve.deployment(lambda: None).options(**options)
+
+
+@pytest.mark.parametrize(("cores", "threads", "works_ahead"), [(8, 0, False), (8, 4, True), (8, 5, False)])
+def test_a_draft_on_the_cpu_computes_between_its_targets_steps(monkeypatch, cores, threads, works_ahead):
+    for module in (actor_options, draft_plan):
+        monkeypatch.setattr(module, "num_physical_cores", lambda: cores)
+    config = DRAFTED.model_copy(update={"engine": EngineSettings(device="cpu", num_threads=threads, pool_mb=100)})
+    target, plan = target_engine(config, is_private=True), draft_plan.draft_plan(config, is_private=True)
+    assert target.shares_cores
+    assert plan.engine.shares_cores
+    assert plan.engine.num_threads == target.num_threads == (threads or cores)
+    assert (target.pool_mb, plan.engine.pool_mb) == (100, None)
+    assert plan.works_ahead == works_ahead
+    assert (plan.source.model, plan.target.model) == ("draft", None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "is_private", "of_target", "of_draft", "fraction"),
+    [(1, True, 0.9, 0.1, 0.75), (2, True, 1, 1, None), (0, False, 1, 1, None)],
+)
+def test_a_draft_shares_the_only_gpu(monkeypatch, gpus, is_private, of_target, of_draft, fraction):
+    for module in (gpu_info, actor_options):
+        monkeypatch.setattr(module, "num_gpus", lambda: gpus)
+    config = DRAFTED.model_copy(update={"engine": EngineSettings(device="cuda")})
+    asked = [
+        options(config, is_private=is_private)["ray_actor_options"]["num_gpus"]
+        for options in (target_options, draft_options)
+    ]
+    assert asked == [of_target, of_draft]
+    assert target_engine(config, is_private=is_private).pool_fraction == fraction
+    plan = draft_plan.draft_plan(config, is_private=is_private)
+    assert plan.engine.pool_tokens == 2048 * config.engine.max_seqs
+    assert plan.works_ahead == (fraction is None)
 
 
 def test_the_edge_of_a_private_cluster():

@@ -173,7 +173,7 @@ def test_the_arguments_are_a_configuration_and_the_names_are_those_of_the_applic
 ) -> None:
     [application] = serve_config["applications"]
     names = [deployment["name"] for deployment in application["deployments"]]
-    assert names == list(actor_options.deployment_names())
+    assert names == list(actor_options.deployment_names(AppConfig.model_validate(application["args"])))
     # As Serve does it on the cluster. A name that is not built would only be found there.
     done = subprocess.run(
         [sys.executable, "-c", BUILD, application["import_path"], json.dumps(application["args"])],

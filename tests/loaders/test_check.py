@@ -45,6 +45,6 @@ def test_what_is_missing_is_named_with_its_file(tmp_path, old, new, sentence):
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_as_a_program_it_exits_with_2_and_the_sentence(tmp_path, monkeypatch, capsys, is_broken):
     source = broken(tmp_path, b"blk.0.attn_q.weight", b"blk.0.attn_X.weight") if is_broken else ModelSource()
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asdict(source))))
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([asdict(ModelSource()), asdict(source)])))
     assert check.main() == (2 if is_broken else 0)
     assert ("blk.0.attn_q.weight" in capsys.readouterr().err) == is_broken

@@ -1,0 +1,116 @@
+"""The replica that owns a draft model: answers the targets of its node by packets, and all others by calls."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from ray import serve
+
+from deployments.actor_options import DRAFT
+from deployments.draft_channel import DraftThread
+from deployments.draft_plan import DraftPlan, draft_plan
+from deployments.remote_proposer import DraftOffer, refusal
+from deployments.replica_process import Surroundings, prepare_process
+from serve_app.config import AppConfig
+from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
+from serve_app.engine.speculation.text_map import TextMappedDraft
+from serve_app.errors import EngineFailed, ModelFileError
+from serve_app.loaders.model_files import resolve
+from serve_app.metrics import Snapshot, process_snapshot
+from serve_app.text.tokenizer import open_tokenizer
+from serve_app.text.vocabulary_digest import vocabulary_digest, vocabulary_of
+
+log = logging.getLogger(__name__)
+
+
+class DraftServer:
+    """A draft model on a thread of its own, and this event loop, which never touches torch."""
+
+    def __init__(
+        self,
+        model: DraftModel,
+        vocabulary: Sequence[bytes],
+        node_id: str,
+        *,
+        directory: str | None = None,
+        maps_text: bool = False,
+    ) -> None:
+        """Owns the model. vocabulary: what the draft's ids mean. directory: for the socket, see DraftThread."""
+        self._vocabulary = list(vocabulary)
+        self._digest = vocabulary_digest(vocabulary)
+        self._node_id = node_id
+        self._maps_text = maps_text
+        self._thread = DraftThread(model, directory)
+        self._is_stopped = False
+        self._thread.start()
+
+    async def open_channel(self, digest: bytes) -> DraftOffer:
+        """See DraftReplica."""
+        vocabulary = None if digest == self._digest else self._vocabulary
+        return DraftOffer(self._node_id, self._thread.path, os.getpid(), vocabulary, self._maps_text)
+
+    async def propose(
+        self, client: str, calls: Sequence[DraftCall], ended: Sequence[int], limit_s: float
+    ) -> list[Drafted]:
+        """One call a step for all of a target's requests; see DraftReplica."""
+        return await asyncio.wrap_future(self._thread.call(client, calls, ended, limit_s))
+
+    async def snapshot(self) -> Snapshot:
+        """This process's metrics."""
+        return process_snapshot(DRAFT)
+
+    async def check_health(self) -> None:
+        """Serve asks this every few seconds and replaces the replica when it raises."""
+        if self._thread.is_failed:
+            raise EngineFailed("The draft model fails in every step.")
+
+    def stop(self) -> None:
+        """Ends the channels, and frees model and cache."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            self._thread.stop()
+
+
+def build_model(plan: DraftPlan) -> tuple[DraftModel, list[bytes]]:
+    """The draft model of a plan, and what its ids mean. Imports torch. Raises ModelFileError, for a tokenizer other
+    than the target's too, and LaunchError."""
+    files = resolve(plan.source)
+    tokenizer = open_tokenizer(files.tokenizer_source, encodes=plan.maps_text)
+    target = open_tokenizer(resolve(plan.target).tokenizer_source, encodes=plan.maps_text)
+    mine, theirs = vocabulary_of(tokenizer), vocabulary_of(target)
+    if mine != theirs and not plan.maps_text:
+        raise ModelFileError(refusal(theirs, mine))
+    # Imported here: the driver and the targets read this module too, which need nothing of it.
+    from serve_app.engine.speculation.build_drafter import build_drafter
+
+    drafter: DraftModel = build_drafter(files, plan.engine, works_ahead=plan.works_ahead)
+    return TextMappedDraft(drafter, tokenizer, target) if mine != theirs else drafter, mine
+
+
+@serve.deployment(name=DRAFT)
+class Draft(DraftServer):
+    """DraftServer as a Serve replica."""
+
+    # Serve waits for a constructor that is a coroutine.
+    async def __init__(self, config: AppConfig, surroundings: Surroundings) -> None:  # type: ignore[misc]
+        import ray
+
+        prepare_process(config, surroundings)
+        started_s = time.monotonic()
+        plan = draft_plan(config, is_private=surroundings.is_private)
+        model, vocabulary = build_model(plan)
+        super().__init__(
+            model,
+            vocabulary,
+            ray.get_runtime_context().get_node_id(),
+            directory=surroundings.directory,
+            maps_text=plan.maps_text,
+        )
+        log.info("the draft model is ready after %.1f s", time.monotonic() - started_s)
+
+    def __del__(self) -> None:
+        # Serve calls this when it stops the replica; after a failed constructor there is nothing to stop.
+        if hasattr(self, "_is_stopped"):
+            self.stop()

@@ -1,0 +1,209 @@
+"""The draft's end of its channels: one thread that owns the draft model, and a socket for each target of this node."""
+
+import logging
+import os
+import queue
+import select
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from deployments.draft_messages import (
+    FEED,
+    FORGET,
+    MOST_BYTES,
+    PROPOSE,
+    BadMessage,
+    Message,
+    calls_of,
+    pack_answer,
+    unpack,
+)
+from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES_IN_A_ROW = 3
+
+
+class DraftThread:
+    """Computes for whoever asks, and what will be useful later while nobody does.
+
+    A message is looked at between two forwards. Targets reach it by packets over a Unix socket, or by call() from any
+    thread of this process. The names of a target's sequences are its own: they are kept apart, and forgotten with its
+    socket.
+    """
+
+    def __init__(self, model: DraftModel, directory: str | None = None) -> None:
+        """Owns the model. directory: where its socket lies, with others' files; None: a new one of its own."""
+        self._model = model
+        self.num_failures = 0
+        self._own_directory = None if directory else tempfile.TemporaryDirectory(prefix="sirocco-draft-")
+        folder = directory or (self._own_directory.name if self._own_directory else "")
+        self.path = str(Path(folder, f"draft-{os.getpid()}-{id(self):x}"))
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.setblocking(False)
+        self._listener.bind(self.path)
+        os.chmod(self.path, 0o600)
+        self._listener.listen(16)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        for fd in (self._listener.fileno(), self._wake):
+            self._poll.register(fd, select.POLLIN)
+        self._sockets: dict[int, _Target] = {}
+        self._num_accepted = 0
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._buffer = bytearray(MOST_BYTES)
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread and all channels, and frees the model."""
+        self._post(self._stop)
+        self._thread.join()
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether every forward fails."""
+        return self.num_failures >= MAX_FAILURES_IN_A_ROW or not self._thread.is_alive()
+
+    def call(
+        self, client: str, calls: Sequence[DraftCall], ended: Sequence[int], limit_s: float
+    ) -> "Future[list[Drafted]]":
+        """The same as by the channel, from any thread. client: whose sequences these are; ended: those to forget."""
+        future: Future[list[Drafted]] = Future()
+
+        def run() -> None:
+            for sequence in ended:
+                self._model.forget((client, sequence))
+            # A caller that gave up has cancelled it.
+            if not future.set_running_or_notify_cancel():
+                return
+            named = [DraftCall((client, c.sequence), c.base, c.token_ids, c.max_tokens) for c in calls]
+            future.set_result(self._propose(named, time.monotonic() + limit_s))
+
+        self._post(run)
+        return future
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._posted.put(action)
+        os.eventfd_write(self._wake, 1)
+
+    # -- on the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        is_busy = False
+        while not self._is_stopping:
+            events = self._poll.poll(0 if is_busy else None)
+            for fd, _ in events:
+                if fd == self._wake:
+                    self._take_posted()
+                elif fd in self._sockets:
+                    self._receive(self._sockets[fd])
+                elif not self._is_stopping:
+                    self._accept()
+            is_busy = bool(events) or self._advance()
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+        for target in list(self._sockets.values()):
+            self._drop(target)
+        self._listener.close()
+        Path(self.path).unlink(missing_ok=True)
+        if self._own_directory is not None:
+            self._own_directory.cleanup()
+        os.close(self._wake)
+        self._model.close()
+
+    def _take_posted(self) -> None:
+        os.eventfd_read(self._wake)
+        while not self._is_stopping:
+            try:
+                action = self._posted.get_nowait()
+            except queue.Empty:
+                return
+            action()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # gone again
+            return
+        connection.setblocking(False)
+        self._num_accepted += 1
+        self._sockets[connection.fileno()] = _Target(self._num_accepted, connection)
+        self._poll.register(connection, select.POLLIN)
+
+    def _drop(self, target: "_Target") -> None:
+        self._poll.unregister(target.connection)
+        del self._sockets[target.connection.fileno()]
+        target.connection.close()
+        for sequence in target.sequences:
+            self._model.forget((target.number, sequence))
+
+    def _receive(self, target: "_Target") -> None:
+        try:
+            size = target.connection.recv_into(self._buffer)
+            if not size:
+                raise ConnectionResetError
+            self._take(target, unpack(memoryview(self._buffer)[:size]))
+        except BlockingIOError:
+            return
+        except (OSError, BadMessage) as error:
+            log.debug("the channel to a target ends: %r", error)
+            self._drop(target)
+
+    def _take(self, target: "_Target", message: Message) -> None:
+        number, numbers = target.number, message.numbers
+        if message.kind == PROPOSE:
+            until_s = time.monotonic() + message.limit_s
+            target.sequences.update(numbers[::4])
+            answers = self._propose(calls_of(message, number), until_s)
+            target.connection.send(pack_answer(message.epoch, numbers, answers))
+        elif message.kind == FEED:
+            sequence, base = numbers[:2]
+            target.sequences.add(sequence)
+            self._model.feed((number, sequence), message.token_ids, base)
+        elif message.kind == FORGET:
+            for sequence in numbers[::4]:
+                target.sequences.discard(sequence)
+                self._model.forget((number, sequence))
+        else:
+            raise BadMessage(f"kind {message.kind}")
+
+    def _propose(self, calls: Sequence[DraftCall], until_s: float) -> list[Drafted]:
+        try:
+            answers = self._model.propose(calls, until_s)
+        except Exception:  # a failing kernel: the targets go on without
+            log.exception("a draft failed")
+            self.num_failures += 1
+            for call in calls:
+                self._model.forget(call.sequence)
+            return [None for _ in calls]
+        self.num_failures = 0
+        return answers
+
+    def _advance(self) -> bool:
+        try:
+            return self._model.advance()
+        except Exception:  # as above
+            log.exception("drafting ahead failed")
+            self.num_failures += 1
+            return False
+
+
+class _Target:
+    """A socket to a target, and the sequences that came through it."""
+
+    def __init__(self, number: int, connection: socket.socket) -> None:
+        self.number = number
+        self.connection = connection
+        self.sequences: set[int] = set()

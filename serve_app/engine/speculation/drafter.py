@@ -1,0 +1,270 @@
+"""A draft model over its own KV cache: greedy continuations of many sequences at a time."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+
+from kernels import dispatch
+from serve_app.batch import ForwardBatch
+from serve_app.engine.device_choice import on_device
+from serve_app.engine.forward import choose_forward
+from serve_app.engine.graph_forward import GraphLimits
+from serve_app.engine.kv_plan import KvPlan
+from serve_app.engine.logits_ops import HostLogits, Logits, LogitsOps, TorchLogits
+from serve_app.engine.speculation.draft_call import DraftCall, Drafted
+from serve_app.engine.speculation.draft_sequence import DraftSequence
+from serve_app.kv_cache.block_ledger import BlockLedger
+from serve_app.kv_cache.kv_pool import KvPool
+from serve_app.models.base import CausalLM
+from serve_app.options import EngineConfig
+
+LEAST_CHANCE = 0.3
+"""A token that the draft itself finds less likely ends its proposal."""
+MOST_SEQUENCES = 4096
+"""Sequences whose text is kept. Those beyond, the longest unused, have to be told again."""
+IDLE_S = 0.02
+"""A part of a prompt that is computed in idle time takes about so long: a call may have to wait for it."""
+_MOST_PENDING = 64
+"""A call with a limit does not compute more of a sequence: prompts are for idle time, and do not make others wait."""
+
+
+class Drafter:
+    """See DraftModel. Not for several threads.
+
+    Between two calls it goes on behind what it answered, as if all of it were accepted: a call whose new tokens agree
+    finds them drafted. Blocks of sequences that were not asked for longest are taken where others need them; they are
+    computed again when their turn comes.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv: KvPool,
+        pool: BlockLedger,
+        plan: KvPlan,
+        config: EngineConfig,
+        *,
+        least_chance: float = LEAST_CHANCE,
+        works_ahead: bool = True,
+    ) -> None:
+        """Owns all it is given. plan: of one group of layers without a window; config.device: a device of torch's.
+        least_chance: see LEAST_CHANCE. works_ahead: advance() does more than prompts; not where the target needs the
+        same cores. Raises LaunchError for an attention backend that cannot run here."""
+        assert [group.window for group in plan.groups] == [0]
+        # A native program has the addresses of the weights only.
+        self.model = model
+        self._kv = kv
+        self.pool = pool
+        self._place = on_device(config.device)
+        self._angles = plan.angles
+        self._longest = plan.longest(pool.num_total)
+        graphs = GraphLimits(config.max_seqs, self._longest) if config.cuda_graphs else None
+        with self._place:
+            self._forward = choose_forward(
+                model, kv, config.device, config.attention_backend, is_exact=config.cpu_exact, graphs=graphs
+            )
+        is_native = config.device == "cpu" and dispatch.native().ops is not None
+        self._ops: LogitsOps = HostLogits() if is_native else TorchLogits(torch.device(config.device))
+        self._chunk_tokens = min(config.prefill_chunk_tokens, config.max_batched_tokens)
+        self._batch_tokens = config.max_batched_tokens
+        self._idle_tokens = min(64, self._chunk_tokens)
+        self._least_chance = least_chance
+        self._works_ahead = works_ahead
+        # The longest unused first.
+        self._sequences: OrderedDict[Hashable, DraftSequence] = OrderedDict()
+        self._num_calls = 0
+        self.num_forwards = 0
+        self.num_evictions = 0
+
+    def propose(self, calls: Sequence[DraftCall], until_s: float | None = None) -> list[Drafted]:
+        """See DraftModel. With a limit a sequence of which much is not computed yet gets no tokens."""
+        self._num_calls += 1
+        asked = [self._asked(call) for call in calls]
+        at_work = [sequence for sequence in asked if sequence is not None]
+        if until_s is not None:
+            at_work = [s for s in at_work if len(s.ids) - s.num_computed <= _MOST_PENDING]
+        while True:
+            at_work = [s for s in at_work if not s.is_drafted(0, s.max_tokens, self._least_chance)]
+            if until_s is not None and time.monotonic() >= until_s:
+                break
+            if not self._compute(at_work, self._batch_tokens, evicts=True):
+                break
+        return [None if s is None else s.drafted(s.max_tokens, self._least_chance) for s in asked]
+
+    def feed(self, sequence: Hashable, token_ids: Sequence[int], offset: int) -> None:
+        """See DraftModel."""
+        known = self._sequences.get(sequence)
+        if known is None:
+            if offset:
+                return
+            known = self._new(sequence)
+        known.tell(offset, list(token_ids))
+
+    def advance(self) -> bool:
+        """See DraftModel. Takes no blocks from others."""
+        if self._works_ahead:
+            ahead = [s for s in self._sequences.values() if s.last_call == self._num_calls and self._goes_on(s)]
+            if self._compute(ahead, self._batch_tokens, evicts=False):
+                return True
+        behind = [s for s in self._sequences.values() if s.num_computed < s.num_text]
+        began_s = time.monotonic()
+        count = self._compute(behind, self._idle_tokens, evicts=False)
+        if count == self._idle_tokens:
+            affordable = int(count * IDLE_S / max(1e-9, time.monotonic() - began_s))
+            most = min(2 * count, self._chunk_tokens)
+            self._idle_tokens = max(min(affordable, most), count // 2, min(16, self._chunk_tokens))
+        return count > 0
+
+    def forget(self, sequence: Hashable) -> None:
+        """See DraftModel."""
+        known = self._sequences.pop(sequence, None)
+        if known is not None:
+            self._free(known)
+
+    def close(self) -> None:
+        """See DraftModel."""
+        for sequence in list(self._sequences):
+            self.forget(sequence)
+        self.pool.close()
+        self._kv.close()
+
+    def _asked(self, call: DraftCall) -> DraftSequence | None:
+        sequence = self._sequences.get(call.sequence)
+        if sequence is None:
+            if call.base:
+                return None
+            sequence = self._new(call.sequence)
+        if not sequence.tell(call.base, list(call.token_ids)):
+            return None
+        sequence.max_tokens = call.max_tokens
+        sequence.last_call = self._num_calls
+        self._sequences.move_to_end(call.sequence)
+        return sequence
+
+    def _new(self, name: Hashable) -> DraftSequence:
+        while len(self._sequences) >= MOST_SEQUENCES:
+            self.forget(next(iter(self._sequences)))
+        sequence = self._sequences[name] = DraftSequence()
+        return sequence
+
+    def _goes_on(self, sequence: DraftSequence) -> bool:
+        """Whether the next call is not drafted yet, if the target accepts all of this one's answer and then draws what
+        the draft would."""
+        if len(sequence.ids) - sequence.num_computed > _MOST_PENDING:
+            return False
+        answered = len(sequence.drafted(sequence.max_tokens, self._least_chance))
+        return not sequence.is_drafted(answered + 1, sequence.max_tokens, self._least_chance)
+
+    # -- one forward ----------------------------------------------------------------------------------------------
+
+    def _compute(self, sequences: Iterable[DraftSequence], budget: int, *, evicts: bool) -> int:
+        """Computes what is pending of sequences, and drafts one more token for those of which all is; the shortest
+        first, where budget tokens do not suffice. Returns the number of tokens computed, 0: nothing could be done."""
+        work: list[tuple[DraftSequence, int]] = []
+        for sequence in sorted(sequences, key=lambda s: len(s.ids) - s.num_computed):
+            if not self._may_grow(sequence):
+                continue
+            count = min(len(sequence.ids) - sequence.num_computed, self._chunk_tokens, budget)
+            if count and self._grow(sequence, count, evicts=evicts):
+                work.append((sequence, count))
+                budget -= count
+        if not work:
+            return 0
+        ended = [sequence for sequence, n in work if sequence.num_computed + n == len(sequence.ids)]
+        with self._place:
+            logits = self._forward(self._batch(work))
+            drawn = self._likeliest(logits) if ended else []
+        for sequence, n in work:
+            sequence.num_computed += n
+        for sequence, (token_id, chance) in zip(ended, drawn, strict=True):
+            sequence.draw(token_id, chance)
+        self.num_forwards += 1
+        return sum(n for _, n in work)
+
+    def _likeliest(self, logits: Logits) -> list[tuple[int, float]]:
+        own = self._ops.own(logits)
+        token_ids = self._ops.likeliest(own)
+        logprobs, _, _ = self._ops.logprobs(own, token_ids, 1)
+        found, chances = self._ops.fetch([token_ids, logprobs]).wait()
+        return list(zip(found.tolist(), np.exp(chances).tolist(), strict=True))
+
+    def _may_grow(self, sequence: DraftSequence) -> bool:
+        """Whether all of a sequence may be computed under its rotary set, which it gets where it has none that fits."""
+        if not sequence.num_text or len(sequence.ids) > self._longest:
+            return False
+        angles = sequence.angles
+        if angles is not None and self._angles.is_outgrown(angles, sequence.num_text):
+            self._angles.give_back(angles)
+            sequence.angles = None
+            sequence.reset()
+        elif angles is not None and self._angles.is_outgrown(angles, len(sequence.ids)):
+            # The text itself has not: for once a few tokens fewer.
+            return False
+        if sequence.angles is None:
+            sequence.num_prompt = sequence.num_prompt or sequence.num_text
+            sequence.angles = self._angles.take(sequence.num_prompt, sequence.num_text, self._longest)
+        return sequence.angles is not None
+
+    def _grow(self, sequence: DraftSequence, count: int, *, evicts: bool) -> bool:
+        """Sees to blocks for the next tokens."""
+        missing = -(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        blocks = self.pool.allocate(missing)
+        while blocks is None and evicts and self._evict():
+            blocks = self.pool.allocate(missing)
+        sequence.blocks += blocks or []
+        return blocks is not None
+
+    def _evict(self) -> bool:
+        """Takes the blocks of the sequence that was not asked for longest; False: all with blocks are in this call."""
+        for sequence in self._sequences.values():
+            if sequence.blocks and sequence.last_call != self._num_calls:
+                self._free(sequence)
+                self.num_evictions += 1
+                return True
+        return False
+
+    def _free(self, sequence: DraftSequence) -> None:
+        sequence.reset()
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        if sequence.angles is not None:
+            self._angles.give_back(sequence.angles)
+            sequence.angles = None
+
+    def _batch(self, work: Sequence[tuple[DraftSequence, int]]) -> ForwardBatch:
+        size = self.pool.block_size
+        counts = np.array([n for _, n in work], np.int64)
+        computed = np.array([s.num_computed for s, _ in work], np.int64)
+        starts = np.zeros(len(work) + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+        context = computed + counts
+        width = -(-int(context.max()) // size)
+        tables = np.zeros((len(work), width), np.int32)
+        for row, (sequence, _) in zip(tables, work, strict=True):
+            row[: len(sequence.blocks)] = sequence.blocks[:width]
+        owner = np.repeat(np.arange(len(work)), counts)
+        positions = np.arange(starts[-1]) - starts[owner] + computed[owner]
+        block, offset = np.divmod(positions, size)
+        slots = tables[owner, block].astype(np.int64) * size + offset
+        positions += np.array([s.angles.first_row if s.angles else 0 for s, _ in work], np.int64)[owner]
+        token_ids = [i for s, n in work for i in islice(s.ids, s.num_computed, s.num_computed + n)]
+        is_last = np.array([s.num_computed + n == len(s.ids) for s, n in work], np.bool_)
+        return ForwardBatch(
+            token_ids=np.array(token_ids, np.int64),
+            positions=positions,
+            slot_mapping=slots,
+            block_tables=tables,
+            query_start=starts.astype(np.int32),
+            context_lens=context.astype(np.int32),
+            logit_index=starts[1:][is_last] - 1,
+            sample_rows=np.zeros(0, np.int64),
+            sample_positions=np.zeros(0, np.int64),
+            max_query_len=int(counts.max()),
+            max_context_len=int(context.max()),
+        )

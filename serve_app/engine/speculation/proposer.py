@@ -1,0 +1,43 @@
+"""What proposes the tokens that a target is likely to draw next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(slots=True)
+class DraftWish:
+    """What is wanted for one sequence in one step.
+
+    sequence: its number, which no other sequence ever has. token_ids: all of it that is known, num_prompt of them the
+    prompt; only to be read, and only during the call. max_tokens: how many tokens to propose at most, 1 or more.
+    """
+
+    sequence: int
+    token_ids: Sequence[int]
+    num_prompt: int
+    max_tokens: int
+
+
+class Proposer(Protocol):
+    """Proposes continuations; what it says is never trusted, only compared with what the target draws.
+
+    All calls come from the engine's stepping thread. None raises, and none blocks longer than the proposer's deadline:
+    a proposer that cannot answer proposes nothing.
+    """
+
+    @property
+    def name(self) -> str:
+        """draft, ngram or suffix."""
+
+    def admit(self, sequence: int, token_ids: Sequence[int]) -> None:
+        """A sequence was admitted with this prompt: its first wish comes when the target has computed that."""
+
+    def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
+        """For each wish at most max_tokens token ids that may follow, possibly none."""
+
+    def forget(self, sequence: int) -> None:
+        """The sequence ended; there may never have been a wish for it."""
+
+    def close(self) -> None:
+        """Frees what it holds."""

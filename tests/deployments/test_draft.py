@@ -1,0 +1,68 @@
+"""A real draft model behind the channel, in a replica's server without Ray."""
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deployments.draft import DraftServer, build_model
+from deployments.draft_plan import DraftPlan
+from deployments.remote_proposer import RemoteProposer
+from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.errors import ModelFileError
+from serve_app.options import EngineConfig, ModelSource
+from serve_app.text.tokenizer import open_tokenizer
+from serve_app.text.vocabulary_digest import first_difference, vocabulary_digest, vocabulary_of
+
+DATA = Path(__file__).parents[1] / "data"
+MODELS = DATA / "models"
+PLAN = DraftPlan(
+    ModelSource(model=str(MODELS / "stories40K-draft" / "hf"), dtype="f32"),
+    ModelSource(model=str(MODELS / "stories260K" / "hf")),
+    EngineConfig(max_seqs=8, block_size=16, device="cpu"),
+)
+OTHER = str(DATA / "tokenizers" / "llama2")
+
+
+@pytest.mark.parametrize("maps_text", [False, True])
+async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_it(maps_text: bool) -> None:
+    golden = json.loads((MODELS / "stories40K-draft" / "golden.json").read_text())["cases"][0]
+    expected = [1, *golden["draft_greedy_ids"]]
+    plan = PLAN
+    if maps_text:
+        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=OTHER), maps_text=True)
+    model, vocabulary = build_model(plan)
+    server = DraftServer(model, vocabulary, "node", maps_text=maps_text)
+    tokens = vocabulary_of(open_tokenizer(MODELS / "stories260K" / "hf"))
+    proposer = RemoteProposer(server, "target", "node", tokens, 1.0)
+    async with asyncio.timeout(10):
+        while not proposer.has_channel:
+            await asyncio.sleep(0.005)
+    for known in range(1, 40, 5):
+        text = expected[:known]
+        [drafted] = await asyncio.to_thread(proposer.propose, [DraftWish(0, text, 1, 4)])
+        if not maps_text:
+            # Up to where the draft is in doubt.
+            assert drafted == expected[known : known + len(drafted)]
+        assert all(0 <= token_id < len(tokens) for token_id in drafted)
+    assert proposer.counts.num_timeouts == 0
+    await asyncio.to_thread(proposer.forget, 0)
+    proposer.close()
+    await asyncio.to_thread(server.stop)
+
+
+def test_another_tokenizer_is_refused_with_the_first_id_that_differs() -> None:
+    plan = replace(PLAN, source=replace(PLAN.source, tokenizer=OTHER))
+    with pytest.raises(ModelFileError, match=r"another tokenizer: id 259 is .* to the target and .* to the draft"):
+        build_model(plan)
+
+
+def test_vocabularies_are_compared_by_what_ids_mean() -> None:
+    assert first_difference([b"a", b"b"], [b"a", b"b"]) is None
+    assert first_difference([b"a", b"b"], [b"a", b"c", b"d"]) == 1
+    assert first_difference([b"a", b"b"], [b"a"]) == 1
+    assert vocabulary_digest([b"ab", b"c"]) != vocabulary_digest([b"a", b"bc"])
+    hf, gguf = (vocabulary_of(open_tokenizer(MODELS / "stories260K" / name)) for name in ("hf", "stories260K-F32.gguf"))
+    assert vocabulary_digest(hf) == vocabulary_digest(gguf)
