@@ -102,7 +102,9 @@ class _Command(TyperCommand):
 
 def _click_command(command: Command, kind: Kind | None, is_speculative: bool) -> Any:
     """The Typer command for one command and kind; only this one is built, since building them all takes longer."""
-    shown: list[Kind] = ["speculative"] * is_speculative + [kind] * (kind is not None)  # type: ignore[list-item]
+    shown: list[Kind] = ["speculative"] if is_speculative else []
+    if kind is not None:
+        shown.append(kind)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     about = " ".join([ABOUT[command], *(KIND_ABOUT[word] for word in shown)])
     words = "" if command == "doctor" else f" {' '.join(shown) or '[' + '|'.join(KINDS) + ']'} [OPTIONS]"
