@@ -9,10 +9,10 @@ import asyncio
 import os
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -62,6 +62,23 @@ METRICS: dict[str, Description] = {
     "sirocco_prefix_cache_evictions_total": Description("counter", "Cached blocks given to other requests."),
     "sirocco_preemptions_total": Description("counter", "Requests sent back to the queue for want of blocks."),
     "sirocco_engine_steps_total": Description("counter", "Steps of the engine: one forward pass each."),
+    "sirocco_speculation_drafted_tokens_total": Description("counter", "Tokens that were proposed.", ("proposer",)),
+    "sirocco_speculation_accepted_tokens_total": Description(
+        "counter", "Proposed tokens that the target drew too.", ("proposer",)
+    ),
+    "sirocco_speculation_accepted_by_position_total": Description(
+        "counter", "The same, by place in the proposal, from 1.", ("position",)
+    ),
+    "sirocco_speculation_steps_total": Description("counter", "Proposals verified: one request in one step each."),
+    "sirocco_speculation_tokens_total": Description(
+        "counter", "Tokens out of verified proposals, the target's own too."
+    ),
+    "sirocco_speculation_draft_seconds_total": Description("counter", "Time that steps waited for proposals."),
+    "sirocco_speculation_verify_seconds_total": Description("counter", "Time of forwards that verified proposals."),
+    "sirocco_speculation_timeouts_total": Description("counter", "Steps that gave up waiting for the draft model."),
+    "sirocco_speculation_gamma_total": Description(
+        "counter", "Choices of how many tokens to propose for a request in a step.", ("gamma",)
+    ),
     "sirocco_process_resident_bytes": Description("gauge", "Resident memory, by kind of replica.", ("replica",)),
     "sirocco_process_open_fds": Description("gauge", "Open files and sockets, by kind of replica.", ("replica",)),
     "sirocco_event_loop_tasks": Description("gauge", "Tasks of the event loops, by kind of replica.", ("replica",)),
@@ -69,6 +86,33 @@ METRICS: dict[str, Description] = {
     "sirocco_re_isq_jobs_total": Description("counter", "Changes of that type while serving, by outcome.", ("state",)),
     "sirocco_targets": Description("gauge", "Target replicas that were counted in this scrape."),
 }
+
+
+class SpeculationCounts(Protocol):
+    """What an engine that speculates counts since it started.
+
+    drafted, accepted: tokens, by proposer. accepted_by_position: tokens, by place in the proposal, from 0.
+    steps: proposals verified; tokens: what came out of them. gamma: how often a request was to get so many tokens.
+    """
+
+    @property
+    def drafted(self) -> Mapping[str, int]: ...
+    @property
+    def accepted(self) -> Mapping[str, int]: ...
+    @property
+    def accepted_by_position(self) -> Sequence[int]: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def draft_seconds(self) -> float: ...
+    @property
+    def verify_seconds(self) -> float: ...
+    @property
+    def timeouts(self) -> int: ...
+    @property
+    def gamma(self) -> Mapping[int, int]: ...
 
 
 class EngineCounts(Protocol):
@@ -102,6 +146,8 @@ class EngineCounts(Protocol):
     def prefix_hits(self) -> int: ...
     @property
     def evictions(self) -> int: ...
+    @property
+    def speculation(self) -> SpeculationCounts | None: ...
 
 
 class Histogram:
@@ -166,7 +212,27 @@ def engine_snapshot(stats: EngineCounts) -> Snapshot:
         "sirocco_engine_steps_total": stats.steps,
         "sirocco_targets": 1,
     }
-    return {name: {"": [float(value)]} for name, value in values.items()}
+    snapshot = {name: {"": [float(value)]} for name, value in values.items()}
+    return snapshot if stats.speculation is None else snapshot | _speculation_snapshot(stats.speculation)
+
+
+def _speculation_snapshot(counts: SpeculationCounts) -> Snapshot:
+    values = {
+        "steps": counts.steps,
+        "tokens": counts.tokens,
+        "draft_seconds": counts.draft_seconds,
+        "verify_seconds": counts.verify_seconds,
+        "timeouts": counts.timeouts,
+    }
+    by_label: dict[str, Mapping[Any, int]] = {
+        "drafted_tokens": counts.drafted,
+        "accepted_tokens": counts.accepted,
+        "accepted_by_position": dict(enumerate(counts.accepted_by_position, 1)),
+        "gamma": counts.gamma,
+    }
+    snapshot = {name: {"": [float(value)]} for name, value in values.items()}
+    snapshot |= {name: {str(label): [float(n)] for label, n in numbers.items()} for name, numbers in by_label.items()}
+    return {f"sirocco_speculation_{name}_total": series for name, series in snapshot.items()}
 
 
 def process_snapshot(replica: str) -> Snapshot:
