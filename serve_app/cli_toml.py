@@ -1,7 +1,8 @@
 """The files in which mistral.rs selects models: `sirocco toml -f FILE`.
 
 [model] describes a plain model (model_id) or a quantised one (quantized_model_id), [speculative.draft_model] likewise,
-beside gamma in [speculative]. What is said there may not be said by an option again.
+beside gamma in [speculative]: the most tokens that are proposed, here as many as pay, so that a larger gamma than we
+have is taken as ours. What is said there may not be said by an option again.
 """
 
 import difflib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import LaunchError
+from serve_app.options import MAX_DRAFT_TOKENS
 
 # Key → the configuration's section and field, and the value's type. An empty field: taken and not needed.
 _ISQ_KEYS: dict[str, tuple[str, str, type]] = {
@@ -89,7 +91,7 @@ def read_selection(file: str) -> Selection:
         draft = _table(selection, speculative, "draft_model", "[speculative]")
         _read_model(selection, draft, "[speculative.draft_model]", "draft")
         gamma = _value(selection, speculative, "gamma", int, "[speculative]")
-        selection.set("speculation", "max_tokens", gamma, "gamma in [speculative]")
+        selection.set("speculation", "max_tokens", min(gamma, MAX_DRAFT_TOKENS), "gamma in [speculative]")
     if "tokenizer_json" in content:
         tokenizer = _value(selection, content, "tokenizer_json", str, "the file")
         for section in selection.sections.keys() & {"model", "draft"}:
