@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,13 +28,19 @@ _DURATION_S = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 180
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A metric's kind, help text, label names and, for a histogram, the upper bounds of its buckets."""
+    """A metric's kind, help text, label names and, for a histogram, the upper bounds of its buckets.
+
+    is_optional: of something that not every server does, and left out of the scrape where none does it.
+    """
 
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
     bounds: tuple[float, ...] = ()
+    is_optional: bool = False
 
+
+_speculation = partial(Description, "counter", is_optional=True)
 
 METRICS: dict[str, Description] = {
     "sirocco_requests_total": Description("counter", "HTTP requests, by route and status.", ("endpoint", "code")),
@@ -62,22 +69,20 @@ METRICS: dict[str, Description] = {
     "sirocco_prefix_cache_evictions_total": Description("counter", "Cached blocks given to other requests."),
     "sirocco_preemptions_total": Description("counter", "Requests sent back to the queue for want of blocks."),
     "sirocco_engine_steps_total": Description("counter", "Steps of the engine: one forward pass each."),
-    "sirocco_speculation_drafted_tokens_total": Description("counter", "Tokens that were proposed.", ("proposer",)),
-    "sirocco_speculation_accepted_tokens_total": Description(
-        "counter", "Proposed tokens that the target drew too.", ("proposer",)
+    "sirocco_speculation_drafted_tokens_total": _speculation("Tokens that were proposed.", ("proposer",)),
+    "sirocco_speculation_accepted_tokens_total": _speculation(
+        "Proposed tokens that the target drew too.", ("proposer",)
     ),
-    "sirocco_speculation_accepted_by_position_total": Description(
-        "counter", "The same, by place in the proposal, from 1.", ("position",)
+    "sirocco_speculation_accepted_by_position_total": _speculation(
+        "The same, by place in the proposal, from 1.", ("position",)
     ),
-    "sirocco_speculation_steps_total": Description("counter", "Proposals verified: one request in one step each."),
-    "sirocco_speculation_tokens_total": Description(
-        "counter", "Tokens out of verified proposals, the target's own too."
-    ),
-    "sirocco_speculation_draft_seconds_total": Description("counter", "Time that steps waited for proposals."),
-    "sirocco_speculation_verify_seconds_total": Description("counter", "Time of forwards that verified proposals."),
-    "sirocco_speculation_timeouts_total": Description("counter", "Steps that gave up waiting for the draft model."),
-    "sirocco_speculation_gamma_total": Description(
-        "counter", "Choices of how many tokens to propose for a request in a step.", ("gamma",)
+    "sirocco_speculation_steps_total": _speculation("Proposals verified: one request in one step each."),
+    "sirocco_speculation_tokens_total": _speculation("Tokens out of verified proposals, the target's own too."),
+    "sirocco_speculation_draft_seconds_total": _speculation("Time that steps waited for proposals."),
+    "sirocco_speculation_verify_seconds_total": _speculation("Time of forwards that verified proposals."),
+    "sirocco_speculation_timeouts_total": _speculation("Steps that gave up waiting for the draft model."),
+    "sirocco_speculation_gamma_total": _speculation(
+        "Choices of how many tokens to propose for a request in a step.", ("gamma",)
     ),
     "sirocco_process_resident_bytes": Description("gauge", "Resident memory, by kind of replica.", ("replica",)),
     "sirocco_process_open_fds": Description("gauge", "Open files and sockets, by kind of replica.", ("replica",)),
@@ -273,6 +278,8 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         for name, description in METRICS.items():
+            if description.is_optional and name not in self._snapshot:
+                continue
             empty = {} if description.labels else {"": [0.0] * (len(description.bounds) + 2)}
             yield _family(name, description, self._snapshot.get(name) or empty)
 
