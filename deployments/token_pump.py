@@ -16,6 +16,7 @@ request whose client has left; CANCEL says the same on this way, for calls whose
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import msgpack
@@ -103,15 +104,14 @@ def _full_row(delta: TokenDelta) -> Row:
 
 
 def _pack_finish(finish: Finish) -> Row:
-    usage = finish.usage
-    return finish.reason, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, finish.stop_reason
+    return finish.reason, astuple(finish.usage), finish.stop_reason
 
 
 def _unpack_finish(row: Row | None) -> Finish | None:
     if row is None:
         return None
-    reason, prompt_tokens, completion_tokens, cached_tokens, stop_reason = row
-    return Finish(reason, Usage(prompt_tokens, completion_tokens, cached_tokens), stop_reason)
+    reason, usage, stop_reason = row
+    return Finish(reason, Usage(*usage), stop_reason)
 
 
 def _pack_logprobs(logprobs: list[TokenLogprob] | None) -> list[Row] | None:

@@ -2,27 +2,24 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
 from serve_app import __version__
-from serve_app.cli_grammar import COMMANDS, GROUPS, Command, Kind, option_names, take_apart
-from serve_app.cli_isq_options import InSituOptions
+from serve_app.cli_config import configuration
+from serve_app.cli_grammar import COMMANDS, GROUPS, KINDS, Command, Kind, take_apart
 from serve_app.cli_options import (
     ChatLogOptions,
     ChatOptions,
     DoctorOptions,
-    EngineOptions,
     LogOptions,
     ModelOptions,
 )
 from serve_app.cli_quant_options import QualityOptions, QuantizeOptions
-from serve_app.cli_server_options import DeploymentOptions, HttpOptions
-from serve_app.config import AppConfig, LogLevel, SettingError, build_config
+from serve_app.config import AppConfig
 from serve_app.errors import LaunchError
 
 ABOUT: dict[Command, str] = {
@@ -39,26 +36,20 @@ KIND_ABOUT: dict[Kind, str] = {
     "ggml": "The model is a Llama in GGML's container from before GGUF (2023): -m and -f as for gguf.",
     "plain": "The model is a folder or repository with SafeTensors and config.json.",
     "run": "The model's kind is found out from its files.",
+    "speculative": "A draft model (-d) proposes tokens, the model (-m) verifies them: the same text, sooner. A kind "
+    "that follows is the model's; the draft model's is --draft-kind.",
+    "toml": "The models are those of a file in mistral.rs's form (-f), with [model] and [speculative].",
 }
 
 OVERVIEW = """Commands: [bold]serve[/] (when none is given), [bold]chat[/] in this terminal, [bold]config[/] for \
 `serve deploy`, [bold]doctor[/] for this machine, [bold]quantize[/] for \
 models in fewer bits, [bold]quality[/] for what that costs.
 
-Kinds: [bold]gguf[/], [bold]ggml[/] (before GGUF), [bold]plain[/] (SafeTensors), [bold]run[/] (found out by itself). \
-`sirocco COMMAND KIND --help` explains each.
+Kinds: [bold]gguf[/], [bold]ggml[/] (before GGUF), [bold]plain[/] (SafeTensors), [bold]run[/] (found out by itself), \
+[bold]speculative[/] (with a draft model), [bold]toml[/] (as a file says). `sirocco COMMAND KIND --help` explains each.
 
 Without a kind and a model, a tiny storyteller that comes with Sirocco is served."""
 
-
-# The configuration's section that a group of options fills; isq is a part of the model's.
-_SECTIONS: dict[type, str] = {
-    ModelOptions: "model",
-    InSituOptions: "isq",
-    EngineOptions: "engine",
-    HttpOptions: "http",
-    DeploymentOptions: "deployment",
-}
 
 # Typer's own copy of click in new versions, click itself in older ones.
 _USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
@@ -84,7 +75,7 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     """
     words = take_apart(argv)
     name = words.command or "serve"
-    command = _click_command(name, words.kind)
+    command = _click_command(name, words.kind, words.is_speculative)
     program = "sirocco " + (words.command or f"[{'|'.join(COMMANDS)}]")
     try:
         result = command.main(words.options, prog_name=program, standalone_mode=False)
@@ -109,28 +100,31 @@ class _Command(TyperCommand):
         return option
 
 
-def _click_command(command: Command, kind: Kind | None) -> Any:
+def _click_command(command: Command, kind: Kind | None, is_speculative: bool) -> Any:
     """The Typer command for one command and kind; only this one is built, since building them all takes longer."""
+    shown: list[Kind] = ["speculative"] if is_speculative else []
+    if kind is not None:
+        shown.append(kind)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    about = ABOUT[command] if kind is None else f"{ABOUT[command]} {KIND_ABOUT[kind]}"
-    words = "" if command == "doctor" else f" {kind or '[gguf|ggml|plain|run]'} [OPTIONS]"
+    about = " ".join([ABOUT[command], *(KIND_ABOUT[word] for word in shown)])
+    words = "" if command == "doctor" else f" {' '.join(shown) or '[' + '|'.join(KINDS) + ']'} [OPTIONS]"
     app.command(
         command,
         cls=_Command,
-        help=about if kind or command == "doctor" else f"{about}\n\n{OVERVIEW}",
+        help=about if shown or command == "doctor" else f"{about}\n\n{OVERVIEW}",
         options_metavar=f"[OPTIONS]{words}",
         context_settings={"help_option_names": ["--help", "-h"]},
-    )(_callback(command, kind))
+    )(_callback(command, kind, is_speculative))
     return typer.main.get_command(app)
 
 
-def _callback(command: Command, kind: Kind | None) -> Callable[..., Invocation]:
+def _callback(command: Command, kind: Kind | None, is_speculative: bool) -> Callable[..., Invocation]:
     """A function with a parameter for each option of the command's groups, as Typer wants it."""
 
     def callback(**values: Any) -> Invocation:
         values.pop("version")
         groups = {group: group(**{f.name: values[f.name] for f in fields(group)}) for group in GROUPS[command]}
-        return _invocation(command, kind, groups)
+        return _invocation(command, kind, is_speculative, groups)
 
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -150,11 +144,20 @@ def _parameters(group: type, kind: Kind | None) -> Iterator[tuple[str, Any, Any]
     hints = get_type_hints(group, include_extras=True)
     for option in fields(group):
         annotation = hints[option.name]
-        if option.name == "files" and kind == "plain":
+        if option.name == "files" and group is ModelOptions and kind == "plain":
             annotation = Annotated[list[str] | None, typer.Option("--quantized-filename", "-f", hidden=True)]
-        if option.name == "gqa" and kind in ("gguf", "plain"):
+        if option.name == "gqa" and group is ModelOptions and kind in ("gguf", "plain"):
             annotation = Annotated[int | None, typer.Option("--gqa", "-g", hidden=True)]
+        if option.name == "model" and group is ModelOptions and kind == "toml":
+            annotation = Annotated[str | None, typer.Option("--model-id", "-m", hidden=True)]
+        if option.name == "files" and group is ModelOptions and kind == "toml":
+            annotation = Annotated[list[str] | None, _SELECTOR_OPTION]
         yield option.name, option.default, annotation
+
+
+_SELECTOR_OPTION = typer.Option(
+    "--quantized-filename", "-f", help="TOML file that names the models.", metavar="FILE", rich_help_panel="Model"
+)
 
 
 def _print_version(asked: bool) -> None:
@@ -169,77 +172,13 @@ _VERSION_OPTION = Annotated[
 ]
 
 
-def _invocation(command: Command, kind: Kind | None, groups: dict[type, Any]) -> Invocation:
+def _invocation(command: Command, kind: Kind | None, is_speculative: bool, groups: dict[type, Any]) -> Invocation:
     if command == "doctor":
         doctor = groups[DoctorOptions]
         return Invocation(command=command, as_json=doctor.as_json, lists_models=doctor.models)
     log = groups[ChatLogOptions if ChatLogOptions in groups else LogOptions].log
-    config = _config(kind, groups, log)
+    config = configuration(kind, is_speculative, groups, log)
     chat = groups.get(ChatOptions, ChatOptions())
     quantize = groups.get(QuantizeOptions, QuantizeOptions())
     quality = groups.get(QualityOptions, QualityOptions())
     return Invocation(command=command, config=config, chat=chat, quantize=quantize, quality=quality)
-
-
-def _config(kind: Kind | None, groups: dict[type, Any], log: LogLevel) -> AppConfig:
-    """The options as a configuration. Raises LaunchError naming the option at fault."""
-    sections = {section: asdict(groups[group]) for group, section in _SECTIONS.items() if group in groups}
-    sections["model"] |= _model(kind, groups[ModelOptions])
-    if "isq" in sections:
-        sections["model"]["isq"] = _isq(sections.pop("isq"))
-    if "engine" in sections:
-        engine = sections["engine"]
-        engine["paged_attention"] = not engine.pop("no_paged_attn")
-        engine["cuda_graphs"] = not engine.pop("no_cuda_graphs")
-        engine["overlap"] = not engine.pop("no_overlap")
-    if "http" in sections:
-        sections["http"]["api_keys"] = sections["http"]["api_keys"] or ()
-    try:
-        return build_config({**sections, "log": log})
-    except SettingError as error:
-        if error.section is None or error.name is None:
-            raise
-        group = next(group for group, section in _SECTIONS.items() if section == error.section)
-        raise LaunchError(f"The option {option_names(group)[error.name][0]} {error}.") from None
-
-
-def _model(kind: Kind | None, options: ModelOptions) -> dict[str, Any]:
-    """The model section's fields that the kind and -f decide."""
-    files = tuple(name.strip() for given in options.files or () for name in given.split(";") if name.strip())
-    if options.files and not files:
-        raise LaunchError("The option -f names no file.")
-    if kind == "plain" and files:
-        raise LaunchError("The option -f belongs to the kind gguf; a plain model is a folder or a hub id (-m).")
-    if options.gqa is not None and kind in ("gguf", "plain"):
-        raise LaunchError(f"The option --gqa belongs to the kind ggml; a {kind} model says its key heads itself.")
-    model = options.model
-    if model is None and files:
-        model, files = _folder_of(files)
-    if model is None and kind not in (None, "run"):
-        raise LaunchError(f"The kind {kind} needs a model: give its hub id, folder or file with -m.")
-    if model is None and options.revision:
-        raise LaunchError("The option --revision belongs to a model from the hub (-m).")
-    if kind in (None, "run"):
-        model_kind = "gguf" if files and all(name.endswith(".gguf") for name in files) else "auto"
-    else:
-        model_kind = str(kind)
-    return {"model": model, "kind": model_kind, "files": files}
-
-
-def _isq(options: dict[str, Any]) -> dict[str, Any] | None:
-    """The model section's isq; None where no option of the group was given."""
-    organization = options.pop("organization")
-    given = {name: value for name, value in options.items() if value is not None}
-    if organization != "default":
-        given |= {"is_pure": organization == "pure", "experts_only": organization == "moqe"}
-    return given or None
-
-
-def _folder_of(files: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Without -m, files of one local folder: that folder and their names in it."""
-    folders = {str(Path(name).expanduser().parent) for name in files}
-    if len(folders) > 1:
-        raise LaunchError(
-            "The files given with -f lie in several folders: name the one with -m, or move them together."
-        )
-    return folders.pop(), tuple(Path(name).name for name in files)

@@ -1,8 +1,8 @@
 """The grammar of the command line: `sirocco [COMMAND] [OPTIONS] [KIND] [OPTIONS]`.
 
-COMMAND is serve (also when left out), chat, config, doctor, quantize or quality; KIND is gguf, ggml, plain or run.
-Options stand before or after the kind, as users of mistralrs-server write them, so that the two words have to be found
-among options and values.
+COMMAND is serve (also when left out), chat, config, doctor, quantize or quality; KIND is gguf, ggml, plain, run, toml,
+or speculative, which the kind of the model that verifies may follow. Options stand before or after the kind, as users
+of mistralrs-server write them, so that the words have to be found among options and values.
 """
 
 import difflib
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
+from serve_app.cli_draft_options import DraftOptions, SpeculativeOptions
 from serve_app.cli_isq_options import InSituOptions
 from serve_app.cli_options import (
     ChatLogOptions,
@@ -24,7 +25,7 @@ from serve_app.cli_server_options import DeploymentOptions, HttpOptions
 from serve_app.errors import LaunchError
 
 Command = Literal["serve", "chat", "config", "doctor", "quantize", "quality"]
-Kind = Literal["gguf", "ggml", "plain", "run"]
+Kind = Literal["gguf", "ggml", "plain", "run", "speculative", "toml"]
 
 COMMANDS: tuple[Command, ...] = get_args(Command)
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,9 +40,7 @@ LATER_KINDS = (
     "lora-gguf",
     "lora-plain",
     "multimodal-plain",
-    "speculative",
     "speech",
-    "toml",
     "vision-plain",
     "x-lora",
     "x-lora-ggml",
@@ -57,11 +56,23 @@ ALIASES = {
     "--tok-model-id": "--tokenizer",
     "--max-num-batched-tokens": "--max-batched-tokens",
     "--serve-ip": "--host",
+    "--draft-model": "--draft-model-id",
+    "--draft-filename": "--draft-file",
 }
 
+_SERVER = (
+    ModelOptions,
+    InSituOptions,
+    SpeculativeOptions,
+    DraftOptions,
+    EngineOptions,
+    HttpOptions,
+    DeploymentOptions,
+    LogOptions,
+)
 GROUPS: dict[Command, tuple[type, ...]] = {
-    "serve": (ModelOptions, InSituOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
-    "config": (ModelOptions, InSituOptions, EngineOptions, HttpOptions, DeploymentOptions, LogOptions),
+    "serve": _SERVER,
+    "config": _SERVER,
     "chat": (ModelOptions, InSituOptions, EngineOptions, ChatOptions, ChatLogOptions),
     "doctor": (DoctorOptions,),
     "quantize": (ModelOptions, QuantizeOptions, LogOptions),
@@ -71,11 +82,15 @@ GROUPS: dict[Command, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A command line taken apart: the two words, and the options in their order."""
+    """A command line taken apart: the two words, and the options in their order.
+
+    kind: the model's own; is_speculative: the word speculative stands before it, or alone.
+    """
 
     command: Command | None
     kind: Kind | None
     options: list[str]
+    is_speculative: bool = False
 
 
 def take_apart(argv: Sequence[str]) -> Words:
@@ -84,6 +99,7 @@ def take_apart(argv: Sequence[str]) -> Words:
     takes_value = _known_options(next((word for word in argv if word in COMMANDS), None))
     command: Command | None = None
     kind: Kind | None = None
+    is_speculative = False
     options: list[str] = []
     rest = iter(argv)
     for word in rest:
@@ -99,17 +115,23 @@ def take_apart(argv: Sequence[str]) -> Words:
                 raise LaunchError(f"The option {name} takes no value.")
             if takes_value[name]:
                 options += [value if equals else _value_of(name, rest)]
-        elif word in COMMANDS and command is None and kind is None:
+        elif word in COMMANDS and command is None and kind is None and not is_speculative:
             command = word
-        elif word in KINDS and kind is None:
+        elif word == "speculative" and kind is None and not is_speculative:
+            is_speculative = True
+        elif word != "speculative" and word in KINDS and kind is None:
             kind = word
         elif word in LATER_KINDS:
             raise LaunchError(f"The model kind {word} is not part of this version, which serves {_SERVED}.")
         else:
-            raise LaunchError(_unexpected(word, kind))
-    if command == "doctor" and kind is not None:
-        raise LaunchError(f"The command doctor looks at the machine, not at a model: leave out {kind}.")
-    return Words(command, kind, options)
+            raise LaunchError(_unexpected(word, kind or ("speculative" if is_speculative else None)))
+    if command == "doctor" and (kind is not None or is_speculative):
+        raise LaunchError(
+            f"The command doctor looks at the machine, not at a model: leave out {kind or 'speculative'}."
+        )
+    if is_speculative and SpeculativeOptions not in GROUPS[command or "serve"]:
+        raise LaunchError(f"The command {command} uses no draft model: leave out speculative.")
+    return Words(command, kind, options, is_speculative)
 
 
 def _known_options(command: str | None) -> dict[str, bool]:

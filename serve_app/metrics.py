@@ -9,10 +9,11 @@ import asyncio
 import os
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -27,13 +28,19 @@ _DURATION_S = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 180
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A metric's kind, help text, label names and, for a histogram, the upper bounds of its buckets."""
+    """A metric's kind, help text, label names and, for a histogram, the upper bounds of its buckets.
+
+    is_optional: of something that not every server does, and left out of the scrape where none does it.
+    """
 
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
     bounds: tuple[float, ...] = ()
+    is_optional: bool = False
 
+
+_speculation = partial(Description, "counter", is_optional=True)
 
 METRICS: dict[str, Description] = {
     "sirocco_requests_total": Description("counter", "HTTP requests, by route and status.", ("endpoint", "code")),
@@ -62,6 +69,21 @@ METRICS: dict[str, Description] = {
     "sirocco_prefix_cache_evictions_total": Description("counter", "Cached blocks given to other requests."),
     "sirocco_preemptions_total": Description("counter", "Requests sent back to the queue for want of blocks."),
     "sirocco_engine_steps_total": Description("counter", "Steps of the engine: one forward pass each."),
+    "sirocco_speculation_drafted_tokens_total": _speculation("Tokens that were proposed.", ("proposer",)),
+    "sirocco_speculation_accepted_tokens_total": _speculation(
+        "Proposed tokens that the target drew too.", ("proposer",)
+    ),
+    "sirocco_speculation_accepted_by_position_total": _speculation(
+        "The same, by place in the proposal, from 1.", ("position",)
+    ),
+    "sirocco_speculation_steps_total": _speculation("Proposals verified: one request in one step each."),
+    "sirocco_speculation_tokens_total": _speculation("Tokens out of verified proposals, the target's own too."),
+    "sirocco_speculation_draft_seconds_total": _speculation("Time that steps waited for proposals."),
+    "sirocco_speculation_verify_seconds_total": _speculation("Time of forwards that verified proposals."),
+    "sirocco_speculation_timeouts_total": _speculation("Steps that gave up waiting for the draft model."),
+    "sirocco_speculation_gamma_total": _speculation(
+        "Choices of how many tokens to propose for a request in a step.", ("gamma",)
+    ),
     "sirocco_process_resident_bytes": Description("gauge", "Resident memory, by kind of replica.", ("replica",)),
     "sirocco_process_open_fds": Description("gauge", "Open files and sockets, by kind of replica.", ("replica",)),
     "sirocco_event_loop_tasks": Description("gauge", "Tasks of the event loops, by kind of replica.", ("replica",)),
@@ -69,6 +91,33 @@ METRICS: dict[str, Description] = {
     "sirocco_re_isq_jobs_total": Description("counter", "Changes of that type while serving, by outcome.", ("state",)),
     "sirocco_targets": Description("gauge", "Target replicas that were counted in this scrape."),
 }
+
+
+class SpeculationCounts(Protocol):
+    """What an engine that speculates counts since it started.
+
+    drafted, accepted: tokens, by proposer. accepted_by_position: tokens, by place in the proposal, from 0.
+    steps: proposals verified; tokens: what came out of them. gamma: how often a request was to get so many tokens.
+    """
+
+    @property
+    def drafted(self) -> Mapping[str, int]: ...
+    @property
+    def accepted(self) -> Mapping[str, int]: ...
+    @property
+    def accepted_by_position(self) -> Sequence[int]: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def draft_seconds(self) -> float: ...
+    @property
+    def verify_seconds(self) -> float: ...
+    @property
+    def timeouts(self) -> int: ...
+    @property
+    def gamma(self) -> Mapping[int, int]: ...
 
 
 class EngineCounts(Protocol):
@@ -102,6 +151,8 @@ class EngineCounts(Protocol):
     def prefix_hits(self) -> int: ...
     @property
     def evictions(self) -> int: ...
+    @property
+    def speculation(self) -> SpeculationCounts | None: ...
 
 
 class Histogram:
@@ -166,7 +217,27 @@ def engine_snapshot(stats: EngineCounts) -> Snapshot:
         "sirocco_engine_steps_total": stats.steps,
         "sirocco_targets": 1,
     }
-    return {name: {"": [float(value)]} for name, value in values.items()}
+    snapshot = {name: {"": [float(value)]} for name, value in values.items()}
+    return snapshot if stats.speculation is None else snapshot | _speculation_snapshot(stats.speculation)
+
+
+def _speculation_snapshot(counts: SpeculationCounts) -> Snapshot:
+    values = {
+        "steps": counts.steps,
+        "tokens": counts.tokens,
+        "draft_seconds": counts.draft_seconds,
+        "verify_seconds": counts.verify_seconds,
+        "timeouts": counts.timeouts,
+    }
+    by_label: dict[str, Mapping[Any, int]] = {
+        "drafted_tokens": counts.drafted,
+        "accepted_tokens": counts.accepted,
+        "accepted_by_position": dict(enumerate(counts.accepted_by_position, 1)),
+        "gamma": counts.gamma,
+    }
+    snapshot = {name: {"": [float(value)]} for name, value in values.items()}
+    snapshot |= {name: {str(label): [float(n)] for label, n in numbers.items()} for name, numbers in by_label.items()}
+    return {f"sirocco_speculation_{name}_total": series for name, series in snapshot.items()}
 
 
 def process_snapshot(replica: str) -> Snapshot:
@@ -207,6 +278,8 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         for name, description in METRICS.items():
+            if description.is_optional and name not in self._snapshot:
+                continue
             empty = {} if description.labels else {"": [0.0] * (len(description.bounds) + 2)}
             yield _family(name, description, self._snapshot.get(name) or empty)
 

@@ -10,12 +10,12 @@ from serve_app import __main__, cli
 from serve_app.cli import Invocation
 from serve_app.cli_grammar import ALIASES, COMMANDS, GROUPS, KINDS, LATER_KINDS, Command, option_names
 from serve_app.cli_isq_options import InSituOptions
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, IsqConfig
 from serve_app.errors import LaunchError
-from serve_app.options import IsqOptions
+from serve_app.options import IsqOptions, SpeculationOptions
 
 # Options that the help of some kinds leaves out.
-HIDDEN = {"--quantized-filename": ("plain",), "--gqa": ("plain", "gguf")}
+HIDDEN = {"--quantized-filename": ("plain",), "--gqa": ("plain", "gguf"), "--model-id": ("toml",)}
 
 
 def parsed(line: str) -> Invocation:
@@ -112,6 +112,7 @@ def test_quantize_has_options_of_its_own() -> None:
 def test_every_option_reaches_the_configuration() -> None:
     """Each option of serve, given a value other than its default, changes the configuration."""
     flags = {"--offline", "--no-paged-attn", "--strict-model-name", "--cpu-exact", "--no-cuda-graphs", "--no-overlap"}
+    flags |= {"--fixed-draft-tokens"}
     values = {
         "--dtype": "f16",
         "--kv-cache-dtype": "q8",
@@ -126,12 +127,19 @@ def test_every_option_reaches_the_configuration() -> None:
         "--max-batched-tokens": "4096",
         "--isq": "Q4K",
         "--isq-organization": "pure",
+        "--speculation": "ngram",
+        "--num-draft-tokens": "7",
+        "--draft-vocab": "text",
+        "--draft-kind": "plain",
+        "--draft-dtype": "f16",
+        "--draft-isq": "Q4K",
     }
     in_situ = {name for names in option_names(InSituOptions).values() for name in names}
     for group in GROUPS["serve"]:
         for names in option_names(group).values():
             words = [] if names[0] in flags else [values.get(names[0], "17")]
             base = ["-m", "x", *(["--isq", "Q8_0"] if names[0] in in_situ - {"--isq"} else [])]
+            base += ["-d", "y"] if "draft" in names[0] else []
             config = cli.parse([*base, names[0], *words])
             assert config is not None
             assert config.config != parsed(" ".join(base)).config, names
@@ -148,10 +156,63 @@ def test_in_situ_quantization_is_a_part_of_the_model() -> None:
     assert parsed("--isq-organization default -m x").config == parsed("-m x").config
 
 
+def test_the_line_of_the_specification_for_speculation() -> None:
+    config = parsed("--port 8080 speculative -m TARGET --isq Q4K -d DRAFT --draft-isq Q4K -n 5").config
+    assert config.to_args() == {
+        "http": {"port": 8080},
+        "model": {"model": "TARGET", "isq": {"type": "Q4K"}},
+        "speculation": {"use": "auto", "draft": {"model": "DRAFT", "isq": {"type": "Q4K"}}},
+    }
+    assert config.speculation.max_tokens == 5
+
+
+@pytest.mark.parametrize("words", ["speculative gguf", "gguf", "serve speculative gguf --port 1"])
+@pytest.mark.parametrize(
+    ("options", "draft"),
+    [
+        ("-d D --draft-kind plain --draft-dtype bf16", {"model": "D", "kind": "plain", "dtype": "bf16"}),
+        ("-d D --draft-file a.gguf", {"model": "D", "kind": "gguf", "files": ["a.gguf"]}),
+        ("--draft-file d/a.gguf;d/b.gguf", {"model": "d", "kind": "gguf", "files": ["a.gguf", "b.gguf"]}),
+        (
+            "-d D --draft-kind ggml --draft-file a.bin --draft-gqa 8 --draft-tokenizer T --draft-arch llama",
+            {"model": "D", "kind": "ggml", "files": ["a.bin"], "gqa": 8, "tokenizer": "T", "arch": "llama"},
+        ),
+    ],
+)
+def test_every_kind_stands_on_both_sides(words: str, options: str, draft: dict[str, object]) -> None:
+    config = parsed(f"{words} -m M -f m.gguf {options}").config
+    assert config.to_args()["model"] == {"model": "M", "kind": "gguf", "files": ["m.gguf"]}
+    assert config.to_args()["speculation"] == {"use": "auto", "draft": draft}
+
+
+def test_how_to_speculate() -> None:
+    line = "-m M -d D -n 3 --fixed-draft-tokens --draft-deadline-ms 12.5 --draft-vocab text --speculation draft"
+    assert parsed(line).config.speculation.to_options() == SpeculationOptions("draft", 3, True, 12.5, True)
+    assert parsed("-m M").config.speculation.use == "off"
+    for kind in ("", "gguf", "ggml", "plain", "run", "speculative", "speculative plain"):
+        assert parsed(f"{kind} -m M --speculation ngram -n 9").config.to_args()["speculation"] == {
+            "use": "ngram", "max_tokens": 9,
+        }  # fmt: skip
+    assert parsed("-m M --speculation suffix").config.speculation.draft is None
+    assert parsed("-m M --speculation off").config == parsed("-m M").config
+
+
+def test_both_models_come_from_the_same_hub_and_are_kept_in_the_same_folder() -> None:
+    line = "-m M -d D --token-source none --hf-cache-path h --offline --isq Q8_0 --isq-cache c --draft-isq Q4K"
+    draft = parsed(line).config.speculation.draft
+    assert draft is not None
+    assert (draft.token_source, draft.hf_cache, draft.offline) == ("none", "h", True)
+    assert draft.isq == IsqConfig(type="Q4K", cache="c")
+    without = parsed("-m M -d D --isq Q8_0 --isq-cache c").config.speculation.draft
+    assert without is not None
+    assert without.isq is None
+
+
 @pytest.mark.parametrize("alias", ALIASES)
 def test_names_that_other_programs_use(alias: str) -> None:
     value = "4096" if "tokens" in alias else "1.2.3.4"
-    assert cli.parse(["-m", "x", alias, value]) == cli.parse(["-m", "x", ALIASES[alias], value])
+    base = ["-m", "x", "-d", "y"]
+    assert cli.parse([*base, alias, value]) == cli.parse([*base, ALIASES[alias], value])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +256,34 @@ def test_names_that_other_programs_use(alias: str) -> None:
         ("--max-seqs 64 --max-batched-tokens 32", "--max-batched-tokens"),
         ("chat --port 80", "--port"),
         ("chat --temperature -1", "--temperature"),
+        ("speculative -m x", "The kind speculative needs a draft model"),
+        ("speculative -m x --speculation off", "The kind speculative needs a draft model"),
+        ("speculative gguf -d y", "The kind gguf needs a model"),
+        ("speculative speculative -m x -d y", "may follow the kind speculative"),
+        ("gguf speculative -m x -d y", "may follow the kind gguf"),
+        ("speculative serve -m x -d y", "may follow the kind speculative"),
+        ("chat speculative -m x -d y", "The command chat uses no draft model"),
+        ("chat -m x -d y", "-d"),
+        ("doctor speculative", "leave out speculative"),
+        ("-m x -d y --speculation off", "A draft model (-d) is for --speculation auto or draft"),
+        ("-m x -d y --speculation eagle", "'eagle' is not one of"),
+        ("-m x --speculation draft", "needs a draft model"),
+        ("-m x --draft-isq Q4K", "The option --draft-isq belongs to a draft model"),
+        ("-m x --draft-arch llama", "The option --draft-arch belongs to a draft model"),
+        ("-m x --draft-vocab same", "The option --draft-vocab belongs to a draft model"),
+        ("-m x --speculation ngram --draft-deadline-ms 5", "The option --draft-deadline-ms belongs to a draft model"),
+        ("-m x -n 5", "The option --num-draft-tokens belongs to speculative decoding"),
+        ("-m x --fixed-draft-tokens", "The option --fixed-draft-tokens belongs to speculative decoding"),
+        ("-m x -d y -n 0", "The option --num-draft-tokens should be greater than or equal to 1"),
+        ("-m x -d y -n 17", "The option --num-draft-tokens should be less than or equal to 16"),
+        ("-m x -d y --draft-deadline-ms 0", "The option --draft-deadline-ms should be greater than 0"),
+        ("-m x -d y --draft-deadline-ms 10001", "--draft-deadline-ms should be less than or equal to 10000"),
+        ("-m x -d y --draft-isq Q9K", "The option --draft-isq names no type"),
+        ("-m x -d y --draft-gqa 0", "The option --draft-gqa should be"),
+        ("-m x -d y --draft-kind lora", "'lora' is not one of"),
+        ("-m x -d y --draft-kind plain --draft-file z", "The option --draft-file belongs to the kind gguf"),
+        ("-m x -d y --draft-kind gguf --draft-gqa 8", "The option --draft-gqa belongs to the kind ggml"),
+        ("-m x --draft-file a/x.gguf;b/x.gguf", "The files given with --draft-file lie in several folders"),
         ("doctor gguf", "doctor"),
         ("doctor --log info", "--log"),
         *((f"{kind} -m x", f"The model kind {kind} ") for kind in LATER_KINDS),
@@ -215,7 +304,12 @@ def test_a_wrong_token_source_is_not_repeated(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [("doctor", ""), *((c, k) for c in COMMANDS if c != "doctor" for k in ("", *KINDS))]
+    ("command", "kind"),
+    [
+        ("doctor", ""),
+        *((c, k) for c in COMMANDS if c != "doctor" for k in ("", *KINDS) if k != "speculative"),
+        *((c, k) for c in ("serve", "config") for k in ("speculative", "speculative gguf")),
+    ],
 )
 def test_help_explains_every_option(
     command: Command, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -225,7 +319,8 @@ def test_help_explains_every_option(
     text = capsys.readouterr().out
     for group in GROUPS[command]:
         for names in option_names(group).values():
-            assert (names[0] in text) == (kind not in HIDDEN.get(names[0], ()))
+            is_hidden = kind.removeprefix("speculative ") in HIDDEN.get(names[0], ())
+            assert (f" {names[0]} " in text) != is_hidden
     if command in ("serve", "config"):
         assert "[default: 1234]" in text
         assert "─ Limits of a request ─" in text

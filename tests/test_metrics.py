@@ -4,6 +4,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve_app.engine.stats import SpeculationCounts
 from serve_app.metrics import METRICS, HttpMetrics, engine_snapshot, merge_snapshots, process_snapshot, render
 
 
@@ -23,10 +24,24 @@ def _http(code: int, seconds: float) -> HttpMetrics:
     return metrics
 
 
-def _engine(**fields: int) -> Any:
+def _engine(**fields: Any) -> Any:
     names = "max_seqs num_running num_waiting num_paused blocks_total blocks_free steps preemptions prompt_tokens"
     names += " cached_tokens output_tokens prefix_lookups prefix_hits evictions"
-    return SimpleNamespace(**{**dict.fromkeys(names.split(), 1), **fields})
+    return SimpleNamespace(**{**dict.fromkeys(names.split(), 1), "speculation": None, **fields})
+
+
+def _speculation() -> SpeculationCounts:
+    return SpeculationCounts(
+        drafted={"draft": 12, "ngram": 5},
+        accepted={"draft": 7},
+        accepted_by_position=[4, 2, 1],
+        steps=5,
+        tokens=12,
+        draft_seconds=0.25,
+        verify_seconds=1.5,
+        timeouts=1,
+        gamma={0: 3, 4: 2},
+    )
 
 
 def test_replicas_add_up_in_one_scrape():
@@ -55,6 +70,37 @@ def test_replicas_add_up_in_one_scrape():
     assert abs(samples["sirocco_inter_token_latency_seconds_sum", ()] - 0.036) < 1e-9
 
 
+def test_speculation_adds_up_over_the_engines_that_have_it():
+    engines = [_engine(speculation=_speculation()), _engine(), _engine(speculation=_speculation())]
+    samples = _samples(render(merge_snapshots(pickle.loads(pickle.dumps([engine_snapshot(e) for e in engines])))))
+    found = {
+        (name.removeprefix("sirocco_speculation_"), *(value for _, value in labels)): value
+        for (name, labels), value in samples.items()
+        if name.startswith("sirocco_speculation_")
+    }
+    assert found == {
+        ("drafted_tokens_total", "draft"): 24,
+        ("drafted_tokens_total", "ngram"): 10,
+        ("accepted_tokens_total", "draft"): 14,
+        ("accepted_by_position_total", "1"): 8,
+        ("accepted_by_position_total", "2"): 4,
+        ("accepted_by_position_total", "3"): 2,
+        ("steps_total",): 10,
+        ("tokens_total",): 24,
+        ("draft_seconds_total",): 0.5,
+        ("verify_seconds_total",): 3.0,
+        ("timeouts_total",): 2,
+        ("gamma_total", "0"): 6,
+        ("gamma_total", "4"): 4,
+    }
+
+
+def test_an_engine_that_does_not_speculate_says_nothing_of_it():
+    assert b"speculation" not in render(engine_snapshot(_engine()))
+    before_it_counts = _samples(render(engine_snapshot(_engine(speculation=SpeculationCounts()))))
+    assert before_it_counts["sirocco_speculation_steps_total", ()] == 0
+
+
 def test_merging_leaves_its_parts_alone():
     parts = [_http(200, 1).snapshot(), _http(200, 1).snapshot()]
     before = pickle.dumps(parts)
@@ -71,13 +117,13 @@ def test_a_snapshot_of_another_version_does_not_break_the_scrape():
 def test_every_metric_is_there_before_it_counts():
     text = render({}).decode()
     for name, description in METRICS.items():
-        assert f"# TYPE {name} {description.kind}" in text
-        assert description.labels or f"\n{name}" in text
+        assert (f"# TYPE {name} {description.kind}" in text) != description.is_optional
+        assert description.labels or (f"\n{name}" in text) != description.is_optional
 
 
 async def test_all_snapshots_have_descriptions():
     process = process_snapshot("Target")
-    names = {*HttpMetrics().snapshot(), *engine_snapshot(_engine()), *process}
+    names = {*HttpMetrics().snapshot(), *engine_snapshot(_engine(speculation=_speculation())), *process}
     # What is missing is a target's word of its weights: tests/test_re_isq_app.py.
     assert names == set(METRICS) - {"sirocco_isq_info"}
     assert process["sirocco_process_resident_bytes"]["Target"][0] > 2**20

@@ -4,10 +4,10 @@ import hashlib
 import json
 from typing import Any
 
-from serve_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, Message
+from serve_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, Speculative
 from serve_app.errors import InvalidRequest, NotImplementedHere
 from serve_app.messages import PromptInput
-from serve_app.options import DryParams
+from serve_app.options import DryParams, RequestSpeculation
 
 _SAME_NAME = (
     "temperature",
@@ -76,7 +76,15 @@ def _sampling(request: GenerationRequest) -> dict[str, Any]:
     dry = _dry(request)
     if dry is not None:
         given["dry"] = dry
+    if request.speculative is not None:
+        given["speculation"] = _speculation(request.speculative)
     return given
+
+
+def _speculation(wanted: Speculative) -> RequestSpeculation:
+    if wanted.enabled is False or wanted.max_tokens == 0:
+        return RequestSpeculation(enabled=False)
+    return RequestSpeculation(max_tokens=wanted.max_tokens)
 
 
 def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:

@@ -92,7 +92,13 @@ class Tally:
         prompt_tokens = max([self.prompt_tokens, *(finish.usage.prompt_tokens for finish in finishes)])
         # The other choices share the first one's prompt: that is no hit of the prefix cache.
         first = self.outputs[0].finish
-        return Usage(prompt_tokens, output_tokens, first.usage.cached_tokens if first else 0)
+        return Usage(
+            prompt_tokens,
+            output_tokens,
+            cached_tokens=first.usage.cached_tokens if first else 0,
+            accepted_tokens=sum(finish.usage.accepted_tokens for finish in finishes),
+            rejected_tokens=sum(finish.usage.rejected_tokens for finish in finishes),
+        )
 
     def failure(self) -> ServeError | None:
         """The error that ended this request, if one did. To be asked once the backend is done."""
@@ -116,6 +122,10 @@ def usage_object(tallies: Sequence[Tally]) -> dict[str, Any]:
         "completion_tokens": output,
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(usage.accepted_tokens for usage in usages),
+            "rejected_prediction_tokens": sum(usage.rejected_tokens for usage in usages),
+        },
     }
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.errors import InvalidRequest
+from serve_app.options import MAX_DRAFT_TOKENS
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Effort = Literal["off", "none", "minimal", "low", "medium", "high", "xhigh"]
@@ -25,7 +26,13 @@ _EXPECTED = {
     "isq_type": "the name of a type, or a width in bits",
     "ggml_type": "the name of a type, or a width in bits",
     "logit_bias": "an object of token ids (as strings) and biases from -100 to 100",
+    "speculative": "an object with enabled or max_tokens",
+    "speculative.enabled": "true or false",
+    "speculative.max_tokens": f"a whole number from 0 (off) to {MAX_DRAFT_TOKENS}",
 }
+
+# Objects whose own fields are told of; of the others only what they may be.
+_NESTED = ("messages", "speculative")
 
 
 def _as_list(value: Any) -> Any:
@@ -71,6 +78,15 @@ class Message(_Body):
         return value
 
 
+class Speculative(_Body):
+    """What a request wants of speculation: none of it, or at most max_tokens drafted tokens a step, 0 being none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | None = None
+
+
 class GenerationRequest(_Body):
     """What both generation endpoints take. None: not given; the model's generation_config decides."""
 
@@ -100,6 +116,7 @@ class GenerationRequest(_Body):
     min_tokens: NonNegative | None = None
     stop_token_ids: TokenIds | None = None
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    speculative: Speculative | None = None
 
     grammar: Any = None
     adapter: Any = None
@@ -178,12 +195,16 @@ def parse_request(model: type[RequestT], fields: dict[str, Any]) -> RequestT:
 def _as_invalid_request(error: ValidationError, fields: dict[str, Any]) -> InvalidRequest:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param, field = _path(first["loc"])
-    if field == "max_tokens" and fields.get("max_completion_tokens") is not None:
+    if param == "max_tokens" and fields.get("max_completion_tokens") is not None:
         param = "max_completion_tokens"
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is missing.", param=param)
-    if field in _EXPECTED:
-        return InvalidRequest(f"{param} must be {_EXPECTED[field]}.", param=param)
+    if first["type"] == "extra_forbidden":
+        parent, _ = _path(first["loc"][:-1])
+        name = str(first["loc"][-1])[:50]
+        return InvalidRequest(f"{parent} must be {_EXPECTED[parent]}, not {name!r}.", param=parent)
+    if (expected := _EXPECTED.get(param) or _EXPECTED.get(field)) is not None:
+        return InvalidRequest(f"{param} must be {expected}.", param=param)
     return InvalidRequest(f"{param} is wrong: {first['msg'].lower()}.", param=param)
 
 
@@ -193,7 +214,7 @@ def _path(location: tuple[int | str, ...]) -> tuple[str, str]:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif field in _EXPECTED and field != "messages":
+        elif field in _EXPECTED and field not in _NESTED:
             break
         elif re.fullmatch(r"[a-z_]+", part):
             path, field = f"{path}.{part}" if path else part, part

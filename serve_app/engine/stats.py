@@ -1,11 +1,34 @@
 """What an engine tells of itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class SpeculationCounts:
+    """What came of proposed tokens since the engine started; times in seconds.
+
+    drafted, accepted: tokens, by proposer. accepted_by_position: tokens, by place in the proposal, from 0.
+    steps: proposals verified, one request in one step each; tokens: what came out of them. gamma: how often a request
+    was to get so many tokens in a step, 0 included.
+    """
+
+    drafted: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    accepted_by_position: list[int] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    timeouts: int = 0
+    gamma: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine started, and its state now. Counts of tokens and blocks; times in seconds."""
+    """Counters since the engine started, and its state now. Counts of tokens and blocks; times in seconds.
+
+    speculation: None where nothing is proposed.
+    """
 
     max_seqs: int
     num_running: int
@@ -23,3 +46,4 @@ class EngineStats:
     evictions: int
     estimated_wait_s: float
     is_failed: bool = False
+    speculation: SpeculationCounts | None = None

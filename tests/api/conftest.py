@@ -37,8 +37,9 @@ class Live:
 
 @dataclass
 class FakeBackend:
-    """Tells the same story to everybody, one word a step, from one pump task, as the real one does.
+    """Tells the same story to everybody, a word a step, from one pump task, as the real one does.
 
+    tokens_per_step: as many words at once, as where proposed tokens are accepted; one more was proposed in each step.
     A sink with more than `credit` deltas lying is passed over, like a request that is paused for a slow client.
     """
 
@@ -46,6 +47,7 @@ class FakeBackend:
     length: int = len(WORDS)
     credit: int = 64
     words: tuple[str, ...] = WORDS
+    tokens_per_step: int = 1
     cards: list[ModelCard] = field(default_factory=lambda: [ModelCard("tiny", 1_700_000_000, 512)])
     state: Health = field(default_factory=lambda: Health(True))
     refusal: ServeError | Exception | None = None
@@ -106,21 +108,24 @@ class FakeBackend:
             return
         n = live.prompt.sampling.get("n", 1)
         live.sink.push([self._delta(live, choice) for choice in range(n)])
-        live.position += 1
+        live.position += self.tokens_per_step
         if live.position >= live.length:
             live.done.set_result(None)
 
     def _delta(self, live: Live, choice: int) -> TokenDelta:
         at, sampling = live.position, live.prompt.sampling
-        word = self.words[at % len(self.words)]
-        delta = TokenDelta(live.prompt.request_id, choice, at, [at], word)
+        ids = list(range(at, min(at + self.tokens_per_step, live.length)))
+        words = [self.words[token_id % len(self.words)] for token_id in ids]
+        delta = TokenDelta(live.prompt.request_id, choice, at, ids, "".join(words))
         if sampling.get("logprobs") is not None:
-            delta.logprobs = [_logprob(at, word, sampling["logprobs"])]
+            delta.logprobs = [_logprob(i, word, sampling["logprobs"]) for i, word in zip(ids, words, strict=True)]
         if sampling.get("prompt_logprobs") and at == 0 and choice == 0:
             first = TokenLogprob(1, None, [], "Say", [])
             delta.prompt_logprobs = [first, _logprob(2, " it", sampling["logprobs"])]
-        if at + 1 == live.length:
-            usage = Usage(4, live.length, self.cached_tokens)
+        if at + len(ids) == live.length:
+            num_steps = -(-live.length // self.tokens_per_step)
+            rejected = num_steps if self.tokens_per_step > 1 else 0
+            usage = Usage(4, live.length, self.cached_tokens, live.length - num_steps, rejected)
             delta.finish = Finish(self.finish_reason, usage)  # type: ignore[arg-type]
         return delta
 

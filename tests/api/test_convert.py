@@ -5,7 +5,7 @@ import pytest
 from serve_app.api.convert import chat_prompt, completion_prompts
 from serve_app.api.schema import ChatRequest, CompletionRequest, parse_request
 from serve_app.errors import InvalidRequest
-from serve_app.options import DryParams, SamplingParams
+from serve_app.options import DryParams, RequestSpeculation, SamplingParams
 
 
 def _chat(**fields: Any) -> Any:
@@ -66,6 +66,40 @@ def test_every_field_has_its_place():
     SamplingParams().with_overrides(prompt.sampling)
     assert prompt.truncate_sequence
     assert prompt.template_options == {"enable_thinking": False, "reasoning_effort": "low"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, RequestSpeculation()),
+        ({"enabled": True}, RequestSpeculation()),
+        ({"enabled": None, "max_tokens": None}, RequestSpeculation()),
+        ({"enabled": False}, RequestSpeculation(enabled=False)),
+        ({"max_tokens": 0}, RequestSpeculation(enabled=False)),
+        ({"enabled": False, "max_tokens": 5}, RequestSpeculation(enabled=False)),
+        ({"max_tokens": 16}, RequestSpeculation(max_tokens=16)),
+    ],
+)
+def test_a_wish_of_speculation(given, expected):
+    assert _chat(speculative=given).sampling == {"speculation": expected}
+    (prompt,) = completion_prompts(parse_request(CompletionRequest, {"prompt": "x", "speculative": given}), "r", b"")
+    assert SamplingParams().with_overrides(prompt.sampling).speculation == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_tokens": 17}, "speculative.max_tokens must be a whole number from 0 (off) to 16."),
+        ({"enabled": 1}, "speculative.enabled must be true or false."),
+        ({"gamma": 1}, "speculative must be an object with enabled or max_tokens, not 'gamma'."),
+        (5, "speculative must be an object with enabled or max_tokens."),
+    ],
+)
+def test_a_wrong_wish_of_speculation_is_told_its_limits(given, message):
+    with pytest.raises(InvalidRequest) as caught:
+        _chat(speculative=given, max_completion_tokens=4)
+    assert caught.value.message == message
+    assert message.startswith(f"{caught.value.param} ")
 
 
 def test_messages_become_what_templates_expect():

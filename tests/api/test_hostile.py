@@ -142,6 +142,20 @@ def test_two_lengths_in_one_request_do_not_smuggle_a_second(serve, backend):
     assert b"sirocco_requests_total" not in answer
 
 
+SPECULATIVE: list[tuple[str, Any, str]] = [
+    ("speculative", True, "speculative"),
+    ("speculative", [], "speculative"),
+    ("speculative", {"gamma": 3}, "speculative"),
+    ("speculative", {"enabled": True, "Max": 3}, "speculative"),
+    ("speculative", {"enabled": "no"}, "speculative.enabled"),
+    ("speculative", {"enabled": 0}, "speculative.enabled"),
+    ("speculative", {"max_tokens": -1}, "speculative.max_tokens"),
+    ("speculative", {"max_tokens": 17}, "speculative.max_tokens"),
+    ("speculative", {"max_tokens": 2.0}, "speculative.max_tokens"),
+    ("speculative", {"max_tokens": True}, "speculative.max_tokens"),
+]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "param"),
     [
@@ -181,6 +195,7 @@ def test_two_lengths_in_one_request_do_not_smuggle_a_second(serve, backend):
         ("stop_token_ids", list(range(17)), "stop_token_ids"),
         ("dry_sequence_breakers", ["x"] * 17, "dry_sequence_breakers"),
         ("model", 5, "model"),
+        *SPECULATIVE,
     ],
 )
 async def test_a_completion_over_its_limits_names_the_field(asgi, backend, field, value, param):
@@ -212,6 +227,7 @@ async def test_a_completion_over_its_limits_names_the_field(asgi, backend, field
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"enable_thinking": "yes"}}, "chat_template_kwargs"),
         ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+        *(({field: value}, param) for field, value, param in SPECULATIVE),
     ],
 )
 async def test_a_chat_over_its_limits_names_the_field(asgi, backend, fields, param):

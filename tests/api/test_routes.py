@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from serve_app.api.backend import Health, ModelCard
 from serve_app.errors import ContextTooLong, EngineFailed, QueueFull, Unavailable
+from serve_app.options import RequestSpeculation
 
 STORY = "Once upon a time there was a “fox”\u2028 🦊."
 HELLO: Any = [{"role": "user", "content": "Tell me a story."}]
@@ -78,6 +79,74 @@ def test_thirty_two_streams_at_once_each_get_their_story(serve, backend):
     with ThreadPoolExecutor(32) as pool:
         assert set(pool.map(read, range(32))) == {STORY}
     assert backend.num_live == 0
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+def test_steps_of_several_tokens_read_like_steps_of_one(serve, backend, logprobs, n):
+    """As they come from accepted proposals: one chunk for each step, with all of its tokens in it."""
+    client = serve(backend).client()
+    chat: Any = {"model": "tiny", "messages": HELLO, "n": n, "logprobs": logprobs}
+    completion: Any = {"model": "tiny", "prompt": "x", "n": n} | ({"logprobs": 2} if logprobs else {})
+    single = client.chat.completions.create(**chat).choices
+    single_completion = client.completions.create(**completion).choices
+    backend.tokens_per_step = 4
+    whole = client.chat.completions.create(**chat)
+    assert whole.choices == single
+    assert client.completions.create(**completion).choices == single_completion
+
+    chunks = list(client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True}))
+    assert chunks.pop().usage == whole.usage
+    for number, choice in enumerate(single):
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == number]
+        texts = [part.delta.content for part in mine if part.delta.content]
+        assert len(texts) == 3
+        assert "".join(texts) == choice.message.content
+        streamed = [entry for part in mine if part.logprobs for entry in part.logprobs.content]
+        assert streamed == (choice.logprobs.content if logprobs else [])
+
+    parts = [chunk.choices[0] for chunk in client.completions.create(**completion, stream=True)]
+    for number, completed in enumerate(single_completion):
+        mine = [part for part in parts if part.index == number]
+        assert len(mine) == 3
+        assert "".join(part.text for part in mine) == completed.text
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset") if logprobs else ():
+            streamed = [value for part in mine for value in getattr(part.logprobs, name)]
+            assert streamed == getattr(completed.logprobs, name)
+
+
+def test_usage_tells_of_all_choices_which_proposals_were_accepted(serve, backend):
+    client = serve(backend).client()
+    details = client.chat.completions.create(model="tiny", messages=HELLO).usage.completion_tokens_details
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (0, 0)
+    backend.tokens_per_step = 4
+    whole = client.completions.create(model="tiny", prompt=["x", "y"], n=2)
+    Completion.model_validate(whole.model_dump(), strict=True)
+    details = whole.usage.completion_tokens_details
+    assert whole.usage.completion_tokens == 44
+    assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (4 * 8, 4 * 3)
+    *_, last = client.completions.create(
+        model="tiny", prompt=["x", "y"], n=2, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage == whole.usage
+
+
+async def test_inter_token_times_count_every_token_of_a_step(asgi, backend):
+    backend.tokens_per_step = 4
+    client = asgi(backend)
+    await client.post("/v1/completions", json={"prompt": "x"})
+    text = (await client.get("/metrics")).text
+    # The first step's four tokens are the first one's time.
+    assert "sirocco_inter_token_latency_seconds_count 7.0" in text
+
+
+def test_a_request_says_how_it_wants_to_be_speculated_on(serve, backend):
+    client = serve(backend).client()
+    for body in ({"enabled": False}, {"max_tokens": 3}):
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body={"speculative": body})
+        client.completions.create(model="tiny", prompt="x", extra_body={"speculative": body})
+    wishes = [prompt.sampling["speculation"] for prompt in backend.prompts]
+    assert wishes == [RequestSpeculation(enabled=False)] * 2 + [RequestSpeculation(max_tokens=3)] * 2
 
 
 def test_n_choices_are_told_apart(serve, backend):

@@ -22,9 +22,13 @@ QUANTIZE = """--calibration-file --imatrix --isq --isq-organization --output -o 
 QUALITY = "--calibration-file --chunk-tokens --chunks --imatrix --isq --isq-organization --json --plot --text"
 ISQ = "--calibration-file --imatrix --isq --isq-cache --isq-organization --topology"
 
+SPECULATION = "--draft-deadline-ms --draft-vocab --fixed-draft-tokens --num-draft-tokens -n --speculation"
+DRAFT = """--draft-arch --draft-dtype --draft-file --draft-gqa --draft-isq --draft-kind --draft-model-id -d
+--draft-revision --draft-tokenizer"""
+
 EXPECTED: dict[Command, tuple[str, ...]] = {
-    "serve": (MODEL, ISQ, ENGINE, HTTP, RAY, LOG),
-    "config": (MODEL, ISQ, ENGINE, HTTP, RAY, LOG),
+    "serve": (MODEL, ISQ, SPECULATION, DRAFT, ENGINE, HTTP, RAY, LOG),
+    "config": (MODEL, ISQ, SPECULATION, DRAFT, ENGINE, HTTP, RAY, LOG),
     "chat": (MODEL, ISQ, ENGINE, CHAT, LOG),
     "doctor": (DOCTOR,),
     "quantize": (MODEL, QUANTIZE, LOG),
@@ -40,5 +44,5 @@ def test_options_of_each_command(command: Command) -> None:
 
 def test_commands_and_kinds() -> None:
     assert COMMANDS == ("serve", "chat", "config", "doctor", "quantize", "quality")
-    assert KINDS == ("gguf", "ggml", "plain", "run")
+    assert KINDS == ("gguf", "ggml", "plain", "run", "speculative", "toml")
     assert not set(COMMANDS) & {*KINDS, *LATER_KINDS}

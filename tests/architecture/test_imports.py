@@ -51,6 +51,7 @@ ONLY_IN: dict[str, set[str]] = {
     "triton": {"kernels.gpu"},
     "typer": {
         "serve_app.cli",
+        "serve_app.cli_draft_options",
         "serve_app.cli_isq_options",
         "serve_app.cli_options",
         "serve_app.cli_quant_options",

@@ -47,6 +47,15 @@ def test_secrets_are_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"#   {name}: " in text
 
 
+def test_the_token_of_a_draft_model_is_no_less_secret() -> None:
+    text = printed("--token-source literal:hf_three -m x -d y --draft-file z.gguf")
+    assert "hf_three" not in text
+    args = yaml.safe_load(text)["applications"][0]["args"]
+    assert args["speculation"]["draft"] == {
+        "model": "y", "kind": "gguf", "files": ["z.gguf"], "token_source": "env:HF_TOKEN",
+    }  # fmt: skip
+
+
 def test_keys_in_files_stay_there() -> None:
     args = yaml.safe_load(printed("--api-key path:/run/keys"))["applications"][0]["args"]
     assert args["http"]["api_keys"] == ["path:/run/keys"]

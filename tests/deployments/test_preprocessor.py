@@ -6,6 +6,7 @@ from deployments.preprocessor import ANSWER_TOKENS, Preparation, PreprocessorSer
 from serve_app.config import AppConfig, HttpConfig, ModelConfig
 from serve_app.errors import ContextTooLong, InvalidRequest
 from serve_app.messages import PromptInput
+from serve_app.options import RequestSpeculation
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -26,6 +27,9 @@ def test_text_ids_and_messages_become_ids(server):
 def test_the_clients_parameters_go_over_the_models(server):
     request = server.prepare(PromptInput("r", prompt="a", sampling={"temperature": 0.25, "max_tokens": 3}))
     assert (request.sampling.temperature, request.sampling.max_tokens, request.sampling.top_k) == (0.25, 3, 0)
+    assert request.sampling.speculation == RequestSpeculation()
+    wish = RequestSpeculation(max_tokens=2)
+    assert server.prepare(PromptInput("r", prompt="a", sampling={"speculation": wish})).sampling.speculation == wish
 
 
 def test_echo_brings_the_prompts_text(server):

@@ -87,11 +87,12 @@ async def until(condition, timeout_s: float = 5.0) -> None:
 def test_every_field_survives_the_wire():
     logprobs = [TokenLogprob(5, -0.5, [(5, -0.5), (7, -1.25)], "a", ["a", "b"])]
     first = [TokenLogprob(1, None, [], "x", [])]
-    full = TokenDelta("r", 1, 4, [5], "a", logprobs, Finish("stop", Usage(3, 5, 2), "END"), first)
+    full = TokenDelta("r", 1, 4, [5], "a", logprobs, Finish("stop", Usage(3, 5, 2, 4, 1), "END"), first)
+    several = TokenDelta("r", 1, 5, [5, 7], "ab", [*logprobs, TokenLogprob(7, -2.0, [(8, -0.1)], "b", ["c"])])
     plain = TokenDelta("r", 0, 0, [9, 10], "héé\U0001f600")
-    kind, epoch, (sequence, rows) = unpack(pack_tokens(msgpack.Packer(), 11, 3, [plain, full]))
+    kind, epoch, (sequence, rows) = unpack(pack_tokens(msgpack.Packer(), 11, 3, [plain, full, several]))
     assert (kind, epoch, sequence) == (TOKENS, 11, 3)
-    assert [unpack_delta(row) for row in rows] == [plain, full]
+    assert [unpack_delta(row) for row in rows] == [plain, full, several]
 
 
 def test_an_error_never_travels_the_token_path():
@@ -146,6 +147,29 @@ async def test_the_unix_socket_is_private():
         assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o700
         assert pair.receiver.address.tcp_endpoint == ""
     assert not os.path.exists(os.path.dirname(path))
+
+
+async def test_steps_of_several_tokens_leave_no_gap():
+    async with Pair() as pair:
+        sink = Sink()
+        stream = pair.receiver.open("r", sink, 1)
+        pair.sender.open("r", pair.receiver.address, 1)
+        for index, ids, finish in [(0, [7], None), (1, [8, 9, 10], None), (4, [11, 12], Finish("stop", Usage(1, 6)))]:
+            pair.sender.publish([TokenDelta("r", 0, index, ids, "x" * len(ids), finish=finish)])
+        await asyncio.wait_for(stream.finished, 5)
+        assert [token_id for d in sink.deltas for token_id in d.token_ids] == [7, 8, 9, 10, 11, 12]
+        assert "".join(d.text for d in sink.deltas) == "xxxxxx"
+
+
+@pytest.mark.parametrize("index", [2, 3, 5])
+async def test_a_step_of_several_tokens_that_is_not_the_next_is_a_loss(index):
+    async with Pair() as pair:
+        stream = pair.receiver.open("r", Sink(), 1)
+        pair.sender.open("r", pair.receiver.address, 1)
+        pair.sender.publish([TokenDelta("r", 0, 0, [1, 2, 3, 4], "abcd")])
+        pair.sender.publish([TokenDelta("r", 0, index, [5], "e")])
+        with pytest.raises(EngineFailed, match="lost"):
+            await asyncio.wait_for(stream.finished, 5)
 
 
 async def test_a_gap_ends_the_stream_with_an_error():
