@@ -40,7 +40,7 @@ class SuffixProposer:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of the index, about 140 bytes each."""
+        """Nodes of the index, about 160 bytes each."""
         return self._trie.num_nodes
 
     def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:

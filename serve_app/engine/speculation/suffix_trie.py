@@ -1,7 +1,7 @@
 """What followed which tokens, in all texts of a replica: a trie of their windows, with counts.
 
 Each position of a text starts a window of at most `depth` tokens, and each window is a path from the root. A node's
-count is the number of windows that pass through it or end there: how often its tokens occurred. As long as they occurred
+count is the number of windows that pass through it or end there: how often its tokens occurred. While they occurred
 once, the node is a leaf that points into its text, and nothing lies under it; so text that does not repeat itself takes
 few nodes, and a text's own windows that have not reached a leaf are just the suffixes of it that occurred elsewhere.
 
