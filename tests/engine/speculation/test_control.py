@@ -1,0 +1,238 @@
+"""The control against simulated targets and proposers whose best choice is known."""
+
+from collections.abc import Callable
+
+import pytest
+
+from serve_app.engine.speculation.control import Choice, SpeculationControl
+from serve_app.options import Speculate, SpeculationOptions
+from tests.engine.speculation.simulation import Acceptance, Simulation
+
+MAX_TOKENS = 6
+StepSeconds = Callable[[int], float]
+
+
+def memory_bound(num_tokens: int) -> float:
+    return 1 + 0.002 * num_tokens
+
+
+def compute_bound(num_tokens: int) -> float:
+    """Over 24 tokens arithmetic takes longer than reading the weights."""
+    return max(1.0, num_tokens / 24)
+
+
+def with_knee(num_tokens: int) -> float:
+    return max(1.0, num_tokens / 96) + 0.001 * num_tokens
+
+
+def make_control(
+    step_seconds: StepSeconds | None = None, use: Speculate = "draft", names: tuple[str, ...] = ("draft",)
+) -> SpeculationControl:
+    control = SpeculationControl(SpeculationOptions(use=use, max_tokens=MAX_TOKENS), names)
+    if step_seconds is not None:
+        control.warm_up(lambda num_sequences, num_tokens: step_seconds(num_tokens), 32)
+    return control
+
+
+def always(rate: float) -> Acceptance:
+    return lambda sequence, proposer, step: rate
+
+
+def fixed_goodput(num_sequences: int, rate: float, cost: float, step_seconds: StepSeconds, num_tokens: int) -> float:
+    """Tokens a second with so many drafted tokens for each sequence and step."""
+    expected = sum(rate**j for j in range(num_tokens + 1))
+    return num_sequences * expected / (step_seconds(num_sequences * (1 + num_tokens)) + cost * num_tokens)
+
+
+# 32 sequences with two drafted tokens each meet the knee exactly, and next to it noise decides.
+@pytest.mark.parametrize(("step_seconds", "share"), [(memory_bound, 0.97), (with_knee, 0.95), (compute_bound, 0.97)])
+@pytest.mark.parametrize("num_sequences", [1, 8, 32])
+@pytest.mark.parametrize("cost", [0.05, 0.15, 0.3])
+def test_is_as_good_as_the_best_fixed_number(
+    step_seconds: StepSeconds, share: float, num_sequences: int, cost: float
+) -> None:
+    for rate in (0.0, 0.3, 0.6, 0.8, 0.9):
+        simulation = Simulation(num_sequences, always(rate), step_seconds, {"draft": (0.0, cost)})
+        goodput = simulation.run(make_control(step_seconds), {1: 1500, 8: 800, 32: 400}[num_sequences])
+        fixed = [fixed_goodput(num_sequences, rate, cost, step_seconds, k) for k in range(MAX_TOKENS + 1)]
+        assert goodput >= share * max(fixed), rate
+        assert goodput >= 0.98 * fixed[0], rate
+
+
+@pytest.mark.parametrize("step_seconds", [memory_bound, with_knee, compute_bound])
+@pytest.mark.parametrize("num_sequences", [1, 32])
+def test_learns_the_steps_without_a_warm_up(step_seconds: StepSeconds, num_sequences: int) -> None:
+    for rate in (0.0, 0.6, 0.9):
+        simulation = Simulation(num_sequences, always(rate), step_seconds, {"draft": (0.02, 0.13)})
+        control = make_control()
+        simulation.run(control, 100)
+        goodput = simulation.run(control, 400)
+        fixed = [fixed_goodput(num_sequences, rate, 0.15, step_seconds, k) for k in range(MAX_TOKENS + 1)]
+        assert goodput >= 0.95 * max(fixed), rate
+
+
+@pytest.mark.parametrize("num_sequences", [1, 32])
+def test_follows_a_change_of_acceptance(num_sequences: int) -> None:
+    rate = 0.9
+    simulation = Simulation(num_sequences, lambda *_: rate, memory_bound, {"draft": (0.0, 0.15)})
+    control = make_control(memory_bound)
+    for now in (0.9, 0.0, 0.9, 0.0, 0.9):
+        rate = now
+        simulation.run(control, 150)
+        goodput = simulation.run(control, 150)
+        fixed = [fixed_goodput(num_sequences, rate, 0.15, memory_bound, k) for k in range(MAX_TOKENS + 1)]
+        assert goodput >= 0.96 * max(fixed)
+
+
+def drafted(control: SpeculationControl, simulation: Simulation, num_steps: int) -> list[float]:
+    """Mean number of drafted tokens by sequence."""
+    totals = [0.0] * simulation.num_sequences
+    for _ in range(num_steps):
+        choices = control.choose([(i, MAX_TOKENS) for i in range(simulation.num_sequences)], 0)
+        totals = [total + choice.num_tokens for total, choice in zip(totals, choices, strict=True)]
+        simulation.run_step(control, choices)
+    return [total / num_steps for total in totals]
+
+
+def test_sequences_get_what_pays_for_each() -> None:
+    rates = [0.0, 0.3, 0.6, 0.95] * 4
+    simulation = Simulation(16, lambda i, *_: rates[i], lambda n: 1 + 0.02 * n, {"draft": (0.0, 0.05)})
+    control = make_control(lambda n: 1 + 0.02 * n)
+    simulation.run(control, 300)
+    means = drafted(control, simulation, 300)
+    by_rate = [sum(means[i::4]) / 4 for i in range(4)]
+    assert by_rate[0] < 0.2
+    assert by_rate[0] < by_rate[1] < by_rate[2] < by_rate[3]
+    assert by_rate[3] > 4
+
+
+def test_load_turns_it_off_and_back_on() -> None:
+    simulation = Simulation(32, always(0.6), compute_bound, {"draft": (0.0, 0.1)})
+    control = make_control(compute_bound)
+    for _ in range(3):
+        simulation.num_sequences = 32
+        assert sum(drafted(control, simulation, 50)) / 32 < 0.1
+        simulation.num_sequences = 4
+        assert sum(drafted(control, simulation, 50)) / 4 > 1.5
+
+
+def test_prompts_beside_leave_no_room_for_what_is_seldom_right() -> None:
+    """Of four sequences, up to 24 tokens cost nothing; over that one costs a sixth of a token."""
+    control = make_control(compute_bound)
+    simulation = Simulation(4, always(0.1), compute_bound, {"draft": (0.0, 0.01)})
+    simulation.run(control, 300)
+    wanted = [(i, MAX_TOKENS) for i in range(4)]
+    assert sum(choice.num_tokens for choice in control.choose(wanted, 0)) >= 4
+    # One or two tries apart.
+    assert sum(choice.num_tokens for choice in control.choose(wanted, 24)) <= 2
+
+
+def test_each_sequence_gets_the_proposer_that_suits_it() -> None:
+    """Three sequences repeat themselves, the others do not; the draft is fair to all and dear."""
+    repeats = {1, 4, 7}
+
+    def rate(sequence: int, proposer: str, step: int) -> float:
+        if proposer == "ngram":
+            return 0.95 if sequence in repeats else 0.05
+        return 0.75
+
+    simulation = Simulation(8, rate, memory_bound, {"draft": (0.0, 0.1), "ngram": (0.001, 0.0)})
+    control = make_control(memory_bound, "auto", ("draft", "ngram"))
+    simulation.run(control, 400)
+    chosen = [control.choose([(i, MAX_TOKENS) for i in range(8)], 0) for _ in range(100)]
+    for i in range(8):
+        names = [choices[i].proposer for choices in chosen]
+        assert names.count("ngram" if i in repeats else "draft") >= 80, i
+
+
+def test_a_proposer_that_seldom_has_anything_to_say_is_still_asked() -> None:
+    simulation = Simulation(4, always(0.9), compute_bound, {"ngram": (0.001, 0.0)}, {"ngram": 0.1})
+    control = make_control(compute_bound, "ngram", ("draft", "ngram", "suffix"))
+    simulation.run(control, 300)
+    assert sum(drafted(control, simulation, 100)) / 4 > 3
+
+
+def test_a_dead_draft_costs_little_and_is_found_again() -> None:
+    """For 2000 steps each call ends at its deadline, 20 steps long, without an answer."""
+    simulation = Simulation(2, always(0.8), memory_bound, {"draft": (0.0, 0.1)})
+    control = make_control(memory_bound)
+    simulation.run(control, 200)
+    simulation.costs, simulation.rates = {"draft": (20.0, 0.0)}, {"draft": 0.0}
+    before = simulation.seconds
+    simulation.run(control, 2000)
+    # Four calls or so until it is known, and then what tries may take.
+    assert simulation.seconds - before <= 2000 * memory_bound(2) * 1.015 + 6 * 20
+    simulation.costs, simulation.rates = {"draft": (0.0, 0.1)}, {}
+    simulation.run(control, 3500)
+    assert min(drafted(control, simulation, 100)) > 2
+
+
+def test_a_fixed_number_is_drafted_whatever_it_costs() -> None:
+    options = SpeculationOptions(use="ngram", max_tokens=4, is_fixed=True)
+    control = SpeculationControl(options, ["draft", "ngram"])
+    for _ in range(50):
+        choices = control.choose([(1, 9), (2, 3), (3, 0)], 0)
+        assert choices == [Choice("ngram", 4), Choice("ngram", 3), Choice(None, 0)]
+        control.note_proposal("ngram", 2, 4, 1.0)
+        control.note_outcome(1, "ngram", 4, 0)
+        control.note_step(3, 10, 1.0)
+
+
+@pytest.mark.parametrize(("use", "names"), [("off", ["draft", "ngram"]), ("draft", ["ngram"]), ("auto", [])])
+def test_without_a_proposer_all_decode_plainly(use: Speculate, names: list[str]) -> None:
+    for is_fixed in (False, True):
+        control = SpeculationControl(SpeculationOptions(use=use, is_fixed=is_fixed), names)
+        assert control.choose([(1, 5), (2, 5)], 7) == [Choice(None, 0)] * 2
+        control.note_outcome(1, "draft", 3, 1)
+        control.note_proposal("draft", 1, 3, 0.1)
+        assert control.snapshot().drafted == 0
+
+
+def test_never_more_than_a_sequence_may_get() -> None:
+    control = make_control(memory_bound)
+    simulation = Simulation(4, always(0.95), memory_bound, {"draft": (0.0, 0.01)})
+    most = [0, 1, 3, 20]
+    for _ in range(200):
+        choices = control.choose(list(enumerate(most)), 0)
+        for choice, limit in zip(choices, most, strict=True):
+            assert choice.num_tokens <= min(limit, MAX_TOKENS)
+            assert (choice.proposer is None) == (choice.num_tokens == 0)
+        simulation.run_step(control, choices)
+    assert [choice.num_tokens for choice in choices] == [0, 1, 3, MAX_TOKENS]
+    assert control.choose([], 5) == []
+
+
+def test_counts() -> None:
+    control = SpeculationControl(SpeculationOptions(use="draft", max_tokens=3, is_fixed=True), ["draft"])
+    for accepted in (0, 1, 3, 3):
+        control.choose([(1, 3), (2, 0)], 0)
+        control.note_outcome(1, "draft", 3, accepted)
+    control.choose([(1, 2)], 0)
+    control.note_outcome(1, "draft", 1, 1)
+    counts = control.snapshot()
+    assert counts.drafted == 13
+    assert counts.accepted == [4, 2, 2]
+    assert counts.drafted_by_proposer == {"draft": 13}
+    assert counts.accepted_by_proposer == {"draft": 8}
+    assert counts.chosen == [0, 0, 1, 4]
+    assert counts.num_probes == 0
+    control.snapshot().accepted[0] = 99
+    assert control.snapshot().accepted == [4, 2, 2]
+
+
+def test_probes_are_counted_and_forgotten_sequences_start_from_the_average() -> None:
+    control = make_control(memory_bound)
+    simulation = Simulation(2, always(0.0), memory_bound, {"draft": (0.0, 0.3)})
+    simulation.run(control, 300)
+    counts = control.snapshot()
+    assert counts.num_probes >= 5
+    assert sum(counts.chosen[1:]) <= counts.num_probes + 20
+    assert simulation.seconds <= 300 * memory_bound(2) * 1.015 + 5 * 0.3
+    control.forget(0)
+    control.forget(77)
+    control.note_outcome(0, "draft", 1, 1)
+    assert control.snapshot().accepted == [0] * MAX_TOKENS
+    simulation.acceptance = always(0.9)
+    simulation.run(control, 300)
+    # One that nobody has seen is asked for much at once.
+    assert control.choose([(500, MAX_TOKENS)], 0)[0].num_tokens >= 3
