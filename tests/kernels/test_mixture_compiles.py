@@ -81,7 +81,7 @@ def test_what_is_around_them() -> None:
     )  # fmt: skip
     compiled(
         _group, dict.fromkeys(("experts", "who", "starts", "tile_starts"), "*i32"),
-        {"TOKENS": 16, "WIDTH": 256, "CHUNK": 32},
+        {"TOKENS": 16, "WIDTH": 256, "COUNTED": 32, "PLACED": 2048},
     )  # fmt: skip
     compiled(
         _combine, {"parts": "*fp32", "factors": "*fp32", "out": "*bf16"},
