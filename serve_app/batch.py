@@ -22,6 +22,18 @@ class GroupTables:
     block_tables: "Counts"
 
 
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Proposed tokens of a step's sampled requests, which are to be compared with what is drawn.
+
+    counts [S] int64: how many of each; token_ids [sum(counts)] int64. Request s has counts[s] + 1 rows of sampled
+    logits, one behind its last known token and one behind each proposed one.
+    """
+
+    counts: "Ids"
+    token_ids: "Ids"
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """One step's work, on the host. T tokens of R requests; request r owns query_start[r] : query_start[r + 1].
@@ -31,10 +43,12 @@ class ForwardBatch:
     block_tables [R, max_blocks] int32 (what stands past a request's last block, or before its window, is some valid id
     and is not read), query_start [R + 1] int32,
     context_lens [R] int32: tokens of each request once this step is done, those of this step included.
-    logit_index [L] int64: the tokens whose logits are wanted; the first S = len(sample_rows) of them are sampled, the
-    others (prompt log-probabilities) are returned as they are. sample_rows [S] int64: the sampler's row of each sampled
-    request; sample_positions [S] int64: the position of the token to be drawn (its random number depends on it).
+    logit_index [L] int64: the tokens whose logits are wanted; the first of them are sampled, one for each of the
+    S = len(sample_rows) requests where there are no drafts, and the others (prompt log-probabilities) are returned as
+    they are. sample_rows [S] int64: the sampler's row of each sampled
+    request; sample_positions [S] int64: the position of the first token to be drawn (random numbers depend on it).
     further_groups: of layers that have slots and tables of their own; slot_mapping and block_tables are the first's.
+    drafts: where tokens were proposed, which stand among token_ids; else each sampled request has one row of logits.
     All are contiguous.
     """
 
@@ -50,11 +64,17 @@ class ForwardBatch:
     max_query_len: int
     max_context_len: int
     further_groups: tuple[GroupTables, ...] = ()
+    drafts: Drafts | None = None
 
     @property
     def groups(self) -> tuple[GroupTables, ...]:
         """Of all groups of layers."""
         return (GroupTables(self.slot_mapping, self.block_tables), *self.further_groups)
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows of logits that tokens are drawn from."""
+        return len(self.sample_rows) + (0 if self.drafts is None else len(self.drafts.token_ids))
 
     @property
     def num_tokens(self) -> int:

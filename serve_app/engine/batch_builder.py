@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serve_app.batch import ForwardBatch, GroupTables
+from serve_app.batch import Drafts, ForwardBatch, GroupTables
 from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Schedule
 
@@ -53,12 +53,14 @@ class BatchBuilder:
         wanted_logits: (index into step.prefill, positions) of prompt tokens whose logits are to come back besides
         those that are sampled.
         """
-        if not step.prefill:
+        if not step.prefill and not step.is_drafted:
             return self._decodes(step.decode)
         decode, prefill = step.decode, step.prefill
         num_decode = len(decode)
         counts = np.ones(num_decode + len(prefill), np.int64)
         counts[num_decode:] = [n for _, n in prefill]
+        if step.is_drafted:
+            counts[:num_decode] += [len(r.draft) for r in decode]
         starts = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
 
@@ -67,7 +69,10 @@ class BatchBuilder:
         computed = np.fromiter((r.num_computed for r in requests), np.int64, len(requests))
         context = computed + counts
         token_ids = np.empty(starts[-1], np.int64)
-        token_ids[:num_decode] = np.fromiter((r.token_ids[-1] for r in decode), np.int64, num_decode)
+        if step.is_drafted:
+            token_ids[: starts[num_decode]] = [i for r in decode for i in (r.token_ids[-1], *r.draft)]
+        else:
+            token_ids[:num_decode] = np.fromiter((r.token_ids[-1] for r in decode), np.int64, num_decode)
         for i, (request, n) in enumerate(prefill, num_decode):
             first = request.num_computed
             token_ids[starts[i] : starts[i + 1]] = request.token_ids[first : first + n]
@@ -85,7 +90,15 @@ class BatchBuilder:
         is_sampled = np.ones(len(counts), np.bool_)
         is_sampled[num_decode:] = [r.num_computed + n == len(r.token_ids) for r, n in prefill]
         sampled = np.flatnonzero(is_sampled)
-        logit_index = [starts[1:][sampled] - 1]
+        logit_index, drafts, next_positions = [starts[1:][sampled] - 1], None, context[sampled]
+        if step.is_drafted:
+            # All tokens of a decode are sampled, of a prompt the last one.
+            logit_index.insert(0, np.arange(starts[num_decode]))
+            logit_index[1] = logit_index[1][num_decode:]
+            num_drafted = np.zeros(len(sampled), np.int64)
+            num_drafted[:num_decode] = counts[:num_decode] - 1
+            drafts = Drafts(num_drafted, np.array([i for r in decode for i in r.draft], np.int64))
+            next_positions = next_positions - num_drafted
         for i, span in wanted_logits:
             first = starts[num_decode + i] - prefill[i][0].num_computed
             logit_index.append(np.arange(span.start, span.stop) + first)
@@ -98,10 +111,11 @@ class BatchBuilder:
             context_lens=context.astype(np.int32),
             logit_index=np.concatenate(logit_index),
             sample_rows=rows[sampled],
-            sample_positions=context[sampled],
+            sample_positions=next_positions,
             max_query_len=int(counts.max()),
             max_context_len=int(context.max()),
             further_groups=tuple(map(GroupTables, slots[1:], tables[1:])),
+            drafts=drafts,
         )
 
     def _decodes(self, requests: Sequence[Request]) -> ForwardBatch:

@@ -248,7 +248,9 @@ class Engine:
                 self._collect(deltas)
                 self.border.cross()
             is_launched = self._launch()
-            self._collect(deltas, leave=1 if is_launched and self.parts.runner.overlaps else 0)
+            # What a step with drafts draws must be known before anything comes after it.
+            leaves = is_launched and self.parts.runner.overlaps and not self._under_way[-1].schedule.is_drafted
+            self._collect(deltas, leave=1 if leaves else 0)
         except Exception as error:
             self._recover(error, deltas)
         self._is_idle = not is_launched and not self._under_way
@@ -330,6 +332,10 @@ class Engine:
                 continue
             delta = collector.collect(request)
             deltas.append(delta)
+            # K and V of drafted tokens are there, too, where they were right.
+            if len(delta.token_ids) > 1 and delta.finish is None:
+                self._scheduler.advance(request, len(delta.token_ids) - 1)
+            request.draft = []
             if delta.finish is not None:
                 self._scheduler.publish(request)
                 self._finish(request)

@@ -15,6 +15,7 @@ from serve_app.engine.forward import Forward, choose_forward
 from serve_app.engine.graph_forward import GraphForward, GraphLimits
 from serve_app.engine.last_tokens import LastTokens
 from serve_app.engine.sampler import Draw, Sampler, StepLogprobs
+from serve_app.engine.speculation.verify import verify
 from serve_app.models.base import CausalLM
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class StepResult:
 
     token_ids [S] int64: the drawn token of each of batch.sample_rows. logprobs: None when no row asked for them.
     extra_logits [L - S, vocab] float32: those wanted beyond the sampled ones, in the order of batch.logit_index;
-    None when there are none.
+    None when there are none. counts: None, or after a batch with drafts [S] int64: how many tokens were drawn for each
+    of batch.sample_rows; token_ids and logprobs then hold so many for each.
     """
 
     token_ids: NDArray[np.int64]
     logprobs: StepLogprobs | None
     extra_logits: Tensor | None
+    counts: NDArray[np.int64] | None = None
 
     def wait(self) -> "StepResult":
         """See PendingStep: this one is done."""
@@ -126,13 +129,18 @@ class ModelRunner:
     def _execute(self, batch: ForwardBatch) -> StepResult | PendingStep:
         assert self._forward is not None, "a step without a model"
         logits = self._forward(batch)
-        num_sampled, num_wanted = len(batch.sample_rows), len(batch.logit_index)
+        num_sampled, num_wanted = batch.num_sampled, len(batch.logit_index)
         extra = None
         if num_wanted > num_sampled:
             # A copy: the sampler and the next step write into what the forward returned.
             extra = torch.as_tensor(logits[num_sampled:]).clone()
         if not num_sampled:
             return StepResult(batch.sample_rows, None, extra)
+        if batch.drafts is not None:
+            verified = verify(
+                self.sampler, logits[:num_sampled], batch.sample_rows, batch.sample_positions, batch.drafts
+            )
+            return StepResult(verified.sampled.token_ids, verified.sampled.logprobs, extra, verified.counts)
         draw = self.sampler.sample(logits[:num_sampled], batch.sample_rows, batch.sample_positions)
         if self._drawn is not None:
             assert isinstance(draw.token_ids, Tensor)

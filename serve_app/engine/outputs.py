@@ -25,7 +25,9 @@ class OutputCollector:
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._ids: list[int] = []
-        self._next = 0
+        # Into _ids; and into _counts, which there are where requests drew several.
+        self._next = self._next_request = 0
+        self._counts: list[int] | None = None
         self._logprobs: StepLogprobs | None = None
         # By identity of the request: its positions and their logits in this step.
         self._prompt_logits: dict[int, tuple[range, torch.Tensor]] = {}
@@ -48,7 +50,8 @@ class OutputCollector:
     def begin(self, schedule: Schedule, result: StepResult, wanted: Sequence[tuple[int, range]]) -> None:
         """Takes a step's result; collect and collect_prompt then read it."""
         self._ids = result.token_ids.tolist()
-        self._next = 0
+        self._next = self._next_request = 0
+        self._counts = None if result.counts is None else result.counts.tolist()
         self._logprobs = result.logprobs
         self._prompt_logits = {}
         row = 0
@@ -59,37 +62,62 @@ class OutputCollector:
             row += len(span)
 
     def collect(self, request: Request) -> TokenDelta:
-        """Puts the next sampled token in its place and says what came of it."""
-        sample = self._next
-        self._next = sample + 1
-        token_id = self._ids[sample]
+        """Puts the next sampled tokens in their place and says what came of them; those after the end are dropped."""
+        first, count = self._next, self._count()
         index = request.num_output
-        request.num_output = index + 1
-        request.token_ids[request.num_prompt + index] = token_id
-        self.num_output_tokens += 1
-        detokenizer = request.detokenizer
-        finish: Finish | None = None
-        if token_id in request.stop_ids:
-            text = detokenizer.flush()
-            finish = self._finish(request, "stop", None if token_id in self._eos_ids else token_id)
-        else:
-            text = detokenizer.push(token_id, may_stop=index >= request.params.min_tokens)
-            if detokenizer.stopped_by is not None:
-                finish = self._finish(request, "stop", detokenizer.stopped_by)
-            elif request.num_known >= request.max_total_tokens:
-                text += detokenizer.flush()
-                finish = self._finish(request, "length", None)
-        delta = TokenDelta(request.request_id, request.choice, index, [token_id], text, None, finish)
-        if request.params.logprobs is not None:
-            assert self._logprobs is not None
-            delta.logprobs = [self._describe(token_id, request.params.logprobs, sample, self._logprobs)]
+        text, finish = "", None
+        num_kept = 0
+        if self._counts is not None:
+            request.num_rejected += len(request.draft) - (count - 1)
+        while num_kept < count and finish is None:
+            # What is drawn last was not proposed, or it was proposed otherwise.
+            num_kept += 1
+            request.num_accepted += num_kept < count
+            piece, finish = self._take(request, self._ids[first + num_kept - 1], index + num_kept - 1)
+            text += piece
+        token_ids = self._ids[first : first + num_kept]
+        delta = TokenDelta(request.request_id, request.choice, index, token_ids, text, None, finish)
+        num_top = request.params.logprobs
+        if num_top is not None:
+            logprobs = self._logprobs
+            assert logprobs is not None
+            delta.logprobs = [self._describe(i, num_top, first + n, logprobs) for n, i in enumerate(token_ids)]
         if index == 0 and request.prompt_logprobs is not None and request.choice == 0:
             delta.prompt_logprobs = request.prompt_logprobs
         return delta
 
+    def _count(self) -> int:
+        """How many tokens the next request drew; goes on to the one after."""
+        count = 1
+        if self._counts is not None:
+            count = self._counts[self._next_request]
+            self._next_request += 1
+        self._next += count
+        return count
+
+    def _take(self, request: Request, token_id: int, index: int) -> tuple[str, Finish | None]:
+        place = request.num_prompt + index
+        if place < len(request.token_ids):
+            request.token_ids[place] = token_id
+        else:
+            request.token_ids.append(token_id)
+        request.num_output = index + 1
+        self.num_output_tokens += 1
+        detokenizer = request.detokenizer
+        if token_id in request.stop_ids:
+            text = detokenizer.flush()
+            return text, self._finish(request, "stop", None if token_id in self._eos_ids else token_id)
+        text = detokenizer.push(token_id, may_stop=index >= request.params.min_tokens)
+        if detokenizer.stopped_by is not None:
+            return text, self._finish(request, "stop", detokenizer.stopped_by)
+        if request.num_known >= request.max_total_tokens:
+            text += detokenizer.flush()
+            return text, self._finish(request, "length", None)
+        return text, None
+
     def skip(self) -> None:
-        """Drops the next sampled token: its request ended before it was drawn."""
-        self._next += 1
+        """Drops the next sampled tokens: their request ended before they were drawn."""
+        self._count()
 
     def collect_prompt(self, request: Request) -> None:
         """Scores the prompt tokens whose logits this step computed, if the request wants that."""
@@ -121,7 +149,9 @@ class OutputCollector:
         return TokenDelta(request.request_id, request.choice, request.num_output, [], "", None, finish)
 
     def _finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None) -> Finish:
-        usage = Usage(request.num_prompt, request.num_output, request.num_cached)
+        usage = Usage(
+            request.num_prompt, request.num_output, request.num_cached, request.num_accepted, request.num_rejected
+        )
         return Finish(reason, usage, stop_reason)
 
     def _describe(self, token_id: int, num_top: int, row: int, step: StepLogprobs) -> TokenLogprob:

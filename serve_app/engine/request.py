@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from enum import Enum, auto
+from itertools import count
 
 from serve_app.layers.angle_sets import AngleSet
 from serve_app.messages import GenerateRequest, TokenLogprob
@@ -22,6 +23,9 @@ class RequestState(Enum):
     FINISHED = auto()
 
 
+_SEQUENCES = count(1)
+
+
 class Request:
     """Ids, counters and blocks of one choice.
 
@@ -32,6 +36,8 @@ class Request:
     with it the ledger knows that blocks given up one by one are of the same prompt, 0 = none were yet. angles: the
     rotary set that K and V are computed with. block_hashes holds the hash chain as far as it has been needed; row is
     the request's place in the persistent per-request arrays of batch builder and sampler, -1 while it does not run.
+    sequence: a number that no other request of this process has. draft: tokens proposed to follow in the coming step;
+    num_accepted and num_rejected: of all that were verified.
     """
 
     __slots__ = (
@@ -41,21 +47,25 @@ class Request:
         "cache_salt",
         "choice",
         "detokenizer",
+        "draft",
         "is_paused",
         "last_step",
         "max_total_tokens",
+        "num_accepted",
         "num_cached",
         "num_computed",
         "num_given_up",
         "num_output",
         "num_prompt",
         "num_published",
+        "num_rejected",
         "params",
         "prompt_logprobs",
         "prompt_number",
         "request_id",
         "row",
         "seed",
+        "sequence",
         "siblings",
         "state",
         "stop_ids",
@@ -76,6 +86,7 @@ class Request:
     ) -> None:
         self.request_id = source.request_id
         self.choice = choice
+        self.sequence = next(_SEQUENCES)
         self.params: SamplingParams = source.sampling
         self.cache_salt = source.cache_salt
         self.token_ids: list[int] = list(source.prompt_ids)
@@ -101,6 +112,8 @@ class Request:
         self.prompt_logprobs: list[TokenLogprob] | None = [] if self.params.prompt_logprobs else None
         # Choices that take over this one's prompt blocks when its prompt is computed.
         self.siblings: list[Request] = []
+        self.draft: list[int] = []
+        self.num_accepted = self.num_rejected = 0
 
     @property
     def num_tokens(self) -> int:

@@ -118,6 +118,7 @@ class Sampler:
         self._eos_ids = tuple(eos_ids)
         self._breaker_ids = breaker_ids
         device = torch.device(device)
+        self._is_on_device = device.type != "cpu"
         has_native = is_native and device.type == "cpu" and dispatch.native().ops is not None
         self._needs = np.zeros(max_rows, np.int64)
         self._temperature = np.zeros(max_rows, np.float32)
@@ -216,12 +217,18 @@ class Sampler:
         if src in self._masks:
             self._masks[dst] = self._masks[src].fork()
 
+    def draws_freely(self, rows: Ints) -> NDArray[np.bool_]:
+        """Of which rows tokens of several positions may be drawn in one call: nothing that is drawn changes what comes
+        after it. On the host only where a draw is so cheap that it may be in vain."""
+        ties = Need.MEMORY if self._is_on_device else Need.MEMORY | Need.RANDOM
+        return (self._needs[rows] & ties) == 0
+
     def sample(self, logits: Logits, rows: Ints, positions: Ints) -> Draw:
         """Draws one token for each row and updates the rows' states with it.
 
         logits [S, vocab_size] float32, an array of the host or a tensor on the device (overwritten), rows [S] without
-        repetition, positions [S] of the tokens to be drawn: the random number is a function of the row's seed and the
-        position alone.
+        repetition but of those that draw freely, positions [S] of the tokens to be drawn: the random number is a
+        function of the row's seed and the position alone.
         """
         ops = self._ops
         logits = ops.own(logits)

@@ -19,12 +19,19 @@ class Schedule:
     """One step's work. decode: requests that compute their last output token; prefill: (request, tokens now).
 
     admitted started to run in this step (their rows are to be set up); new_blocks: requests whose tables grew.
+    num_drafted: proposed tokens of the decodes, which are computed with them.
     """
 
     decode: list[Request] = field(default_factory=list)
     prefill: list[tuple[Request, int]] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     new_blocks: list[Request] = field(default_factory=list)
+    num_drafted: int = 0
+
+    @property
+    def is_drafted(self) -> bool:
+        """Whether any decode has a draft."""
+        return self.num_drafted > 0
 
     @property
     def is_empty(self) -> bool:
@@ -93,7 +100,8 @@ class Scheduler:
         if self._angles.are_several:
             self._recompute_outgrown()
         self._schedule_decodes(step)
-        budget = self._config.max_batched_tokens - len(step.decode)
+        self._fit_drafts(step)
+        budget = self._config.max_batched_tokens - len(step.decode) - step.num_drafted
         budget = self._schedule_prefills(step, budget)
         self._admit(step, budget)
         return step
@@ -138,18 +146,38 @@ class Scheduler:
                 step.new_blocks.append(request)
             step.decode.append(request)
 
+    def _fit_drafts(self, step: Schedule) -> None:
+        """Shortens drafts to what there is room for when every decode has its token: they are never worth a
+        preemption. Blocks are taken for all that may come of the step."""
+        room = min(self._config.max_batched_tokens - len(step.decode), self._chunk_tokens - 1)
+        for request in step.decode:
+            if not request.draft:
+                continue
+            # The last token is drawn from the logits of the one before.
+            num_drafted = min(len(request.draft), room, request.max_total_tokens - request.num_tokens - 1)
+            if self._angles.are_several and self._angles.is_outgrown(request.angles, request.num_tokens + num_drafted):
+                num_drafted = 0
+            if num_drafted <= 0 or not self.tables.grow(request, 1 + num_drafted):
+                request.draft = []
+                continue
+            del request.draft[num_drafted:]
+            room -= num_drafted
+            step.num_drafted += num_drafted
+            step.new_blocks.append(request)
+
     def _grow(self, request: Request, num_tokens: int, step: Schedule) -> bool:
         """Blocks for its next tokens, at the price of younger requests; False if it was preempted itself."""
         while not self.tables.grow(request, num_tokens):
             victim = self.running[-1]
             assert victim is not request or len(self.running) > 1, "a request larger than the pool was admitted"
+            num_drafted = len(victim.draft)
             self.preempt(victim)
             if victim is request:
                 return False
             if victim in step.decode:
                 step.decode.remove(victim)
-            if victim in step.new_blocks:
-                step.new_blocks.remove(victim)
+                step.num_drafted -= num_drafted
+            step.new_blocks = [other for other in step.new_blocks if other is not victim]
         return True
 
     def _schedule_prefills(self, step: Schedule, budget: int) -> int:
@@ -259,6 +287,7 @@ class Scheduler:
         """Sends a running request back to the head of the queue, without blocks: it is computed again."""
         self._release(request)
         request.num_computed = request.num_published = 0
+        request.draft = []
         request.state = RequestState.PREEMPTED
         self.running.remove(request)
         self.waiting.appendleft(request)
