@@ -101,6 +101,11 @@ class RemoteProposer:
         self._opening = self._loop.create_task(self._keep_open())
 
     @property
+    def num_timeouts(self) -> int:
+        """See Proposer."""
+        return self.counts.num_timeouts
+
+    @property
     def is_open(self) -> bool:
         """Whether there is a draft to ask."""
         return self._link is not None
@@ -112,7 +117,7 @@ class RemoteProposer:
 
     # -- on the engine's thread -----------------------------------------------------------------------------------
 
-    def admit(self, sequence: int, token_ids: Sequence[int]) -> None:
+    def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:
         """See Proposer."""
         if (link := self._link) is not None:
             try:
@@ -127,7 +132,7 @@ class RemoteProposer:
             return [[] for _ in wishes]
         return [self._usable(drafted, wish) for drafted, wish in zip(answers, wishes, strict=True)]
 
-    def forget(self, sequence: int) -> None:
+    def forget(self, sequence: int, token_ids: Sequence[int] = ()) -> None:
         """See Proposer."""
         if (link := self._link) is not None:
             try:

@@ -21,12 +21,13 @@ from deployments.switch_part import NO_WISH, PartState, Wish
 from deployments.target_switch import AskWish, TargetSwitch
 from deployments.wish_call import latest_wish
 from serve_app.config import AppConfig
+from serve_app.engine.speculation.proposer import Proposer
 from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed
 from serve_app.loaders.model_files import resolve
 from serve_app.messages import Finish, GenerateRequest, TokenDelta
 from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot, process_snapshot
-from serve_app.options import EngineConfig, IsqOptions, ModelSource
+from serve_app.options import EngineConfig, IsqOptions, ModelSource, SpeculationOptions
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import vocabulary_of
 
@@ -52,6 +53,7 @@ class EngineLike(Protocol):
     def abort(self, request_id: str) -> None: ...
     def pause(self, request_id: str) -> None: ...
     def resume(self, request_id: str) -> None: ...
+    def speculate(self, options: SpeculationOptions, draft: Proposer | None = None) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def stats(self) -> Stats: ...
@@ -104,6 +106,7 @@ class TargetServer:
         self._sender = TokenSender(replica_id, node_id, loop, pause=pause, resume=resume)
         self._handle_streams = HandleStreams(loop, pause=pause, resume=resume)
         self.draft = None if draft is None else _remote_proposer(config, replica_id, node_id, draft)
+        self._engine.speculate(config.speculation.to_options(), self.draft)
         self._switch = TargetSwitch(self._engine.switch, replica_id, wish, ask_wish)
         if ask_wish is not None:
             self._switch.keep_catching_up()

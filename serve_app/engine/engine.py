@@ -17,13 +17,15 @@ from serve_app.engine.outputs import OutputCollector
 from serve_app.engine.request import UNKNOWN, Request, RequestState
 from serve_app.engine.request_factory import RequestFactory
 from serve_app.engine.scheduler import Schedule, Scheduler
+from serve_app.engine.speculation.proposer import Proposer
+from serve_app.engine.speculation.speculation import Speculation
 from serve_app.engine.stats import EngineStats
 from serve_app.engine.throughput import DrainRate
 from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed, QueueFull, ServeError, Unavailable
 from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.messages import FinishReason, GenerateRequest, TokenDelta
-from serve_app.options import EngineConfig, SamplingParams
+from serve_app.options import EngineConfig, SamplingParams, SpeculationOptions
 from serve_app.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -63,12 +65,14 @@ class Runner(Protocol):
 
 @dataclass(slots=True)
 class _Launched:
-    """A step that the runner has begun: what it computes, for whom it draws tokens, where its results come from."""
+    """A step that the runner has begun: what it computes, for whom it draws tokens, where its results come from, when
+    it was begun (time.perf_counter)."""
 
     schedule: Schedule
     sampled: list[Request]
     wanted: list[tuple[int, range]]
     pending: Pending
+    began_s: float
 
 
 @dataclass(slots=True)
@@ -116,6 +120,8 @@ class Engine:
         self.border = Border(self._scheduler, self._wake)
         # Of an engine that was built from a model's files.
         self.switch: WeightSwitch | None = None
+        self._speculation: Speculation | None = None
+        self._last_step_ended_s = 0.0
         self._live: dict[str, list[Request]] = {}
         # Begun, not yet looked at; one where the runner overlaps, and else none between two steps.
         self._under_way: deque[_Launched] = deque()
@@ -183,11 +189,19 @@ class Engine:
             evictions=scheduler.pool.num_evictions,
             estimated_wait_s=self._drain.time_to_drain_s(num_waiting + 1),
             is_failed=self.is_failed,
+            speculation=None if self._speculation is None else self._speculation.counts(),
         )
 
     @property
     def _num_waiting(self) -> int:
         return len(self._scheduler.waiting) + self._num_sent - self._num_taken
+
+    def speculate(self, options: SpeculationOptions, draft: Proposer | None = None) -> None:
+        """From here on tokens are proposed, and steps verify them; before anything runs. draft: see Speculation."""
+        assert self._thread is None
+        assert not self._live
+        if options.use != "off":
+            self._speculation = Speculation(options, draft)
 
     def start(self) -> None:
         """Starts the engine's thread."""
@@ -247,6 +261,10 @@ class Engine:
             if self.border.may_be_crossed():
                 self._collect(deltas)
                 self.border.cross()
+            if self._speculation is not None and self._speculation.choose(self._scheduler.running):
+                # What goes on from tokens that are not known cannot be proposed.
+                self._collect(deltas)
+                self._speculation.propose()
             is_launched = self._launch()
             # What a step with drafts draws must be known before anything comes after it.
             leaves = is_launched and self.parts.runner.overlaps and not self._under_way[-1].schedule.is_drafted
@@ -263,10 +281,11 @@ class Engine:
         if schedule.is_empty:
             return False
         wanted = self.parts.collector.wanted_logits(schedule)
+        began_s = time.perf_counter()
         batch = self.parts.builder.build(schedule, wanted)
         pending = self.parts.runner.execute(batch)
         self._steps += 1
-        self._under_way.append(_Launched(schedule, self._advance(schedule), wanted, pending))
+        self._under_way.append(_Launched(schedule, self._advance(schedule), wanted, pending, began_s))
         return True
 
     def _collect(self, deltas: list[TokenDelta], *, leave: int = 0) -> None:
@@ -278,6 +297,10 @@ class Engine:
             self._scheduler.num_done += 1
             self._update(launched, result, deltas)
             self._failures = 0
+            if self._speculation is not None:
+                ended_s = time.perf_counter()
+                self._speculation.note_step(launched.schedule, ended_s - max(launched.began_s, self._last_step_ended_s))
+                self._last_step_ended_s = ended_s
 
     def _take_inbox(self) -> list[TokenDelta]:
         deltas: list[TokenDelta] = []
@@ -287,12 +310,14 @@ class Engine:
 
     def _set_up(self, schedule: Schedule) -> None:
         for request in schedule.admitted:
-            self.parts.builder.set_blocks(request)
-            self._set_sampler_row(request)
+            self._begin_row(request)
         for request in schedule.new_blocks:
             self.parts.builder.append_block(request)
 
-    def _set_sampler_row(self, request: Request) -> None:
+    def _begin_row(self, request: Request) -> None:
+        self.parts.builder.set_blocks(request)
+        if self._speculation is not None:
+            self._speculation.admit(request)
         self.parts.runner.sampler.set_row(
             request.row,
             request.params,
@@ -330,23 +355,30 @@ class Engine:
             if request.is_finished:
                 collector.skip()
                 continue
+            num_drafted, num_rejected = len(request.draft), request.num_rejected
             delta = collector.collect(request)
             deltas.append(delta)
-            # K and V of drafted tokens are there, too, where they were right.
-            if len(delta.token_ids) > 1 and delta.finish is None:
-                self._scheduler.advance(request, len(delta.token_ids) - 1)
-            request.draft = []
+            if num_drafted:
+                self._settle_draft(request, num_drafted - (request.num_rejected - num_rejected))
             if delta.finish is not None:
                 self._scheduler.publish(request)
                 self._finish(request)
+
+    def _settle_draft(self, request: Request, num_accepted: int) -> None:
+        """Of a request that goes on K and V of the drafted tokens are there, too, where these were right."""
+        if self._speculation is not None:
+            self._speculation.note_outcome(request, len(request.draft), num_accepted)
+        request.draft = []
+        num_right = request.num_known - 1 - request.num_computed
+        if num_right > 0:
+            self._scheduler.advance(request, num_right)
 
     def _fork(self, leader: Request) -> None:
         started, copies = self._scheduler.fork(leader)
         for source, copy in copies:
             self.parts.kv.copy_block(source, copy)
         for sibling in started:
-            self.parts.builder.set_blocks(sibling)
-            self._set_sampler_row(sibling)
+            self._begin_row(sibling)
 
     def _add(self, choices: list[Request]) -> None:
         self._num_taken += 1
@@ -387,6 +419,8 @@ class Engine:
     def _finish(self, request: Request) -> None:
         row = request.row
         self._scheduler.finish(request)
+        if self._speculation is not None:
+            self._speculation.forget(request)
         if row >= 0:
             self.parts.runner.sampler.clear_row(row)
         self._drain.count()

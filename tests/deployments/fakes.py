@@ -10,12 +10,13 @@ from deployments.requantizer import SwitchCalls
 from deployments.switch_part import PartState
 from deployments.target import TargetStatus
 from serve_app.api.backend import IsqJob, ModelCard, Started
+from serve_app.engine.speculation.proposer import Proposer
 from serve_app.engine.stats import EngineStats
 from serve_app.engine.weight_switch import Mode, Progress, SwitchPlan
 from serve_app.errors import InvalidRequest, ServeError
 from serve_app.messages import Finish, GenerateRequest, PromptInput, TokenDelta, Usage
 from serve_app.metrics import Snapshot
-from serve_app.options import SamplingParams
+from serve_app.options import SamplingParams, SpeculationOptions
 
 
 class FakeSwitch:
@@ -96,6 +97,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.paused: set[str] = set()
         self.refusal: ServeError | None = None
+        self.speculation: tuple[SpeculationOptions, Proposer | None] | None = None
         self.failure: ServeError | None = None
         self.is_failed = False
         self.switch = FakeSwitch()
@@ -106,6 +108,9 @@ class FakeEngine:
     def stop(self) -> None:
         self._is_stopping = True
         self._thread.join()
+
+    def speculate(self, options: SpeculationOptions, draft: Proposer | None = None) -> None:
+        self.speculation = options, draft
 
     def add(self, source: GenerateRequest) -> None:
         if self.refusal is not None:

@@ -43,7 +43,7 @@ _PLAIN = Choice(None, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class SpeculationCounts:
+class ControlCounts:
     """Since the start: drafted, the tokens that were verified, and accepted[j], those of them that were right at
     position j; both by proposer, too. chosen[k]: how often k tokens were chosen for a sequence that might have got
     some. num_probes: how many of these choices were but tries."""
@@ -142,7 +142,7 @@ class SpeculationControl:
         """The sequence ended."""
         self._sequences.pop(sequence, None)
 
-    def snapshot(self) -> SpeculationCounts:
+    def snapshot(self) -> ControlCounts:
         """The counters; copies."""
         proposers = self._proposers.items()
         accepted = [0] * self._max_tokens
@@ -152,7 +152,7 @@ class SpeculationControl:
         drafted_by = {name: proposer.drafted for name, proposer in proposers}
         accepted_by = {name: sum(proposer.accepted) for name, proposer in proposers}
         drafted = sum(drafted_by.values())
-        return SpeculationCounts(drafted, accepted, drafted_by, accepted_by, list(self._chosen), self._num_probes)
+        return ControlCounts(drafted, accepted, drafted_by, accepted_by, list(self._chosen), self._num_probes)
 
     def _state(self, sequence: int) -> "_Sequence":
         state = self._sequences.get(sequence)

@@ -10,6 +10,7 @@ class LocalProposer:
     """See Proposer. The target waits while the model drafts, however long that takes: for the LLM class and tests."""
 
     name = "draft"
+    num_timeouts = 0
 
     def __init__(self, drafter: DraftModel) -> None:
         """Owns the drafter."""
@@ -17,7 +18,7 @@ class LocalProposer:
         # Tokens of each sequence that the drafter was told.
         self._told: dict[int, int] = {}
 
-    def admit(self, sequence: int, token_ids: Sequence[int]) -> None:
+    def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:
         """See Proposer. The first call computes the prompt."""
 
     def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
@@ -32,7 +33,7 @@ class LocalProposer:
                 answers[i] = drafted
         return [drafted or [] for drafted in answers]
 
-    def forget(self, sequence: int) -> None:
+    def forget(self, sequence: int, token_ids: Sequence[int] = ()) -> None:
         """See Proposer."""
         self._told.pop(sequence, None)
         self._drafter.forget(sequence)

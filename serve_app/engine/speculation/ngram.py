@@ -19,13 +19,14 @@ class NgramProposer:
     """
 
     name = "ngram"
+    num_timeouts = 0
 
     def __init__(self, min_n: int = 2, max_n: int = 4) -> None:
         assert 1 <= min_n <= max_n
         self._min_n, self._max_n = min_n, max_n
         self._indexes: dict[int, _Index] = {}
 
-    def admit(self, sequence: int, token_ids: Sequence[int]) -> None:
+    def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:
         """See Proposer."""
         self._index(sequence).extend(token_ids)
 
@@ -33,7 +34,7 @@ class NgramProposer:
         """See Proposer."""
         return [self._propose(wish) for wish in wishes]
 
-    def forget(self, sequence: int) -> None:
+    def forget(self, sequence: int, token_ids: Sequence[int] = ()) -> None:
         """See Proposer."""
         self._indexes.pop(sequence, None)
 

@@ -30,14 +30,21 @@ class Proposer(Protocol):
     def name(self) -> str:
         """draft, ngram or suffix."""
 
-    def admit(self, sequence: int, token_ids: Sequence[int]) -> None:
-        """A sequence was admitted with this prompt: its first wish comes when the target has computed that."""
+    @property
+    def num_timeouts(self) -> int:
+        """Steps for which proposals did not come in time."""
+
+    def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:
+        """A sequence was admitted with this prompt: its first wish comes when the target has computed that.
+
+        scope: nothing that it says may be seen from sequences of another one (the salt of a tenant's cache).
+        """
 
     def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
         """For each wish at most max_tokens token ids that may follow, possibly none."""
 
-    def forget(self, sequence: int) -> None:
-        """The sequence ended; there may never have been a wish for it."""
+    def forget(self, sequence: int, token_ids: Sequence[int] = ()) -> None:
+        """The sequence ended, token_ids are all of it; there may never have been a wish for it."""
 
     def close(self) -> None:
         """Frees what it holds."""

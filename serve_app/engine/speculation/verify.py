@@ -60,11 +60,10 @@ class _Drawing:
         at = _spans(self._first[who], lengths)
         owner = np.repeat(who, lengths)
         self._draw(at, owner)
-        is_right = self._drawn[at] == self._proposed[at]
-        for request, length, end in zip(who, lengths, np.cumsum(lengths), strict=True):
-            right = is_right[end - length : end]
-            # The last place has no proposal, so that one is always wrong.
-            self._counts[request] = int(right.argmin()) + 1
+        # Each request's last place has no proposal, so that it is always wrong: the first wrong one from its begin on.
+        wrong = np.flatnonzero(self._drawn[at] != self._proposed[at])
+        begins = np.cumsum(lengths) - lengths
+        self._counts[who] = wrong[np.searchsorted(wrong, begins)] - begins + 1
 
     def draw_in_turn(self, who: Ints) -> None:
         """Place after place, the requests whose drafts were right so far."""

@@ -1,0 +1,112 @@
+"""Engines that speculate say what they say without, by whichever proposer, alone and in a crowd."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.engine.llm import LLM, Generation
+from serve_app.engine.speculation.build_drafter import build_drafter
+from serve_app.engine.speculation.local_proposer import LocalProposer
+from serve_app.engine.stats import SpeculationCounts
+from serve_app.options import (
+    DryParams,
+    EngineConfig,
+    ModelSource,
+    RequestSpeculation,
+    SamplingParams,
+    Speculate,
+    SpeculationOptions,
+)
+
+MODELS = Path(__file__).parents[2] / "data" / "models"
+PAIRS = {
+    "stories260K": (MODELS / "stories260K" / "stories260K-F32.gguf", MODELS / "stories40K-draft" / "hf"),
+    "stories3M": (MODELS / "stories3M" / "stories3M-F32.gguf", MODELS / "stories260K" / "stories260K-F32.gguf"),
+}
+CONFIG = EngineConfig(max_seqs=32, block_size=16, prefill_chunk_tokens=16, max_batched_tokens=96, num_threads=1)
+BEGINNINGS = ("Once upon a time", "The little dog", "Lily and Tom went to the park and saw", "One day, a big", "In the")
+MANNERS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 1.0, "seed": 2, "top_k": 20, "top_p": 0.9, "frequency_penalty": 0.4},
+    {"temperature": 0.0, "repetition_penalty": 1.2, "logprobs": 2},
+    {"temperature": 0.8, "seed": 3, "n": 2, "stop": ("big", "happy")},
+    {"temperature": 0.7, "seed": 4, "min_p": 0.05, "dry": DryParams(multiplier=0.8), "ignore_eos": True},
+    {"temperature": 1.0, "seed": 5, "speculation": RequestSpeculation(max_tokens=1)},
+]
+
+
+def generate(
+    pair: str, count: int, options: SpeculationOptions | None, config: EngineConfig = CONFIG
+) -> tuple[list[Generation], SpeculationCounts | None]:
+    """count requests at once; options None: without speculation."""
+    target, draft = PAIRS[pair]
+    with LLM(str(target), config=config) as llm:
+        proposer = None
+        if options is not None:
+            if options.use in ("draft", "auto"):
+                proposer = LocalProposer(build_drafter(ModelSource(model=str(draft)), config))
+            llm.engine.speculate(options, proposer)
+        prompts = [f"{BEGINNINGS[i % 5]} number {i}" for i in range(count)]
+        sampling = [
+            SamplingParams().with_overrides({"max_tokens": 60, **MANNERS[i % len(MANNERS)]}) for i in range(count)
+        ]
+        said = llm.generate(prompts, sampling), llm.engine.stats().speculation
+        if proposer is not None:
+            proposer.close()
+        return said
+
+
+def check(plain: list[Generation], drafted: list[Generation]) -> None:
+    for a, b in zip(plain, drafted, strict=True):
+        assert [c.token_ids for c in a.choices] == [c.token_ids for c in b.choices]
+        assert [c.text for c in a.choices] == [c.text for c in b.choices]
+        ends = [[(c.finish.reason, c.finish.stop_reason) for c in one.choices if c.finish] for one in (a, b)]
+        assert ends[0] == ends[1]
+        for x, y in zip(a.choices, b.choices, strict=True):
+            assert [p.logprob for p in x.logprobs or ()] == pytest.approx([p.logprob for p in y.logprobs or ()])
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[tuple[str, int], list[Generation]]:
+    return {(pair, count): generate(pair, count, None)[0] for pair in PAIRS for count in (1, 32)}
+
+
+@pytest.mark.parametrize("use", ["draft", "ngram", "suffix", "auto"])
+@pytest.mark.parametrize("count", [1, 32])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_texts_are_those_without(pair: str, count: int, use: Speculate, plain: dict[Any, list[Generation]]) -> None:
+    said, counts = generate(pair, count, SpeculationOptions(use, 4, is_fixed=use != "auto"))
+    check(plain[pair, count], said)
+    assert counts is not None
+    if use == "draft":
+        assert counts.drafted["draft"] > 20 * count
+        assert 0 < counts.accepted["draft"] < counts.drafted["draft"]
+    elif count > 1:
+        assert sum(counts.drafted.values()) > 0
+    assert sum(counts.accepted_by_position) == sum(counts.accepted.values())
+    assert counts.tokens == counts.steps + sum(counts.accepted.values())
+
+
+def test_texts_where_blocks_run_out(plain: dict[Any, list[Generation]]) -> None:
+    """Preempted again and again."""
+    small = EngineConfig(
+        max_seqs=32, block_size=16, prefill_chunk_tokens=16, max_batched_tokens=96, num_threads=1, pool_tokens=400
+    )
+    said, counts = generate("stories260K", 32, SpeculationOptions("draft", 4, is_fixed=True), small)
+    check(plain["stories260K", 32], said)
+    assert counts is not None
+    assert counts.accepted["draft"] > 100
+
+
+def test_a_request_may_refuse() -> None:
+    target, _ = PAIRS["stories260K"]
+    with LLM(str(target), config=CONFIG) as llm:
+        llm.engine.speculate(SpeculationOptions("suffix", 4, is_fixed=True))
+        off = SamplingParams(temperature=0.0, max_tokens=40, speculation=RequestSpeculation(enabled=False))
+        llm.generate("Once upon a time", off)
+        counts = llm.engine.stats().speculation
+    assert counts is not None
+    assert not any(counts.drafted.values())
+    assert not any(counts.gamma.values())
