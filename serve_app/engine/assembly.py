@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from serve_app.engine.batch_builder import BatchBuilder
-from serve_app.engine.engine import EngineParts, Runner
+from serve_app.engine.engine_parts import EngineParts, Runner
 from serve_app.engine.outputs import OutputCollector
 from serve_app.engine.request_factory import RequestFactory
 from serve_app.engine.scheduler import Scheduler

@@ -5,28 +5,22 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
-from serve_app.batch import ForwardBatch
-from serve_app.engine.batch_builder import BatchBuilder
 from serve_app.engine.border import Border
+from serve_app.engine.engine_parts import EngineParts, Pending
 from serve_app.engine.model_runner import StepResult
-from serve_app.engine.outputs import OutputCollector
 from serve_app.engine.request import UNKNOWN, Request, RequestState
-from serve_app.engine.request_factory import RequestFactory
-from serve_app.engine.scheduler import Schedule, Scheduler
+from serve_app.engine.scheduler import Schedule
 from serve_app.engine.speculation.proposer import Proposer
 from serve_app.engine.speculation.speculation import Speculation
 from serve_app.engine.stats import EngineStats
 from serve_app.engine.throughput import DrainRate
 from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed, QueueFull, ServeError, Unavailable
-from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.messages import FinishReason, GenerateRequest, TokenDelta
-from serve_app.options import EngineConfig, SamplingParams, SpeculationOptions
-from serve_app.text.tokenizer import Tokenizer
+from serve_app.options import EngineConfig, SpeculationOptions
 
 log = logging.getLogger(__name__)
 
@@ -36,31 +30,6 @@ EXPIRY_CHECK_S = 0.25
 
 
 OnDeltas = Callable[[list[TokenDelta]], None]
-
-
-class SamplerRows(Protocol):
-    """What the engine tells a sampler; see engine.sampler."""
-
-    def set_row(
-        self, row: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int], output_ids: Sequence[int]
-    ) -> None: ...
-    def clear_row(self, row: int) -> None: ...
-
-
-class Pending(Protocol):
-    """A step under way; see engine.model_runner."""
-
-    def wait(self) -> StepResult: ...
-
-
-class Runner(Protocol):
-    """What executes a step; see engine.model_runner. Benchmarks of the host side put a null one in its place."""
-
-    @property
-    def sampler(self) -> SamplerRows: ...
-    @property
-    def overlaps(self) -> bool: ...
-    def execute(self, batch: ForwardBatch) -> Pending: ...
 
 
 @dataclass(slots=True)
@@ -73,25 +42,6 @@ class _Launched:
     wanted: list[tuple[int, range]]
     pending: Pending
     began_s: float
-
-
-@dataclass(slots=True)
-class EngineParts:
-    """What an engine is made of; built by engine.build."""
-
-    scheduler: Scheduler
-    builder: BatchBuilder
-    runner: Runner
-    factory: RequestFactory
-    collector: OutputCollector
-    tokenizer: Tokenizer
-    sampling_defaults: SamplingParams
-    kv: KvPool
-
-    def close(self) -> None:
-        """Frees the cache; the model goes with its last user."""
-        self.scheduler.pool.close()
-        self.kv.close()
 
 
 class Engine:

@@ -221,7 +221,8 @@ class Sampler:
         """Of which rows tokens of several positions may be drawn in one call: nothing that is drawn changes what comes
         after it. On the host only where a draw is so cheap that it may be in vain."""
         ties = Need.MEMORY if self._is_on_device else Need.MEMORY | Need.RANDOM
-        return (self._needs[rows] & ties) == 0
+        are_free: NDArray[np.bool_] = (self._needs[rows] & ties) == 0
+        return are_free
 
     def sample(self, logits: Logits, rows: Ints, positions: Ints) -> Draw:
         """Draws one token for each row and updates the rows' states with it.

@@ -76,7 +76,7 @@ class _Drawing:
             place += 1
 
     def _draw(self, at: Ints, owner: Ints) -> None:
-        logits = self._logits[at]  # type: ignore[index]
+        logits = self._logits[at]
         draw = self._sampler.sample(logits, self._rows[owner], self._positions[owner] + at - self._first[owner])
         sampled = draw.wait()
         self._drawn[at] = sampled.token_ids
