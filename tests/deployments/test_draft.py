@@ -4,17 +4,21 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deployments.draft import DraftServer, build_model
 from deployments.draft_plan import DraftPlan
 from deployments.remote_proposer import RemoteProposer
+from deployments.target import TargetServer
+from serve_app.config import AppConfig
 from serve_app.engine.speculation.proposer import DraftWish
 from serve_app.errors import ModelFileError
-from serve_app.options import EngineConfig, ModelSource
+from serve_app.options import EngineConfig, ModelSource, SpeculationOptions
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import first_difference, vocabulary_digest, vocabulary_of
+from tests.deployments.fakes import FakeEngine
 
 DATA = Path(__file__).parents[1] / "data"
 MODELS = DATA / "models"
@@ -66,3 +70,26 @@ def test_vocabularies_are_compared_by_what_ids_mean() -> None:
     assert vocabulary_digest([b"ab", b"c"]) != vocabulary_digest([b"a", b"bc"])
     hf, gguf = (vocabulary_of(open_tokenizer(MODELS / "stories260K" / name)) for name in ("hf", "stories260K-F32.gguf"))
     assert vocabulary_digest(hf) == vocabulary_digest(gguf)
+
+
+class Unreachable:
+    """A draft replica that is not there yet."""
+
+    async def open_channel(self, digest: bytes) -> Any:
+        await asyncio.Event().wait()
+
+    async def propose(self, client: str, calls: Any, ended: Any, limit_s: float) -> Any:
+        raise AssertionError("nobody opened a way")
+
+
+@pytest.mark.parametrize("has_draft", [False, True])
+async def test_an_engine_is_told_how_to_speculate(has_draft: bool) -> None:
+    engine = FakeEngine(lambda deltas: None)
+    config = AppConfig.model_validate({"speculation": {"use": "auto", "max_tokens": 3}})
+    draft = Unreachable() if has_draft else None
+    target = TargetServer(config, "target", "node", lambda *_: engine, draft=draft)
+    try:
+        assert engine.speculation == (SpeculationOptions("auto", 3), target.draft)
+        assert (target.draft is not None) == has_draft
+    finally:
+        target.stop()

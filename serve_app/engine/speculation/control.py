@@ -42,20 +42,6 @@ class Choice:
 _PLAIN = Choice(None, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class ControlCounts:
-    """Since the start: drafted, the tokens that were verified, and accepted[j], those of them that were right at
-    position j; both by proposer, too. chosen[k]: how often k tokens were chosen for a sequence that might have got
-    some. num_probes: how many of these choices were but tries."""
-
-    drafted: int
-    accepted: list[int]
-    drafted_by_proposer: dict[str, int]
-    accepted_by_proposer: dict[str, int]
-    chosen: list[int]
-    num_probes: int
-
-
 class SpeculationControl:
     """Closed loop: chooses by what was measured, measures what it chose.
 
@@ -78,8 +64,8 @@ class SpeculationControl:
         self._dearest_probe = 0.0
         self._next_probed = 0
         self._plan: _Plan | None = None
-        self._chosen = [0] * (self._max_tokens + 1)
-        self._num_probes = 0
+        # Choices that were but tries.
+        self.num_probes = 0
 
     def warm_up(self, measure: Callable[[int, int], float], max_sequences: int) -> None:
         """Fills the table of steps: measure(num_sequences, num_tokens) runs one of the target and gives its seconds."""
@@ -104,9 +90,6 @@ class SpeculationControl:
             self._probe(plan, picked)
             for state, choice in zip(plan.states, picked, strict=True):
                 state.num_asked = choice.num_tokens
-        for (_, most), choice in zip(wanted, picked, strict=True):
-            if most > 0:
-                self._chosen[choice.num_tokens] += 1
         return picked
 
     def note_step(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
@@ -141,18 +124,6 @@ class SpeculationControl:
     def forget(self, sequence: int) -> None:
         """The sequence ended."""
         self._sequences.pop(sequence, None)
-
-    def snapshot(self) -> ControlCounts:
-        """The counters; copies."""
-        proposers = self._proposers.items()
-        accepted = [0] * self._max_tokens
-        for _, proposer in proposers:
-            proposer.update()
-            accepted = [a + b for a, b in zip(accepted, proposer.accepted, strict=True)]
-        drafted_by = {name: proposer.drafted for name, proposer in proposers}
-        accepted_by = {name: sum(proposer.accepted) for name, proposer in proposers}
-        drafted = sum(drafted_by.values())
-        return ControlCounts(drafted, accepted, drafted_by, accepted_by, list(self._chosen), self._num_probes)
 
     def _state(self, sequence: int) -> "_Sequence":
         state = self._sequences.get(sequence)
@@ -273,7 +244,7 @@ class SpeculationControl:
                 if seconds > self._budget:
                     continue
                 self._budget -= seconds
-                self._num_probes += 1
+                self.num_probes += 1
                 begin.pop(name, None)
                 num_tokens += choice.proposer is None
                 picked[i] = Choice(name, 1)
@@ -288,12 +259,10 @@ class _Proposer:
     def __init__(self, max_tokens: int) -> None:
         self.times = ProposalTimes()
         self.overall = Acceptance(max_tokens, None)
-        self.drafted = 0
-        self.accepted = [0] * max_tokens
+        self._size = max_tokens + 1
         self._clear()
 
     def note(self, num_asked: int, num_drafted: int, num_accepted: int) -> None:
-        self.drafted += num_drafted
         self._asked[min(num_asked, num_drafted + 1)] += 1
         self._drafted[num_drafted] += 1
         self._verified[min(num_drafted, num_accepted + 1)] += 1
@@ -302,13 +271,11 @@ class _Proposer:
 
     def update(self) -> None:
         if self._has_new:
-            accepted = Trials(self._verified, self._accepted)
-            self.overall.note_all(Trials(self._asked, self._drafted), accepted)
-            self.accepted = [a + b for a, b in zip(self.accepted, accepted.num_succeeded, strict=True)]
+            self.overall.note_all(Trials(self._asked, self._drafted), Trials(self._verified, self._accepted))
             self._clear()
 
     def _clear(self) -> None:
-        size = len(self.accepted) + 1
+        size = self._size
         # By number of tokens: how many proposals.
         self._asked, self._drafted = [0] * size, [0] * size
         self._verified, self._accepted = [0] * size, [0] * size

@@ -185,7 +185,7 @@ def test_without_a_proposer_all_decode_plainly(use: Speculate, names: list[str])
         assert control.choose([(1, 5), (2, 5)], 7) == [Choice(None, 0)] * 2
         control.note_outcome(1, "draft", 3, 1)
         control.note_proposal("draft", 1, 3, 0.1)
-        assert control.snapshot().drafted == 0
+        assert control.choose([(1, 5)], 0) == [Choice(None, 0)]
 
 
 def test_never_more_than_a_sequence_may_get() -> None:
@@ -202,36 +202,15 @@ def test_never_more_than_a_sequence_may_get() -> None:
     assert control.choose([], 5) == []
 
 
-def test_counts() -> None:
-    control = SpeculationControl(SpeculationOptions(use="draft", max_tokens=3, is_fixed=True), ["draft"])
-    for accepted in (0, 1, 3, 3):
-        control.choose([(1, 3), (2, 0)], 0)
-        control.note_outcome(1, "draft", 3, accepted)
-    control.choose([(1, 2)], 0)
-    control.note_outcome(1, "draft", 1, 1)
-    counts = control.snapshot()
-    assert counts.drafted == 13
-    assert counts.accepted == [4, 2, 2]
-    assert counts.drafted_by_proposer == {"draft": 13}
-    assert counts.accepted_by_proposer == {"draft": 8}
-    assert counts.chosen == [0, 0, 1, 4]
-    assert counts.num_probes == 0
-    control.snapshot().accepted[0] = 99
-    assert control.snapshot().accepted == [4, 2, 2]
-
-
 def test_probes_are_counted_and_forgotten_sequences_start_from_the_average() -> None:
     control = make_control(memory_bound)
     simulation = Simulation(2, always(0.0), memory_bound, {"draft": (0.0, 0.3)})
     simulation.run(control, 300)
-    counts = control.snapshot()
-    assert counts.num_probes >= 5
-    assert sum(counts.chosen[1:]) <= counts.num_probes + 20
+    assert control.num_probes >= 5
     assert simulation.seconds <= 300 * memory_bound(2) * 1.015 + 5 * 0.3
     control.forget(0)
     control.forget(77)
     control.note_outcome(0, "draft", 1, 1)
-    assert control.snapshot().accepted == [0] * MAX_TOKENS
     simulation.acceptance = always(0.9)
     simulation.run(control, 300)
     # One that nobody has seen is asked for much at once.

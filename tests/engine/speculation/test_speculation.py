@@ -1,5 +1,6 @@
 """Engines that speculate say what they say without, by whichever proposer, alone and in a crowd."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from serve_app.engine.llm import LLM, Generation
 from serve_app.engine.speculation.build_drafter import build_drafter
 from serve_app.engine.speculation.local_proposer import LocalProposer
+from serve_app.engine.speculation.proposer import DraftWish
 from serve_app.engine.stats import SpeculationCounts
 from serve_app.options import (
     DryParams,
@@ -110,3 +112,45 @@ def test_a_request_may_refuse() -> None:
     assert counts is not None
     assert not any(counts.drafted.values())
     assert not any(counts.gamma.values())
+
+
+class Repeats:
+    """Proposes the last token again, and remembers what it was told."""
+
+    name = "draft"
+    num_timeouts = 3
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:
+        self.told.append(("admit", list(token_ids), scope))
+
+    def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
+        return [[wish.token_ids[-1]] * wish.max_tokens for wish in wishes]
+
+    def forget(self, sequence: int, token_ids: Sequence[int] = ()) -> None:
+        self.told.append(("forget", list(token_ids)))
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+def test_what_a_proposer_is_told_and_what_is_counted() -> None:
+    proposer = Repeats()
+    with LLM(str(PAIRS["stories260K"][0]), config=CONFIG) as llm:
+        llm.engine.speculate(SpeculationOptions("draft", 3, is_fixed=True), proposer)
+        prompt = llm.tokenizer.encode("Once upon a time")
+        # The bias makes one token likely again and again.
+        bias = ((prompt[1], 30.0),)
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logit_bias=bias)
+        said = llm.generate(prompt, sampling)[0].token_ids
+        counts = llm.engine.stats().speculation
+    assert said == [prompt[1]] * 12
+    assert proposer.told == [("admit", prompt, b""), ("forget", prompt + said)]
+    assert counts is not None
+    # One token of the prompt, four of two steps of three drafts each, three of one with two.
+    assert (counts.steps, counts.tokens, counts.drafted, counts.accepted) == (3, 11, {"draft": 8}, {"draft": 8})
+    assert counts.accepted_by_position == [3, 3, 2]
+    assert (counts.gamma, counts.timeouts) == ({0: 0, 1: 0, 2: 1, 3: 2}, 3)
+    assert counts.verify_seconds > 0
