@@ -18,7 +18,6 @@ from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftMod
 from serve_app.engine.speculation.text_map import TextMappedDraft
 from serve_app.errors import EngineFailed, ModelFileError
 from serve_app.loaders.model_files import resolve
-from serve_app.metrics import Snapshot, process_snapshot
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import vocabulary_digest, vocabulary_of
 
@@ -56,10 +55,6 @@ class DraftServer:
     ) -> list[Drafted]:
         """One call a step for all of a target's requests; see DraftReplica."""
         return await asyncio.wrap_future(self._thread.call(client, calls, ended, limit_s))
-
-    async def snapshot(self) -> Snapshot:
-        """This process's metrics."""
-        return process_snapshot(DRAFT)
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds and replaces the replica when it raises."""

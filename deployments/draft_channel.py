@@ -194,7 +194,7 @@ class DraftThread:
     def _advance(self) -> bool:
         try:
             return self._model.advance()
-        except Exception:  # as above
+        except Exception:  # nobody waits for it: the next call tells whether the model still works
             log.exception("drafting ahead failed")
             self.num_failures += 1
             return False

@@ -6,7 +6,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Protocol
 
 from deployments.draft_messages import (
@@ -79,12 +79,15 @@ class Told:
         """Whether anything was told."""
         return self._counts.pop(sequence, None) is not None
 
-    def check(self, calls: Sequence[DraftCall], answers: Sequence[Drafted]) -> None:
-        """What the draft does not know is to be told from its beginning, next time."""
+    def check(self, calls: Sequence[DraftCall], answers: Sequence[Drafted]) -> list[int]:
+        """What the draft does not know, by its answers, is to be told from its beginning, next time; returns which."""
+        unknown = []
         for call, drafted in zip(calls, answers, strict=True):
             if drafted is None:
                 assert isinstance(call.sequence, int)
                 self.forget(call.sequence)
+                unknown.append(call.sequence)
+        return unknown
 
 
 class ChannelLink:
@@ -274,7 +277,7 @@ class CallLink:
         if self._under_way is not None:
             self._under_way.cancel()
 
-    def _early(self, until_s: float) -> dict[int, Drafted] | None:
+    def _early(self, until_s: float) -> dict[Hashable, Drafted] | None:
         """What was guessed right, perhaps: the answers to the last call, where that was a guess. None: it is still
         under way."""
         if self._under_way is None:
@@ -288,7 +291,7 @@ class CallLink:
         # Too late to be of use; what it was told, the draft knows.
         if was_late:
             return {}
-        return {call.sequence: drafted for call, drafted in zip(self._calls, answers, strict=True)}  # type: ignore[misc]
+        return {call.sequence: drafted for call, drafted in zip(self._calls, answers, strict=True)}
 
     def _continued(self, wish: DraftWish, early: Drafted) -> Drafted:
         """What of an answer to a guess follows a text; None: nothing."""
@@ -344,9 +347,6 @@ class CallLink:
         except Exception as error:
             raise LinkLost(str(error)) from error
         self._under_way, self._is_late = None, False
-        for call, drafted in zip(self._calls, answers, strict=True):
-            if drafted is None:
-                assert isinstance(call.sequence, int)
-                self._told.forget(call.sequence)
-                self._guesses.pop(call.sequence, None)
+        for sequence in self._told.check(self._calls, answers):
+            self._guesses.pop(sequence, None)
         return answers

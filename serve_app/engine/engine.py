@@ -15,6 +15,7 @@ from serve_app.engine.request import UNKNOWN, Request, RequestState
 from serve_app.engine.scheduler import Schedule
 from serve_app.engine.speculation.proposer import Proposer
 from serve_app.engine.speculation.speculation import Speculation
+from serve_app.engine.speculation.step_timer import StepTimer
 from serve_app.engine.stats import EngineStats
 from serve_app.engine.throughput import DrainRate
 from serve_app.engine.weight_switch import WeightSwitch
@@ -152,6 +153,8 @@ class Engine:
         assert not self._live
         if options.use != "off":
             self._speculation = Speculation(options, draft)
+            if not options.is_fixed:
+                self._speculation.warm_up(StepTimer(self.parts), self.config.max_seqs)
 
     def start(self) -> None:
         """Starts the engine's thread."""

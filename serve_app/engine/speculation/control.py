@@ -67,12 +67,19 @@ class SpeculationControl:
         # Choices that were but tries.
         self.num_probes = 0
 
-    def warm_up(self, measure: Callable[[int, int], float], max_sequences: int) -> None:
-        """Fills the table of steps: measure(num_sequences, num_tokens) runs one of the target and gives its seconds."""
+    def warm_up(self, measure: Callable[[int, int], float], max_sequences: int, limit_s: float = float("inf")) -> None:
+        """Fills the table of steps: measure(num_sequences, num_tokens) runs one of the target and gives its seconds.
+
+        Small ones first, until they took limit_s together: the others are learnt when they are needed.
+        """
         for num_sequences in sorted({*(1 << k for k in range(max_sequences.bit_length())), max_sequences}):
             for num_drafted in sorted({0, self._max_tokens // 2, self._max_tokens}):
                 num_tokens = num_sequences * (1 + num_drafted)
-                self._steps.warm_up(num_tokens, measure(num_sequences, num_tokens))
+                seconds = measure(num_sequences, num_tokens)
+                self._steps.warm_up(num_tokens, seconds)
+                limit_s -= seconds
+                if limit_s <= 0:
+                    return
 
     def choose(self, wanted: Sequence[tuple[int, int]], num_other_tokens: int) -> list[Choice]:
         """For each (sequence, most tokens that it may get, 0: none) of a step that decodes them, and computes

@@ -10,9 +10,13 @@ from serve_app.engine.scheduler import Schedule
 from serve_app.engine.speculation.control import Choice, SpeculationControl
 from serve_app.engine.speculation.ngram import NgramProposer
 from serve_app.engine.speculation.proposer import DraftWish, Proposer
+from serve_app.engine.speculation.step_timer import StepTimer
 from serve_app.engine.speculation.suffix import SuffixProposer
 from serve_app.engine.stats import SpeculationCounts
 from serve_app.options import SpeculationOptions
+
+# A start may be later by so much, and one step more.
+_WARM_UP_S = 1.0
 
 
 class Speculation:
@@ -39,6 +43,14 @@ class Speculation:
             accepted_by_position=[0] * options.max_tokens,
             gamma=dict.fromkeys(range(options.max_tokens + 1), 0),
         )
+
+    def warm_up(self, timer: StepTimer, max_sequences: int) -> None:
+        """Measures steps, before any request runs."""
+        if self._proposers:
+            most = min(max_sequences, timer.most_sequences(1 + self._max_tokens))
+            # The first one of all wakes threads and touches memory.
+            timer.measure(1, 1)
+            self._control.warm_up(timer.measure, most, _WARM_UP_S)
 
     def counts(self) -> SpeculationCounts:
         """What came of it so far; a copy, from any thread."""
