@@ -149,12 +149,13 @@ class Scheduler:
     def _fit_drafts(self, step: Schedule) -> None:
         """Shortens drafts to what there is room for when every decode has its token: they are never worth a
         preemption. Blocks are taken for all that may come of the step."""
-        room = min(self._config.max_batched_tokens - len(step.decode), self._chunk_tokens - 1)
+        room = self._config.max_batched_tokens - len(step.decode)
         for request in step.decode:
             if not request.draft:
                 continue
             # The last token is drawn from the logits of the one before.
-            num_drafted = min(len(request.draft), room, request.max_total_tokens - request.num_tokens - 1)
+            most = min(self._chunk_tokens, request.max_total_tokens - request.num_tokens) - 1
+            num_drafted = min(len(request.draft), room, most)
             if self._angles.are_several and self._angles.is_outgrown(request.angles, request.num_tokens + num_drafted):
                 num_drafted = 0
             if num_drafted <= 0 or not self.tables.grow(request, 1 + num_drafted):

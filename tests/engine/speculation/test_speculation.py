@@ -154,3 +154,21 @@ def test_what_a_proposer_is_told_and_what_is_counted() -> None:
     assert counts.accepted_by_position == [3, 3, 2]
     assert (counts.gamma, counts.timeouts) == ({0: 0, 1: 0, 2: 1, 3: 2}, 3)
     assert counts.verify_seconds > 0
+
+
+def test_a_chunk_limits_each_request_and_a_batch_all_together() -> None:
+    """Chunks of 16 tokens, batches of 96: 32 requests with drafts of 5 tokens would be 192."""
+    with LLM(str(PAIRS["stories260K"][0]), config=CONFIG) as llm:
+        engine, steps = llm.engine, []
+        engine.speculate(SpeculationOptions("draft", 5, is_fixed=True), Repeats())
+        build = engine.parts.builder.build
+
+        def record(schedule: Any, wanted: Any) -> Any:
+            steps.append((len(schedule.decode), schedule.num_drafted))
+            return build(schedule, wanted)
+
+        engine.parts.builder.build = record  # type: ignore[method-assign]
+        sampling = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+        llm.generate([f"{BEGINNINGS[i % 5]} {i}" for i in range(32)], sampling)
+    assert (32, 64) in steps
+    assert all(num_decodes + num_drafted <= 96 for num_decodes, num_drafted in steps)
