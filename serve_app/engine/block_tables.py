@@ -14,7 +14,7 @@ class BlockTables:
     A group without a window has blocks for all known tokens from admission on. One with a window has them from the
     first that some token still to be computed sees, up to the end of the next chunk: as a request moves on, blocks
     behind the window are given up (NO_BLOCK stands in their place) and others taken in front, so that it never holds
-    more than KvWindow.most_blocks.
+    more than KvWindow.most_blocks. Blocks that were taken for drafts stay for the tokens that come there later.
     """
 
     def __init__(self, pool: BlockLedger, windows: Sequence[KvWindow]) -> None:

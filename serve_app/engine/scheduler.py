@@ -100,10 +100,9 @@ class Scheduler:
         if self._angles.are_several:
             self._recompute_outgrown()
         self._schedule_decodes(step)
-        self._fit_drafts(step)
-        budget = self._config.max_batched_tokens - len(step.decode) - step.num_drafted
+        budget = self._config.max_batched_tokens - len(step.decode)
         budget = self._schedule_prefills(step, budget)
-        self._admit(step, budget)
+        self._fit_drafts(step, self._admit(step, budget))
         return step
 
     def _recompute_outgrown(self) -> None:
@@ -146,10 +145,9 @@ class Scheduler:
                 step.new_blocks.append(request)
             step.decode.append(request)
 
-    def _fit_drafts(self, step: Schedule) -> None:
-        """Shortens drafts to what there is room for when every decode has its token: they are never worth a
-        preemption. Blocks are taken for all that may come of the step."""
-        room = self._config.max_batched_tokens - len(step.decode)
+    def _fit_drafts(self, step: Schedule, room: int) -> None:
+        """Shortens drafts to what there is room for when decodes and prompts have theirs, room tokens in all: they are
+        worth neither a preemption nor that a prompt waits. Blocks are taken for all that may come of the step."""
         for request in step.decode:
             if not request.draft:
                 continue
@@ -171,13 +169,11 @@ class Scheduler:
         while not self.tables.grow(request, num_tokens):
             victim = self.running[-1]
             assert victim is not request or len(self.running) > 1, "a request larger than the pool was admitted"
-            num_drafted = len(victim.draft)
             self.preempt(victim)
             if victim is request:
                 return False
             if victim in step.decode:
                 step.decode.remove(victim)
-                step.num_drafted -= num_drafted
             step.new_blocks = [other for other in step.new_blocks if other is not victim]
         return True
 
@@ -198,7 +194,8 @@ class Scheduler:
                 budget -= tokens
         return budget
 
-    def _admit(self, step: Schedule, budget: int) -> None:
+    def _admit(self, step: Schedule, budget: int) -> int:
+        """Begins waiting requests with budget tokens; returns how many of these are left."""
         skipped: list[Request] = []
         while self.waiting and self._free_rows and budget > 0:
             request = self.waiting[0]
@@ -220,6 +217,7 @@ class Scheduler:
             step.admitted.append(request)
             step.prefill.append((request, tokens))
         self.waiting.extendleft(reversed(skipped))
+        return budget
 
     def _take_blocks(self, request: Request) -> bool:
         """A rotary set and blocks to begin with; all or none."""

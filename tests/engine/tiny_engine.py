@@ -70,6 +70,8 @@ class TinyEngine:
         self._build, parts.builder.build = parts.builder.build, self._checked  # type: ignore[method-assign]
         self.finishes: dict[tuple[str, int], Finish] = {}
         self.least_free = num_blocks
+        # Tokens that a request may have blocks for beyond those that are drawn.
+        self.most_drafted = 0
 
     def add(self, name: str, prompt: Iterable[int], **sampling: Any) -> None:
         params = SamplingParams().with_overrides({"temperature": 0.0, "ignore_eos": True, "seed": 3, **sampling})
@@ -112,7 +114,8 @@ class TinyEngine:
         self.least_free = min(self.least_free, pool.num_free)
         held = {block for request in running for table in request.tables for block in table if block >= 0}
         assert pool.num_free == pool.num_total - len(held)
-        most = sum(window.most_blocks(request.num_tokens) for request in running for window in self.windows)
+        lengths = [request.num_tokens + self.most_drafted for request in running]
+        most = sum(window.most_blocks(length) for length in lengths for window in self.windows)
         assert len(held) <= most
         dead = [block for block in range(pool.num_total) if block not in held and owner._hash[block] is None]
         for tensor in (*self.kv.k, *self.kv.v):
