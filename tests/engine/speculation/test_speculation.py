@@ -39,16 +39,21 @@ MANNERS: list[dict[str, Any]] = [
 ]
 
 
+def proposer_of(pair: str, use: Speculate, config: EngineConfig = CONFIG) -> LocalProposer | None:
+    """Over the pair's draft model, where that is used."""
+    if use not in ("draft", "auto"):
+        return None
+    return LocalProposer(build_drafter(ModelSource(model=str(PAIRS[pair][1])), config))
+
+
 def generate(
     pair: str, count: int, options: SpeculationOptions | None, config: EngineConfig = CONFIG
 ) -> tuple[list[Generation], SpeculationCounts | None]:
     """count requests at once; options None: without speculation."""
-    target, draft = PAIRS[pair]
-    with LLM(str(target), config=config) as llm:
+    with LLM(str(PAIRS[pair][0]), config=config) as llm:
         proposer = None
         if options is not None:
-            if options.use in ("draft", "auto"):
-                proposer = LocalProposer(build_drafter(ModelSource(model=str(draft)), config))
+            proposer = proposer_of(pair, options.use, config)
             llm.engine.speculate(options, proposer)
         prompts = [f"{BEGINNINGS[i % 5]} number {i}" for i in range(count)]
         sampling = [
