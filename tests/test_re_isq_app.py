@@ -19,7 +19,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     started = Server("--num-targets", "2")
-    yield started.wait()
+    started.wait()
+    # It answers as soon as one target can; a job counts those that are there when it begins, the other would follow it.
+    end_s = time.monotonic() + 120
+    while sum(types(started).values()) != 2.0:
+        assert time.monotonic() < end_s, types(started)
+        time.sleep(0.1)
+    yield started
     started.kill()
 
 
