@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -42,8 +43,8 @@ class Round:
     cpu_s: Counter[str]
 
 
-def body(tokens: int, prompt: str | list[int] = PROMPT) -> bytes:
-    """One streaming completion of exactly `tokens` tokens."""
+def body(tokens: int, prompt: str | list[int] = PROMPT, **further: Any) -> bytes:
+    """One streaming completion of exactly `tokens` tokens. further: fields of the request."""
     fields = {
         "model": "default",
         "prompt": prompt,
@@ -52,6 +53,7 @@ def body(tokens: int, prompt: str | list[int] = PROMPT) -> bytes:
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **further,
     }
     return json.dumps(fields).encode()
 
@@ -151,6 +153,12 @@ class Server:
             return cpu_s
 
         return since
+
+    def metrics(self) -> dict[str, float]:
+        """Every line of /metrics: name with its labels → value."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#")}
 
     def stop(self) -> float:
         """Ctrl-C; seconds until the process is gone."""

@@ -2,12 +2,15 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import decoders, processors
 
-from benchmarks.random_models.shapes import PLAIN_ROPE, Shape
+from benchmarks.random_models.shapes import PLAIN_ROPE, Shape, Tensor
 from benchmarks.random_models.values import DType, random_values, stored
 from benchmarks.random_models.vocabulary import CHAT_TEMPLATE, BpeVocabulary
 from serve_app.text.gguf_vocab import vocabulary_from_gguf
@@ -15,7 +18,13 @@ from serve_app.text.gguf_vocab import vocabulary_from_gguf
 _TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16"}
 
 
-def write_folder(folder: Path, shape: Shape, vocabulary: BpeVocabulary, dtype: DType, seed: int) -> None:
+# The values of a shape's tensor for a seed, float32.
+Values = Callable[[Shape, Tensor, int], NDArray[np.float32]]
+
+
+def write_folder(
+    folder: Path, shape: Shape, vocabulary: BpeVocabulary, dtype: DType, seed: int, values: Values = random_values
+) -> None:
     """config.json, tokenizer.json and one model.safetensors, all values of the dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", _config(shape, vocabulary, dtype))
@@ -30,7 +39,7 @@ def write_folder(folder: Path, shape: Shape, vocabulary: BpeVocabulary, dtype: D
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in shape.tensors():
-            stored(random_values(shape, tensor, seed), dtype).tofile(file)
+            stored(values(shape, tensor, seed), dtype).tofile(file)
 
 
 def _config(shape: Shape, vocabulary: BpeVocabulary, dtype: DType) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def _config(shape: Shape, vocabulary: BpeVocabulary, dtype: DType) -> dict[str, 
         "rope_scaling": rope,
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.is_tied,
         "bos_token_id": vocabulary.bos_id,
         "eos_token_id": vocabulary.eos_id,
         "torch_dtype": _TORCH_NAMES[dtype],

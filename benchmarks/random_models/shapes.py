@@ -14,7 +14,7 @@ LLAMA3_ROPE = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Llama's sizes; the head is tied to the embedding. context: positions that the file promises."""
+    """A Llama's sizes. context: positions that the file promises. is_tied: the embedding is the head, too."""
 
     name: str
     hidden_size: int
@@ -28,6 +28,7 @@ class Shape:
     rope_theta: float
     rms_norm_eps: float
     rope: RopeScaling = PLAIN_ROPE
+    is_tied: bool = True
 
     def tensors(self) -> "Iterator[Tensor]":
         """All tensors in the order of a file, by the checkpoint's names."""
@@ -46,6 +47,8 @@ class Shape:
             yield Tensor(f"{prefix}mlp.up_proj.weight", (self.intermediate_size, hidden))
             yield Tensor(f"{prefix}mlp.down_proj.weight", (hidden, self.intermediate_size))
         yield Tensor("model.norm.weight", (hidden,), "norm")
+        if not self.is_tied:
+            yield Tensor("lm_head.weight", (self.vocab_size, hidden), "embedding")
 
     @property
     def num_parameters(self) -> int:
@@ -83,6 +86,7 @@ SHAPES = {
         Shape("llama-1b", 2048, 16, 32, 8, 64, 8192, 128256, 131072, 500000.0, 1e-5, LLAMA3_ROPE),
         # Qwen2.5-0.5B's sizes without its biases, as a Llama, so that every engine can run it.
         Shape("qwen-0.5b", 896, 24, 14, 2, 64, 4864, 151936, 32768, 1000000.0, 1e-6),
+        Shape("tinyllama-1.1b", 2048, 22, 32, 4, 64, 5632, 32000, 2048, 10000.0, 1e-5, is_tied=False),
         Shape("tiny", 256, 2, 4, 2, 64, 512, 1024, 2048, 500000.0, 1e-5, LLAMA3_ROPE),
     )
 }

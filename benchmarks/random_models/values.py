@@ -11,6 +11,8 @@ from benchmarks.random_models.shapes import Shape, Tensor
 
 DType = Literal["bf16", "f16"]
 
+EMBEDDING_DEVIATION = 0.02
+
 
 def random_values(shape: Shape, tensor: Tensor, seed: int) -> NDArray[np.float32]:
     """float32 of the tensor's shape, so scaled that the activations neither grow nor die over the layers."""
@@ -19,7 +21,7 @@ def random_values(shape: Shape, tensor: Tensor, seed: int) -> NDArray[np.float32
     if tensor.kind == "norm":
         return values * np.float32(0.05) + np.float32(1)
     if tensor.kind == "embedding":
-        return values * np.float32(0.02)
+        return values * np.float32(EMBEDDING_DEVIATION)
     deviation = 1 / math.sqrt(tensor.shape[1])
     if tensor.name.endswith(("o_proj.weight", "down_proj.weight")):
         deviation /= math.sqrt(2 * shape.n_layers)

@@ -1,15 +1,19 @@
 """Random models: both formats hold the same weights, and the engine loads them."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import models
 from benchmarks.cpu_speed.cells import Cell
 from benchmarks.cpu_speed.model_facts import ModelFacts
+from benchmarks.random_models.draft_pair import DraftPair
+from benchmarks.random_models.folder_writer import write_folder
 from benchmarks.random_models.shapes import SHAPES
 from benchmarks.random_models.values import rounded, stored
 from benchmarks.random_models.vocabulary import make_vocabulary, vocabulary_from_gguf
@@ -108,3 +112,20 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
     assert torch.equal(torch.from_numpy(stored(values, "bf16").view(np.int16)), expected.view(torch.int16))
     assert torch.equal(torch.from_numpy(rounded(values, "bf16")), expected.float())
     assert np.array_equal(rounded(values, "f16"), values.astype(np.float16).astype(np.float32))
+
+
+def test_a_draft_is_the_begin_of_its_target(tmp_path: Path) -> None:
+    shape = replace(SHAPES["tiny"], n_layers=3, is_tied=False)
+    pair = DraftPair(shape, 1, 0.25)
+    pair.write_target(tmp_path / "target")
+    pair.write_draft(tmp_path / "draft")
+    pair.write_stranger(tmp_path / "stranger")
+    write_folder(tmp_path / "plain", shape, make_vocabulary(shape.vocab_size), "bf16", 0)
+    target, draft, stranger, plain = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("target", "draft", "stranger", "plain")
+    )
+    assert draft.keys() == stranger.keys() < target.keys()
+    assert all(torch.equal(tensor, target[name]) for name, tensor in draft.items())
+    assert not torch.equal(stranger["lm_head.weight"], draft["lm_head.weight"])
+    changed = "model.layers.2.mlp.down_proj.weight"
+    assert torch.equal(target[changed], plain[changed] / 4)
