@@ -16,7 +16,7 @@ from deployments.pump_receiver import TokenReceiver
 from deployments.replica_process import Surroundings, prepare_process
 from deployments.requantizer import SwitchCalls
 from deployments.serve_backend import STATUS_TIMEOUT_S, Replicas, ServeBackend
-from deployments.switch_part import PartState, Wish
+from deployments.switch_part import PartState, SwitchedGroup, Wish
 from deployments.target import TargetStatus
 from serve_app.api.backend import Backend, IsqJob, ModelCard
 from serve_app.config import AppConfig, HttpConfig
@@ -35,9 +35,16 @@ AsgiBuilder = Callable[[Callable[[], Backend], HttpConfig, HttpMetrics], Any]
 class HandleReplicas(Replicas):
     """The other replicas through Serve's handles."""
 
-    def __init__(self, preprocessor: DeploymentHandle[Any], target: DeploymentHandle[Any], num_ingresses: int) -> None:
+    def __init__(
+        self,
+        preprocessor: DeploymentHandle[Any],
+        target: DeploymentHandle[Any],
+        draft: DeploymentHandle[Any] | None,
+        num_ingresses: int,
+    ) -> None:
         self._preprocessor = preprocessor
         self._target = target
+        self._draft = draft
         self._target_stream: Any = target.options(stream=True)
         self._num_ingresses = num_ingresses
 
@@ -61,7 +68,10 @@ class HandleReplicas(Replicas):
         return await _all(self._target, "status")
 
     def switch_groups(self) -> dict[str, SwitchCalls]:
-        return {"target": HandleSwitch(self._target)}
+        groups: dict[str, SwitchCalls] = {"target": HandleSwitch(self._target)}
+        if self._draft is not None:
+            groups["draft"] = HandleSwitch(self._draft)
+        return groups
 
     async def other_isq_jobs(self) -> list[IsqJob]:
         if self._num_ingresses == 1:
@@ -81,7 +91,7 @@ class HandleReplicas(Replicas):
 
 
 class HandleSwitch(SwitchCalls):
-    """The replicas of a deployment that has an engine."""
+    """The replicas of a deployment that has a model."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
@@ -94,7 +104,7 @@ class HandleSwitch(SwitchCalls):
                 timeout_s=timeout_s, return_exceptions=True
             )
         except (DeploymentUnavailableError, TimeoutError) as error:
-            log.debug("no target answers to %s: %r", command, error)
+            log.debug("no replica answers to %s: %r", command, error)
             return []
         return answers
 
@@ -117,6 +127,7 @@ class Ingress:
         build_asgi: AsgiBuilder,
         preprocessor: DeploymentHandle[Any],
         target: DeploymentHandle[Any],
+        draft: DeploymentHandle[Any] | None = None,
     ) -> None:
         prepare_process(config, surroundings)
         self._config = config
@@ -133,7 +144,7 @@ class Ingress:
                 parent_directory=surroundings.directory,
                 tcp_host=None if surroundings.is_private else _node_address(),
             )
-        replicas = HandleReplicas(preprocessor, target, config.deployment.ingress_replicas)
+        replicas = HandleReplicas(preprocessor, target, draft, config.deployment.ingress_replicas)
         self._backend = ServeBackend(
             replicas, self._receiver, self._metrics, max_requests=config.deployment.max_ongoing_requests
         )
@@ -155,9 +166,9 @@ class Ingress:
         """The changes of weights that this replica leads or has led; nothing for the replica that asks."""
         return [] if asker == self._replica_id else self._backend.own_isq_jobs()
 
-    async def isq_wish(self) -> Wish:
-        """The type of weights that targets are to serve, as far as this replica knows."""
-        return self._backend.isq_wish
+    async def isq_wish(self, group: SwitchedGroup) -> Wish:
+        """The type of weights that the replicas of a group are to serve, as far as this one knows."""
+        return self._backend.isq_wish(group)
 
     async def num_open(self) -> int:
         """Requests that are running for this replica's clients."""
