@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,10 @@ from serve_app.config import AppConfig
 from serve_app.engine.speculation.draft_border import MakeSwitch
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
 from serve_app.engine.speculation.text_map import TextMappedDraft
+from serve_app.engine.stats import DraftStats
 from serve_app.errors import EngineFailed, ModelFileError
 from serve_app.loaders.model_files import resolve
+from serve_app.metrics import Snapshot, draft_snapshot, process_snapshot
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import vocabulary_digest, vocabulary_of
 
@@ -42,15 +44,18 @@ class DraftServer:
         directory: str | None = None,
         maps_text: bool = False,
         make_switch: MakeSwitch | None = None,
+        stats: Callable[[], DraftStats] | None = None,
         replica_id: str = "draft",
         wish: Wish = NO_WISH,
     ) -> None:
         """Owns the model. vocabulary: what the draft's ids mean. directory: for the socket, see DraftThread.
-        make_switch: None where the weights cannot be changed. wish: the type that the model was loaded for."""
+        make_switch: None where the weights cannot be changed. stats: what the model has done. wish: the type that it
+        was loaded for."""
         self._vocabulary = list(vocabulary)
         self._digest = vocabulary_digest(vocabulary)
         self._node_id = node_id
         self._maps_text = maps_text
+        self._stats = stats
         self._thread = DraftThread(model, directory)
         # One that is alone sees every job from its beginning.
         self._switch = ReplicaSwitch(None if make_switch is None else make_switch(self._thread), replica_id, wish)
@@ -67,6 +72,12 @@ class DraftServer:
     ) -> list[Drafted]:
         """One call a step for all of a target's requests; see DraftReplica."""
         return await asyncio.wrap_future(self._thread.call(client, calls, ended, limit_s))
+
+    async def snapshot(self) -> Snapshot:
+        """This draft's metrics."""
+        weights: Snapshot = {"sirocco_draft_isq_info": {self._switch.isq_type: [1.0]}}
+        model = {} if self._stats is None else draft_snapshot(self._stats())
+        return model | process_snapshot(DRAFT) | weights
 
     async def re_isq(self, command: SwitchCommand, *args: Any) -> PartState:
         """A command of ReplicaSwitch."""
@@ -91,11 +102,12 @@ class DraftServer:
 
 @dataclass(frozen=True, slots=True)
 class BuiltDraft:
-    """vocabulary: what the model's ids mean. make_switch: how its weights can be changed."""
+    """vocabulary: what the model's ids mean. make_switch: how its weights can be changed. stats: what it has done."""
 
     model: DraftModel
     vocabulary: list[bytes]
     make_switch: MakeSwitch | None
+    stats: Callable[[], DraftStats]
 
 
 def build_model(plan: DraftPlan) -> BuiltDraft:
@@ -112,7 +124,7 @@ def build_model(plan: DraftPlan) -> BuiltDraft:
 
     drafter = build_drafter(files, plan.engine, works_ahead=plan.works_ahead)
     model = TextMappedDraft(drafter, tokenizer, target) if mine != theirs else drafter
-    return BuiltDraft(model, mine, drafter.make_switch)
+    return BuiltDraft(model, mine, drafter.make_switch, drafter.stats)
 
 
 @serve.deployment(name=DRAFT)
@@ -135,6 +147,7 @@ class Draft(DraftServer):
             directory=surroundings.directory,
             maps_text=plan.maps_text,
             make_switch=built.make_switch,
+            stats=built.stats,
             replica_id=serve.get_replica_context().replica_id.unique_id,
             wish=wish,
         )

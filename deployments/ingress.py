@@ -82,12 +82,14 @@ class HandleReplicas(Replicas):
         return [job for jobs in lists for job in jobs]
 
     async def snapshots(self) -> list[Snapshot]:
-        snapshots: list[Snapshot] = await _all(self._target, "snapshot") + await _all(self._preprocessor, "snapshot")
+        asked = [_all(self._target, "snapshot"), _all(self._preprocessor, "snapshot")]
+        if self._draft is not None:
+            asked.append(_all_in_time(self._draft, "snapshot"))
         if self._num_ingresses > 1:
             context = serve.get_replica_context()
             others = serve.get_deployment_handle(INGRESS, context.app_name)
-            snapshots += await _all(others, "snapshot_for", context.replica_id.unique_id)
-        return snapshots
+            asked.append(_all(others, "snapshot_for", context.replica_id.unique_id))
+        return [snapshot for snapshots in await asyncio.gather(*asked) for snapshot in snapshots]
 
 
 class HandleSwitch(SwitchCalls):
@@ -113,6 +115,16 @@ async def _all(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[A
     """The answers of all replicas of a deployment; those that fail are left out."""
     answers = await handle.broadcast(method, *args).results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
     return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+async def _all_in_time(handle: DeploymentHandle[Any], method: str) -> list[Any]:
+    """The same of a deployment that may be away, for an answer that does not wait for it; none where it is."""
+    try:
+        async with asyncio.timeout(STATUS_TIMEOUT_S / 2):
+            return await _all(handle, method)
+    except (DeploymentUnavailableError, TimeoutError) as error:
+        log.debug("%s does not answer to %s: %r", handle.deployment_name, method, error)
+        return []
 
 
 @serve.deployment(name=INGRESS)

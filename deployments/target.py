@@ -27,7 +27,7 @@ from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed
 from serve_app.loaders.model_files import resolve
 from serve_app.messages import Finish, GenerateRequest, TokenDelta
-from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot, process_snapshot
+from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot, exchange_snapshot, process_snapshot
 from serve_app.options import EngineConfig, ModelSource, SpeculationOptions
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import vocabulary_of
@@ -166,7 +166,11 @@ class TargetServer:
     async def snapshot(self) -> Snapshot:
         """This engine's metrics."""
         weights: Snapshot = {"sirocco_isq_info": {self._switch.isq_type: [1.0]}}
-        return engine_snapshot(self._engine.stats()) | process_snapshot(TARGET) | weights
+        snapshot = engine_snapshot(self._engine.stats()) | process_snapshot(TARGET) | weights
+        if self.draft is not None:
+            counts = self.draft.counts
+            snapshot |= exchange_snapshot(counts.latencies, counts.total_latency_s)
+        return snapshot
 
     async def re_isq(self, command: SwitchCommand, *args: Any) -> PartState:
         """A command of ReplicaSwitch."""

@@ -74,6 +74,13 @@ def test_another_process_drafts_and_the_text_stays(server: Server) -> None:
         assert most_one.choices[0].text == plain.choices[0].text
     assert server.metrics_of("sirocco_speculation_accepted_tokens_total")["draft"] > 100
     assert server.metrics_of("sirocco_speculation_accepted_by_position_total").keys() == {"1", "2", "3", "4"}
+    assert server.metric("sirocco_speculation_exchange_seconds_count") > 20
+    assert 0 < server.metric("sirocco_speculation_exchange_seconds_sum") < 60
+    assert server.metric("sirocco_draft_forwards_total") > 20
+    assert server.metric("sirocco_draft_kv_blocks_total") > server.metric("sirocco_draft_kv_blocks_used") >= 0
+    assert server.metric("sirocco_draft_evictions_total") >= 0
+    assert server.metrics_of("sirocco_draft_isq_info") == {"none": 1.0}
+    assert server.metrics_of("sirocco_process_resident_bytes")["Draft"] > 2**20
 
 
 def test_the_drafts_weights_change_under_streams(server: Server) -> None:
@@ -106,6 +113,8 @@ def test_the_drafts_weights_change_under_streams(server: Server) -> None:
         now = state(server)
         assert (now["serving"], now["serving_draft"]) == (served, [isq_type])
         assert now["data"][0] == job
+        assert server.metrics_of("sirocco_draft_isq_info") == {isq_type: 1.0}
+        assert server.metrics_of("sirocco_isq_info") == {"none": 1.0}
         until_drafted(client)
     victim = process(server, "Draft")
     assert victim is not None

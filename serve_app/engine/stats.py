@@ -24,6 +24,16 @@ class SpeculationCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftStats:
+    """Counters since a draft model was loaded, and its state now. evictions: sequences whose blocks others took."""
+
+    forwards: int
+    evictions: int
+    blocks_total: int
+    blocks_free: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine started, and its state now. Counts of tokens and blocks; times in seconds.
 

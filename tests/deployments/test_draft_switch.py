@@ -63,7 +63,9 @@ class Served(SwitchCalls):
 
     def __init__(self, built: BuiltDraft) -> None:
         self.model = built.model
-        self.server = DraftServer(built.model, built.vocabulary, "node", make_switch=built.make_switch)
+        self.server = DraftServer(
+            built.model, built.vocabulary, "node", make_switch=built.make_switch, stats=built.stats
+        )
         self.requantizer = Requantizer({"draft": self}, HttpMetrics())
 
     async def each(self, command: Any, *args: Any) -> list[PartState | BaseException]:
@@ -155,6 +157,25 @@ async def test_it_drafts_on_and_then_with_the_new_weights(
     assert (await served.change("none", mode)).state == "done"
     assert await served.ask() == old
     assert await served.server.isq_wish() == Wish(2, "none")
+
+
+async def test_its_metrics(serve: Callable[..., Served]) -> None:
+    served = serve()
+    before = await served.server.snapshot()
+    assert (before["sirocco_draft_kv_blocks_used"], before["sirocco_draft_forwards_total"]) == (
+        {"": [0.0]},
+        {"": [0.0]},
+    )
+    assert before["sirocco_draft_isq_info"] == {"none": [1.0]}
+    await served.tell()
+    after = await served.server.snapshot()
+    [used], [total] = after["sirocco_draft_kv_blocks_used"][""], after["sirocco_draft_kv_blocks_total"][""]
+    assert len(TEXTS) <= used <= total
+    assert after["sirocco_draft_forwards_total"][""] >= [2.0]
+    assert after["sirocco_draft_evictions_total"] == {"": [0.0]}
+    assert after["sirocco_process_open_fds"].keys() == {"Draft"}
+    await served.change(NEW)
+    assert (await served.server.snapshot())["sirocco_draft_isq_info"] == {NEW: [1.0]}
 
 
 async def test_by_way_of_the_text(serve: Callable[..., Served]) -> None:

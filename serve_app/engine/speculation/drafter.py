@@ -19,6 +19,7 @@ from serve_app.engine.logits_ops import HostLogits, Logits, LogitsOps, TorchLogi
 from serve_app.engine.speculation.draft_border import MakeSwitch
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
 from serve_app.engine.speculation.draft_sequence import DraftSequence
+from serve_app.engine.stats import DraftStats
 from serve_app.kv_cache.block_ledger import BlockLedger
 from serve_app.kv_cache.kv_pool import KvPool
 from serve_app.layers.angle_sets import AngleSets
@@ -156,6 +157,10 @@ class Drafter:
     def num_sequences(self) -> int:
         """Whose text is known."""
         return len(self._sequences)
+
+    def stats(self) -> DraftStats:
+        """What it has done, from any thread; every number by itself is exact."""
+        return DraftStats(self.num_forwards, self.num_evictions, self.pool.num_total, self.pool.num_free)
 
     def forward_of(self, model: CausalLM) -> Forward:
         """How a model of the same shape is run over the same cache: recorded now, in whichever thread."""
