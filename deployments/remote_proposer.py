@@ -107,7 +107,7 @@ class RemoteProposer:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a draft to ask."""
+        """See Proposer."""
         return self._link is not None
 
     @property

@@ -84,7 +84,7 @@ METRICS: dict[str, Description] = {
     "sirocco_speculation_verify_seconds_total": _speculation("Time of forwards that verified proposals."),
     "sirocco_speculation_timeouts_total": _speculation("Steps that gave up waiting for the draft model."),
     "sirocco_speculation_gamma_total": _speculation(
-        "Choices of how many tokens to propose for a request in a step.", ("gamma",)
+        "Choices of how many tokens to propose for a request in a step, where there was a proposer.", ("gamma",)
     ),
     "sirocco_speculation_exchange_seconds": Description(
         "histogram",
