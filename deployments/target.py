@@ -23,11 +23,13 @@ from deployments.switch_part import NO_WISH, PartState, Wish, wished_source
 from deployments.wish_call import latest_wish
 from serve_app.config import AppConfig
 from serve_app.engine.speculation.proposer import Proposer
+from serve_app.engine.speculation.report import SpeculationReport
+from serve_app.engine.stats import EngineStats
 from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed
 from serve_app.loaders.model_files import resolve
 from serve_app.messages import Finish, GenerateRequest, TokenDelta
-from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot, exchange_snapshot, process_snapshot
+from serve_app.metrics import Snapshot, engine_snapshot, exchange_snapshot, process_snapshot
 from serve_app.options import EngineConfig, ModelSource, SpeculationOptions
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import vocabulary_of
@@ -36,15 +38,6 @@ log = logging.getLogger(__name__)
 
 # A thread that returns from torch to Python waits this long for another one, not Python's 5 ms.
 SWITCH_INTERVAL_S = 0.0005
-
-
-class Stats(EngineCounts, Protocol):
-    """What is read of engine.stats.EngineStats besides its counts."""
-
-    @property
-    def estimated_wait_s(self) -> float: ...
-    @property
-    def is_failed(self) -> bool: ...
 
 
 class EngineLike(Protocol):
@@ -57,7 +50,7 @@ class EngineLike(Protocol):
     def speculate(self, options: SpeculationOptions, draft: Proposer | None = None) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
-    def stats(self) -> Stats: ...
+    def stats(self) -> EngineStats: ...
     @property
     def switch(self) -> WeightSwitch | None: ...
 
@@ -110,6 +103,10 @@ class TargetServer:
         self._switch = ReplicaSwitch(self._engine.switch, replica_id, wish, ask_wish)
         if ask_wish is not None:
             self._switch.keep_catching_up()
+        self._report: asyncio.Task[None] | None = None
+        if config.speculation.to_options().use != "off":
+            report = SpeculationReport(lambda: self._engine.stats().speculation)
+            self._report = loop.create_task(report.run())
         self._is_stopped = False
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._engine.start()
@@ -189,6 +186,8 @@ class TargetServer:
         """Ends all requests with an error, and frees model and cache."""
         if not self._is_stopped:
             self._is_stopped = True
+            if self._report is not None:
+                self._report.cancel()
             self._switch.stop()
             self._engine.stop()
             if self.draft is not None:
