@@ -4,7 +4,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ray import serve
 
@@ -13,11 +15,17 @@ from deployments.draft_channel import DraftThread
 from deployments.draft_plan import DraftPlan, draft_plan
 from deployments.remote_proposer import DraftOffer, refusal
 from deployments.replica_process import Surroundings, prepare_process
+from deployments.replica_switch import ReplicaSwitch, SwitchCommand
+from deployments.switch_part import NO_WISH, PartState, Wish, wished_source
+from deployments.wish_call import latest_wish
 from serve_app.config import AppConfig
+from serve_app.engine.speculation.draft_border import MakeSwitch
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
 from serve_app.engine.speculation.text_map import TextMappedDraft
+from serve_app.engine.stats import DraftStats
 from serve_app.errors import EngineFailed, ModelFileError
 from serve_app.loaders.model_files import resolve
+from serve_app.metrics import Snapshot, draft_snapshot, process_snapshot
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import vocabulary_digest, vocabulary_of
 
@@ -35,13 +43,22 @@ class DraftServer:
         *,
         directory: str | None = None,
         maps_text: bool = False,
+        make_switch: MakeSwitch | None = None,
+        stats: Callable[[], DraftStats] | None = None,
+        replica_id: str = "draft",
+        wish: Wish = NO_WISH,
     ) -> None:
-        """Owns the model. vocabulary: what the draft's ids mean. directory: for the socket, see DraftThread."""
+        """Owns the model. vocabulary: what the draft's ids mean. directory: for the socket, see DraftThread.
+        make_switch: None where the weights cannot be changed. stats: what the model has done. wish: the type that it
+        was loaded for."""
         self._vocabulary = list(vocabulary)
         self._digest = vocabulary_digest(vocabulary)
         self._node_id = node_id
         self._maps_text = maps_text
+        self._stats = stats
         self._thread = DraftThread(model, directory)
+        # One that is alone sees every job from its beginning.
+        self._switch = ReplicaSwitch(None if make_switch is None else make_switch(self._thread), replica_id, wish)
         self._is_stopped = False
         self._thread.start()
 
@@ -56,6 +73,20 @@ class DraftServer:
         """One call a step for all of a target's requests; see DraftReplica."""
         return await asyncio.wrap_future(self._thread.call(client, calls, ended, limit_s))
 
+    async def snapshot(self) -> Snapshot:
+        """This draft's metrics."""
+        weights: Snapshot = {"sirocco_draft_isq_info": {self._switch.isq_type: [1.0]}}
+        model = {} if self._stats is None else draft_snapshot(self._stats())
+        return model | process_snapshot(DRAFT) | weights
+
+    async def re_isq(self, command: SwitchCommand, *args: Any) -> PartState:
+        """A command of ReplicaSwitch."""
+        return await self._switch.run(command, *args)
+
+    async def isq_wish(self) -> Wish:
+        """The type of weights that the draft is to have, as far as it knows."""
+        return self._switch.wish
+
     async def check_health(self) -> None:
         """Serve asks this every few seconds and replaces the replica when it raises."""
         if self._thread.is_failed:
@@ -65,12 +96,23 @@ class DraftServer:
         """Ends the channels, and frees model and cache."""
         if not self._is_stopped:
             self._is_stopped = True
+            self._switch.stop()
             self._thread.stop()
 
 
-def build_model(plan: DraftPlan) -> tuple[DraftModel, list[bytes]]:
-    """The draft model of a plan, and what its ids mean. Imports torch. Raises ModelFileError, for a tokenizer other
-    than the target's too, and LaunchError."""
+@dataclass(frozen=True, slots=True)
+class BuiltDraft:
+    """vocabulary: what the model's ids mean. make_switch: how its weights can be changed. stats: what it has done."""
+
+    model: DraftModel
+    vocabulary: list[bytes]
+    make_switch: MakeSwitch | None
+    stats: Callable[[], DraftStats]
+
+
+def build_model(plan: DraftPlan) -> BuiltDraft:
+    """The draft model of a plan. Imports torch. Raises ModelFileError, for a tokenizer other than the target's too, and
+    LaunchError."""
     files = resolve(plan.source)
     tokenizer = open_tokenizer(files.tokenizer_source, encodes=plan.maps_text)
     target = open_tokenizer(resolve(plan.target).tokenizer_source, encodes=plan.maps_text)
@@ -80,8 +122,9 @@ def build_model(plan: DraftPlan) -> tuple[DraftModel, list[bytes]]:
     # Imported here: the driver and the targets read this module too, which need nothing of it.
     from serve_app.engine.speculation.build_drafter import build_drafter
 
-    drafter: DraftModel = build_drafter(files, plan.engine, works_ahead=plan.works_ahead)
-    return TextMappedDraft(drafter, tokenizer, target) if mine != theirs else drafter, mine
+    drafter = build_drafter(files, plan.engine, works_ahead=plan.works_ahead)
+    model = TextMappedDraft(drafter, tokenizer, target) if mine != theirs else drafter
+    return BuiltDraft(model, mine, drafter.make_switch, drafter.stats)
 
 
 @serve.deployment(name=DRAFT)
@@ -95,13 +138,18 @@ class Draft(DraftServer):
         prepare_process(config, surroundings)
         started_s = time.monotonic()
         plan = draft_plan(config, is_private=surroundings.is_private)
-        model, vocabulary = build_model(plan)
+        wish = await latest_wish("draft")
+        built = build_model(replace(plan, source=wished_source(plan.source, wish)))
         super().__init__(
-            model,
-            vocabulary,
+            built.model,
+            built.vocabulary,
             ray.get_runtime_context().get_node_id(),
             directory=surroundings.directory,
             maps_text=plan.maps_text,
+            make_switch=built.make_switch,
+            stats=built.stats,
+            replica_id=serve.get_replica_context().replica_id.unique_id,
+            wish=wish,
         )
         log.info("the draft model is ready after %.1f s", time.monotonic() - started_s)
 

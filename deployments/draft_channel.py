@@ -24,6 +24,7 @@ from deployments.draft_messages import (
     unpack,
 )
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
+from serve_app.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class DraftThread:
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._buffer = bytearray(MOST_BYTES)
         self._is_stopping = False
+        self._is_broken = False
+        # So that nobody writes into what has the wake's number next.
+        self._posting = threading.Lock()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
 
     def start(self) -> None:
@@ -73,12 +78,18 @@ class DraftThread:
     @property
     def is_failed(self) -> bool:
         """Whether every forward fails."""
-        return self.num_failures >= MAX_FAILURES_IN_A_ROW or not self._thread.is_alive()
+        return self._is_broken or self.num_failures >= MAX_FAILURES_IN_A_ROW or not self._thread.is_alive()
+
+    def fail(self) -> None:
+        """See DraftBorder."""
+        self._is_broken = True
 
     def call(
         self, client: str, calls: Sequence[DraftCall], ended: Sequence[int], limit_s: float
     ) -> "Future[list[Drafted]]":
-        """The same as by the channel, from any thread. client: whose sequences these are; ended: those to forget."""
+        """The same as by the channel, from any thread. client: whose sequences these are; ended: those to forget.
+
+        Raises Unavailable after stop(), as between_calls."""
         future: Future[list[Drafted]] = Future()
 
         def run() -> None:
@@ -93,9 +104,29 @@ class DraftThread:
         self._post(run)
         return future
 
+    def between_calls(self, run: Callable[[], None]) -> "Future[None]":
+        """See DraftBorder. From any thread."""
+        done: Future[None] = Future()
+
+        def act() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                run()
+            except BaseException as error:  # its owner's to judge
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._post(act)
+        return done
+
     def _post(self, action: Callable[[], None]) -> None:
-        self._posted.put(action)
-        os.eventfd_write(self._wake, 1)
+        with self._posting:
+            if self._is_closed:
+                raise Unavailable("The draft model's replica is shutting down.")
+            self._posted.put(action)
+            os.eventfd_write(self._wake, 1)
 
     # -- on the thread --------------------------------------------------------------------------------------------
 
@@ -120,7 +151,9 @@ class DraftThread:
         Path(self.path).unlink(missing_ok=True)
         if self._own_directory is not None:
             self._own_directory.cleanup()
-        os.close(self._wake)
+        with self._posting:
+            self._is_closed = True
+            os.close(self._wake)
         self._model.close()
 
     def _take_posted(self) -> None:

@@ -16,7 +16,7 @@ from deployments.pump_receiver import TokenReceiver
 from deployments.replica_process import Surroundings, prepare_process
 from deployments.requantizer import SwitchCalls
 from deployments.serve_backend import STATUS_TIMEOUT_S, Replicas, ServeBackend
-from deployments.switch_part import PartState, Wish
+from deployments.switch_part import PartState, SwitchedGroup, Wish
 from deployments.target import TargetStatus
 from serve_app.api.backend import Backend, IsqJob, ModelCard
 from serve_app.config import AppConfig, HttpConfig
@@ -35,9 +35,16 @@ AsgiBuilder = Callable[[Callable[[], Backend], HttpConfig, HttpMetrics], Any]
 class HandleReplicas(Replicas):
     """The other replicas through Serve's handles."""
 
-    def __init__(self, preprocessor: DeploymentHandle[Any], target: DeploymentHandle[Any], num_ingresses: int) -> None:
+    def __init__(
+        self,
+        preprocessor: DeploymentHandle[Any],
+        target: DeploymentHandle[Any],
+        draft: DeploymentHandle[Any] | None,
+        num_ingresses: int,
+    ) -> None:
         self._preprocessor = preprocessor
         self._target = target
+        self._draft = draft
         self._target_stream: Any = target.options(stream=True)
         self._num_ingresses = num_ingresses
 
@@ -61,7 +68,10 @@ class HandleReplicas(Replicas):
         return await _all(self._target, "status")
 
     def switch_groups(self) -> dict[str, SwitchCalls]:
-        return {"target": HandleSwitch(self._target)}
+        groups: dict[str, SwitchCalls] = {"target": HandleSwitch(self._target)}
+        if self._draft is not None:
+            groups["draft"] = HandleSwitch(self._draft)
+        return groups
 
     async def other_isq_jobs(self) -> list[IsqJob]:
         if self._num_ingresses == 1:
@@ -72,16 +82,18 @@ class HandleReplicas(Replicas):
         return [job for jobs in lists for job in jobs]
 
     async def snapshots(self) -> list[Snapshot]:
-        snapshots: list[Snapshot] = await _all(self._target, "snapshot") + await _all(self._preprocessor, "snapshot")
+        asked = [_all(self._target, "snapshot"), _all(self._preprocessor, "snapshot")]
+        if self._draft is not None:
+            asked.append(_all_in_time(self._draft, "snapshot"))
         if self._num_ingresses > 1:
             context = serve.get_replica_context()
             others = serve.get_deployment_handle(INGRESS, context.app_name)
-            snapshots += await _all(others, "snapshot_for", context.replica_id.unique_id)
-        return snapshots
+            asked.append(_all(others, "snapshot_for", context.replica_id.unique_id))
+        return [snapshot for snapshots in await asyncio.gather(*asked) for snapshot in snapshots]
 
 
 class HandleSwitch(SwitchCalls):
-    """The replicas of a deployment that has an engine."""
+    """The replicas of a deployment that has a model."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
@@ -94,7 +106,7 @@ class HandleSwitch(SwitchCalls):
                 timeout_s=timeout_s, return_exceptions=True
             )
         except (DeploymentUnavailableError, TimeoutError) as error:
-            log.debug("no target answers to %s: %r", command, error)
+            log.debug("no replica answers to %s: %r", command, error)
             return []
         return answers
 
@@ -103,6 +115,16 @@ async def _all(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[A
     """The answers of all replicas of a deployment; those that fail are left out."""
     answers = await handle.broadcast(method, *args).results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
     return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+async def _all_in_time(handle: DeploymentHandle[Any], method: str) -> list[Any]:
+    """The same of a deployment that may be away, for an answer that does not wait for it; none where it is."""
+    try:
+        async with asyncio.timeout(STATUS_TIMEOUT_S / 2):
+            return await _all(handle, method)
+    except (DeploymentUnavailableError, TimeoutError) as error:
+        log.debug("%s does not answer to %s: %r", handle.deployment_name, method, error)
+        return []
 
 
 @serve.deployment(name=INGRESS)
@@ -117,6 +139,7 @@ class Ingress:
         build_asgi: AsgiBuilder,
         preprocessor: DeploymentHandle[Any],
         target: DeploymentHandle[Any],
+        draft: DeploymentHandle[Any] | None = None,
     ) -> None:
         prepare_process(config, surroundings)
         self._config = config
@@ -133,7 +156,7 @@ class Ingress:
                 parent_directory=surroundings.directory,
                 tcp_host=None if surroundings.is_private else _node_address(),
             )
-        replicas = HandleReplicas(preprocessor, target, config.deployment.ingress_replicas)
+        replicas = HandleReplicas(preprocessor, target, draft, config.deployment.ingress_replicas)
         self._backend = ServeBackend(
             replicas, self._receiver, self._metrics, max_requests=config.deployment.max_ongoing_requests
         )
@@ -155,9 +178,9 @@ class Ingress:
         """The changes of weights that this replica leads or has led; nothing for the replica that asks."""
         return [] if asker == self._replica_id else self._backend.own_isq_jobs()
 
-    async def isq_wish(self) -> Wish:
-        """The type of weights that targets are to serve, as far as this replica knows."""
-        return self._backend.isq_wish
+    async def isq_wish(self, group: SwitchedGroup) -> Wish:
+        """The type of weights that the replicas of a group are to serve, as far as this one knows."""
+        return self._backend.isq_wish(group)
 
     async def num_open(self) -> int:
         """Requests that are running for this replica's clients."""

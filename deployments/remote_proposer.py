@@ -12,13 +12,13 @@ from typing import Protocol
 from deployments.draft_link import CallLink, ChannelLink, DraftLink, LinkLost
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
 from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.metrics import EXCHANGE_S
 from serve_app.text.vocabulary_digest import first_difference, vocabulary_digest
 
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_S, LAST_DELAY_S = 0.1, 2.0
 OPEN_TIMEOUT_S = 10.0
-LATENCY_BOUNDS_S = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class DraftReplica(Protocol):
 
 
 class DraftCounts:
-    """What happened on the way to the draft. latencies: exchanges by duration, those up to LATENCY_BOUNDS_S each, and
-    those beyond."""
+    """What happened on the way to the draft. latencies: exchanges by duration, those up to EXCHANGE_S each, and those
+    beyond."""
 
     def __init__(self) -> None:
         self.num_exchanges = 0
@@ -57,13 +57,13 @@ class DraftCounts:
         self.num_skipped = 0
         self.num_losses = 0
         self.num_opened = 0
-        self.latencies = [0] * (len(LATENCY_BOUNDS_S) + 1)
+        self.latencies = [0] * (len(EXCHANGE_S) + 1)
         self.total_latency_s = 0.0
 
     def took(self, seconds: float) -> None:
         """Counts an exchange that was answered."""
         self.num_exchanges += 1
-        self.latencies[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        self.latencies[bisect_left(EXCHANGE_S, seconds)] += 1
         self.total_latency_s += seconds
 
 
@@ -107,7 +107,7 @@ class RemoteProposer:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a draft to ask."""
+        """See Proposer."""
         return self._link is not None
 
     @property

@@ -1,7 +1,7 @@
-"""Changes the type of the weights on all targets or on none: the ingress replica's side of deployments.target_switch.
+"""Changes the type of the weights on all replicas of a group or on none: the ingress replica's side of replica_switch.
 
-Two phases. First every target makes the new weights beside the old ones, which go on serving; one that cannot, or is
-lost, ends the job. Then all exchange them. A target that is lost now comes back with the new type, for the wish is
+Two phases. First every one of them makes the new weights beside the old ones, which go on serving; one that cannot, or
+is lost, ends the job. Then all exchange them. A replica that is lost now comes back with the new type, for the wish is
 known; one that reports a failure has the others go back. Only then do the old weights go.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deployments.call_errors import to_serve_error
-from deployments.switch_part import PartState, PartStep, Wish
+from deployments.switch_part import NO_WISH, PartState, PartStep, Wish
 from serve_app.api.backend import IsqJob, IsqMode
 from serve_app.errors import Conflict, EngineFailed, InvalidRequest, NotFound, ServeError, Unavailable
 from serve_app.metrics import HttpMetrics
@@ -23,7 +23,7 @@ from serve_app.metrics import HttpMetrics
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
-# A target that says nothing for this long is lost.
+# A replica that says nothing for this long is lost.
 SILENCE_S = 20.0
 KEPT_JOBS = 16
 
@@ -32,7 +32,7 @@ class SwitchCalls(Protocol):
     """The replicas that serve one model."""
 
     def each(self, command: str, *args: Any) -> Awaitable[list[PartState | BaseException]]:
-        """Has every replica run a command of TargetSwitch; what each answered or raised."""
+        """Has every replica run a command of ReplicaSwitch; what each answered or raised."""
 
 
 @dataclass(slots=True)
@@ -59,10 +59,10 @@ class _Party:
 
 
 class Requantizer:
-    """The jobs that this ingress replica leads; made and used on its event loop. groups: by the name of the target."""
+    """The jobs that this ingress replica leads; made and used on its event loop. groups: by their names."""
 
     def __init__(self, groups: Mapping[str, SwitchCalls], metrics: HttpMetrics) -> None:
-        self.wish = Wish()
+        self.wishes = dict.fromkeys(groups, NO_WISH)
         self.jobs: deque[IsqJob] = deque(maxlen=KEPT_JOBS)
         self._groups = groups
         self._metrics = metrics
@@ -78,8 +78,8 @@ class Requantizer:
         parts = [answer for answer in answers if isinstance(answer, PartState)]
         errors = [answer for answer in answers if not isinstance(answer, PartState)]
         if errors or not parts:
-            await calls.each("cancel", job_id, self._latest(parts))
-            raise _worst(errors)
+            await calls.each("cancel", job_id, self._latest(target, parts))
+            raise _worst(errors, target)
         first = parts[0]
         job = IsqJob(
             job_id,
@@ -94,7 +94,7 @@ class Requantizer:
         if job.in_place:
             job.mode = "drain"
         self.jobs.appendleft(job)
-        self.wish = self._latest(parts)
+        self.wishes[target] = self._latest(target, parts)
         party = _Party(calls, job_id, dict.fromkeys((part.replica_id for part in parts), time.monotonic()))
         task = asyncio.get_running_loop().create_task(self._run(job, party))
         self._running[job_id] = task
@@ -113,17 +113,17 @@ class Requantizer:
         for task in self._running.values():
             task.cancel()
 
-    def _latest(self, parts: Sequence[PartState]) -> Wish:
-        return max([self.wish, *(part.wish for part in parts)], key=lambda wish: wish.epoch)
+    def _latest(self, group: str, parts: Sequence[PartState]) -> Wish:
+        return max([self.wishes[group], *(part.wish for part in parts)], key=lambda wish: wish.epoch)
 
     async def _run(self, job: IsqJob, party: _Party) -> None:
-        log.info("%s: weights go from %s to %s (%s)", job.id, job.from_type, job.isq_type, job.mode)
-        before = self.wish
+        log.info("%s: %s weights go from %s to %s (%s)", job.id, job.target, job.from_type, job.isq_type, job.mode)
+        before = self.wishes[job.target]
         try:
             await self._drive(job, party, ("reserved", "prepared"), ("start",), may_lose=False)
             job.state = "draining" if job.mode == "drain" else "switching"
-            self.wish = Wish(before.epoch + 1, job.isq_type)
-            await self._drive(job, party, ("prepared", "switched"), ("commit", job.mode, self.wish), may_lose=True)
+            wish = self.wishes[job.target] = Wish(before.epoch + 1, job.isq_type)
+            await self._drive(job, party, ("prepared", "switched"), ("commit", job.mode, wish), may_lose=True)
             await party.command("settle")
         except BaseException as error:
             await self._fail(job, party, before, error)
@@ -131,7 +131,7 @@ class Requantizer:
                 raise
             return
         self._close(job, "done")
-        log.info("%s: all %d targets serve %s", job.id, len(party.heard_s), job.isq_type)
+        log.info("%s: all of %d replicas have %s weights", job.id, len(party.heard_s), job.isq_type)
 
     async def _drive(
         self, job: IsqJob, party: _Party, steps: tuple[PartStep, PartStep], order: tuple[Any, ...], *, may_lose: bool
@@ -145,17 +145,17 @@ class Requantizer:
             parts = await party.command("state")
             for part in parts.values():
                 if part.job_id != job.id:
-                    raise EngineFailed(f"The target {part.replica_id} has left the job.")
+                    raise EngineFailed(f"The {job.target} {part.replica_id} has left the job.")
                 if part.step == "failed":
-                    raise part.error or EngineFailed(f"The target {part.replica_id} failed.")
+                    raise part.error or EngineFailed(f"The {job.target} {part.replica_id} failed.")
             if parts:
                 job.progress = min(part.progress for part in parts.values())
             for name in party.silent:
                 if not may_lose:
-                    raise EngineFailed(f"The target {name} was lost while the new weights were made.")
+                    raise EngineFailed(f"The {job.target} {name} was lost while the new weights were made.")
                 del party.heard_s[name]
             if not party.heard_s:
-                raise EngineFailed("All targets were lost.")
+                raise EngineFailed(f"Every {job.target} replica was lost.")
             if len(parts) == len(party.heard_s) and all(part.step == end for part in parts.values()):
                 return
             # At first all are there; later those that the order did not reach.
@@ -167,11 +167,12 @@ class Requantizer:
     async def _fail(self, job: IsqJob, party: _Party, before: Wish, error: BaseException) -> None:
         job.error = error if isinstance(error, ServeError) else EngineFailed("The server stopped the job.")
         log.warning("%s failed, %s weights go on serving: %s", job.id, job.from_type, job.error.message)
-        if self.wish != before:
+        wish = self.wishes[job.target]
+        if wish != before:
             # Later than the wish of this job, which others may know by now.
-            self.wish = Wish(self.wish.epoch + 1, job.from_type)
+            wish = self.wishes[job.target] = Wish(wish.epoch + 1, job.from_type)
         try:
-            await party.command("cancel", self.wish)
+            await party.command("cancel", wish)
         finally:
             self._close(job, "failed")
 
@@ -183,10 +184,10 @@ class Requantizer:
         self._metrics.isq_jobs[state] += 1
 
 
-def _worst(errors: Sequence[BaseException]) -> ServeError:
+def _worst(errors: Sequence[BaseException], target: str) -> ServeError:
     """What the client is told of replicas that refuse: its own mistake first."""
     if not errors:
-        return Unavailable("No target replica answers.", retry_after_s=5.0)
+        return Unavailable(f"No {target} replica answers.", retry_after_s=5.0)
     mapped = [to_serve_error(error, retry_after_s=5.0) for error in errors]
     for kind in (InvalidRequest, Conflict):
         found = next((error for error in mapped if isinstance(error, kind)), None)

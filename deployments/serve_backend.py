@@ -11,7 +11,7 @@ from deployments.actor_options import INGRESS
 from deployments.call_errors import ReplicaLost, to_serve_error
 from deployments.pump_receiver import IncomingTokens, TokenReceiver
 from deployments.requantizer import Requantizer, SwitchCalls
-from deployments.switch_part import PartState, Wish
+from deployments.switch_part import NO_WISH, PartState, SwitchedGroup, Wish
 from deployments.target import TargetStatus
 from serve_app.api.backend import DeltaSink, Health, IsqJob, IsqMode, IsqState, ModelCard, Started
 from serve_app.errors import EngineFailed, QueueFull, ServeError, Unavailable
@@ -123,21 +123,24 @@ class ServeBackend:
 
     async def isq_state(self) -> IsqState:
         """See Backend."""
-        answers, others = await asyncio.gather(
-            self._switches["target"].each("state", None), self._replicas.other_isq_jobs()
+        others, answers = await asyncio.gather(
+            self._replicas.other_isq_jobs(),
+            asyncio.gather(*[calls.each("state", None) for calls in self._switches.values()]),
         )
-        types = dict.fromkeys(answer.isq_type for answer in answers if isinstance(answer, PartState))
+        types = {
+            group: list(dict.fromkeys(state.isq_type for state in found if isinstance(state, PartState)))
+            for group, found in zip(self._switches, answers, strict=True)
+        }
         jobs = sorted([*self.own_isq_jobs(), *others], key=lambda job: job.created, reverse=True)
-        return IsqState(list(types), jobs)
+        return IsqState(types["target"], jobs, types.get("draft"))
 
     def own_isq_jobs(self) -> list[IsqJob]:
         """Those that this replica leads or has led, the newest first."""
         return list(self._requantizer.jobs)
 
-    @property
-    def isq_wish(self) -> Wish:
-        """Which type the targets are to serve, as far as this replica knows."""
-        return self._requantizer.wish
+    def isq_wish(self, group: SwitchedGroup) -> Wish:
+        """Which type the replicas of a group are to serve, as far as this replica knows."""
+        return self._requantizer.wishes.get(group, NO_WISH)
 
     async def metrics(self) -> bytes:
         """All replicas' metrics; those of one that does not answer in time are left out."""

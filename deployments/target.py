@@ -4,9 +4,10 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -17,17 +18,19 @@ from deployments.handle_stream import HandleStreams
 from deployments.pump_sender import TokenSender
 from deployments.remote_proposer import DraftReplica, RemoteProposer
 from deployments.replica_process import Surroundings, prepare_process
-from deployments.switch_part import NO_WISH, PartState, Wish
-from deployments.target_switch import AskWish, TargetSwitch
+from deployments.replica_switch import AskWish, ReplicaSwitch, SwitchCommand
+from deployments.switch_part import NO_WISH, PartState, Wish, wished_source
 from deployments.wish_call import latest_wish
 from serve_app.config import AppConfig
 from serve_app.engine.speculation.proposer import Proposer
+from serve_app.engine.speculation.report import SpeculationReport
+from serve_app.engine.stats import EngineStats
 from serve_app.engine.weight_switch import WeightSwitch
 from serve_app.errors import EngineFailed
 from serve_app.loaders.model_files import resolve
 from serve_app.messages import Finish, GenerateRequest, TokenDelta
-from serve_app.metrics import EngineCounts, Snapshot, engine_snapshot, process_snapshot
-from serve_app.options import EngineConfig, IsqOptions, ModelSource, SpeculationOptions
+from serve_app.metrics import Snapshot, engine_snapshot, exchange_snapshot, process_snapshot
+from serve_app.options import EngineConfig, ModelSource, SpeculationOptions
 from serve_app.text.tokenizer import open_tokenizer
 from serve_app.text.vocabulary_digest import vocabulary_of
 
@@ -35,15 +38,6 @@ log = logging.getLogger(__name__)
 
 # A thread that returns from torch to Python waits this long for another one, not Python's 5 ms.
 SWITCH_INTERVAL_S = 0.0005
-
-
-class Stats(EngineCounts, Protocol):
-    """What is read of engine.stats.EngineStats besides its counts."""
-
-    @property
-    def estimated_wait_s(self) -> float: ...
-    @property
-    def is_failed(self) -> bool: ...
 
 
 class EngineLike(Protocol):
@@ -56,12 +50,11 @@ class EngineLike(Protocol):
     def speculate(self, options: SpeculationOptions, draft: Proposer | None = None) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
-    def stats(self) -> Stats: ...
+    def stats(self) -> EngineStats: ...
     @property
     def switch(self) -> WeightSwitch | None: ...
 
 
-SwitchCommand = Literal["state", "reserve", "start", "commit", "settle", "cancel"]
 EngineBuilder = Callable[[ModelSource, EngineConfig, Callable[[list[TokenDelta]], None]], EngineLike]
 
 
@@ -96,7 +89,7 @@ class TargetServer:
         draft: DraftReplica | None = None,
     ) -> None:
         """is_private: on a cluster of this machine alone, whose cores the targets divide. wish: the type of the weights
-        that the targets serve by now; ask_wish: see TargetSwitch. draft: who drafts for this target."""
+        that the targets serve by now; ask_wish: see ReplicaSwitch. draft: who drafts for this target."""
         loop = asyncio.get_running_loop()
         started_s = time.monotonic()
         build = build_engine or _engine_builder()
@@ -107,9 +100,13 @@ class TargetServer:
         self._handle_streams = HandleStreams(loop, pause=pause, resume=resume)
         self.draft = None if draft is None else _remote_proposer(config, replica_id, node_id, draft)
         self._engine.speculate(config.speculation.to_options(), self.draft)
-        self._switch = TargetSwitch(self._engine.switch, replica_id, wish, ask_wish)
+        self._switch = ReplicaSwitch(self._engine.switch, replica_id, wish, ask_wish)
         if ask_wish is not None:
             self._switch.keep_catching_up()
+        self._report: asyncio.Task[None] | None = None
+        if config.speculation.to_options().use != "off":
+            report = SpeculationReport(lambda: self._engine.stats().speculation)
+            self._report = loop.create_task(report.run())
         self._is_stopped = False
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._engine.start()
@@ -166,12 +163,15 @@ class TargetServer:
     async def snapshot(self) -> Snapshot:
         """This engine's metrics."""
         weights: Snapshot = {"sirocco_isq_info": {self._switch.isq_type: [1.0]}}
-        return engine_snapshot(self._engine.stats()) | process_snapshot(TARGET) | weights
+        snapshot = engine_snapshot(self._engine.stats()) | process_snapshot(TARGET) | weights
+        if self.draft is not None:
+            counts = self.draft.counts
+            snapshot |= exchange_snapshot(counts.latencies, counts.total_latency_s)
+        return snapshot
 
     async def re_isq(self, command: SwitchCommand, *args: Any) -> PartState:
-        """A command of TargetSwitch."""
-        run: Callable[..., Awaitable[PartState]] = getattr(self._switch, command)
-        return await run(*args)
+        """A command of ReplicaSwitch."""
+        return await self._switch.run(command, *args)
 
     async def isq_wish(self) -> Wish:
         """The type of weights that targets are to serve, as far as this one knows."""
@@ -186,6 +186,8 @@ class TargetServer:
         """Ends all requests with an error, and frees model and cache."""
         if not self._is_stopped:
             self._is_stopped = True
+            if self._report is not None:
+                self._report.cancel()
             self._switch.stop()
             self._engine.stop()
             if self.draft is not None:
@@ -195,15 +197,6 @@ class TargetServer:
     def _publish(self, deltas: list[TokenDelta]) -> None:
         self._sender.publish(deltas)
         self._handle_streams.publish(deltas)
-
-
-def wished_source(source: ModelSource, wish: Wish) -> ModelSource:
-    """The model in the type that is wished for; all other options of quantisation stay."""
-    if wish.isq_type is None:
-        return source
-    if wish.isq_type == "none":
-        return replace(source, isq=None)
-    return replace(source, isq=replace(source.isq or IsqOptions(), type=wish.isq_type))
 
 
 def _remote_proposer(config: AppConfig, replica_id: str, node_id: str, draft: DraftReplica) -> RemoteProposer:
@@ -232,7 +225,7 @@ class Target(TargetServer):
         prepare_process(config, surroundings)
         context = serve.get_replica_context()
         node_id = ray.get_runtime_context().get_node_id()
-        wish = await latest_wish()
+        wish = await latest_wish("target")
         # One that is alone sees every job from its beginning.
         is_alone = (config.deployment.max_target_replicas or config.deployment.target_replicas) == 1
         super().__init__(
@@ -241,7 +234,7 @@ class Target(TargetServer):
             node_id,
             is_private=surroundings.is_private,
             wish=wish,
-            ask_wish=None if is_alone else latest_wish,
+            ask_wish=None if is_alone else partial(latest_wish, "target"),
             draft=None if draft is None else HandleDraft(draft),
         )
 

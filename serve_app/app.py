@@ -134,7 +134,7 @@ def _application(config: AppConfig, surroundings: Surroundings) -> Any:
     preprocessor = bind(Preprocessor, preprocessor_options)
     draft = () if config.speculation.draft is None else (bind(Draft, draft_options),)
     target = bind(Target, target_options, *draft)
-    return bind(Ingress, ingress_options, _build_asgi, preprocessor, target)
+    return bind(Ingress, ingress_options, _build_asgi, preprocessor, target, *draft)
 
 
 def _build_asgi(get_backend: Callable[[], Backend], config: HttpConfig, metrics: HttpMetrics) -> Any:

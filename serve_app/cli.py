@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from serve_app import __version__
 from serve_app.cli_config import configuration
-from serve_app.cli_grammar import COMMANDS, GROUPS, KINDS, Command, Kind, take_apart
+from serve_app.cli_grammar import COMMANDS, GROUPS, KINDS, WITHOUT, Command, Kind, take_apart
 from serve_app.cli_options import (
     ChatLogOptions,
     ChatOptions,
@@ -123,13 +123,17 @@ def _callback(command: Command, kind: Kind | None, is_speculative: bool) -> Call
 
     def callback(**values: Any) -> Invocation:
         values.pop("version")
-        groups = {group: group(**{f.name: values[f.name] for f in fields(group)}) for group in GROUPS[command]}
+        groups = {
+            group: group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+            for group in GROUPS[command]
+        }
         return _invocation(command, kind, is_speculative, groups)
 
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for group in GROUPS[command]
         for name, default, annotation in _parameters(group, kind)
+        if not (group is ModelOptions and name in WITHOUT.get(command, {}))
     ]
     parameters.append(
         inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_VERSION_OPTION)

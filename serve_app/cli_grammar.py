@@ -80,6 +80,15 @@ GROUPS: dict[Command, tuple[type, ...]] = {
 }
 
 
+# Options of a command's groups that it does not have, and why: field → sentence.
+WITHOUT: dict[Command, dict[str, str]] = {
+    "quantize": {
+        "dtype": "the weights are read as they are, and --isq says what they become",
+        "max_seq_len": "the file keeps the length that the model was made for",
+    }
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
     """A command line taken apart: the two words, and the options in their order.
@@ -125,6 +134,10 @@ def take_apart(argv: Sequence[str]) -> Words:
             raise LaunchError(f"The model kind {word} is not part of this version, which serves {_SERVED}.")
         else:
             raise LaunchError(_unexpected(word, kind or ("speculative" if is_speculative else None)))
+    for option, why in WITHOUT.get(command or "serve", {}).items():
+        given = next((name for name in option_names(ModelOptions)[option] if name in options), None)
+        if given is not None:
+            raise LaunchError(f"The command {command} does not have {given}: {why}.")
     if command == "doctor" and (kind is not None or is_speculative):
         raise LaunchError(
             f"The command doctor looks at the machine, not at a model: leave out {kind or 'speculative'}."

@@ -23,6 +23,7 @@ Snapshot = dict[str, dict[str, list[float]]]
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
+EXCHANGE_S = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 _DURATION_S = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
 
@@ -41,6 +42,7 @@ class Description:
 
 
 _speculation = partial(Description, "counter", is_optional=True)
+_draft = partial(Description, is_optional=True)
 
 METRICS: dict[str, Description] = {
     "sirocco_requests_total": Description("counter", "HTTP requests, by route and status.", ("endpoint", "code")),
@@ -82,8 +84,19 @@ METRICS: dict[str, Description] = {
     "sirocco_speculation_verify_seconds_total": _speculation("Time of forwards that verified proposals."),
     "sirocco_speculation_timeouts_total": _speculation("Steps that gave up waiting for the draft model."),
     "sirocco_speculation_gamma_total": _speculation(
-        "Choices of how many tokens to propose for a request in a step.", ("gamma",)
+        "Choices of how many tokens to propose for a request in a step, where there was a proposer.", ("gamma",)
     ),
+    "sirocco_speculation_exchange_seconds": Description(
+        "histogram",
+        "From a target's question to the draft model's answer, where it came in time.",
+        bounds=EXCHANGE_S,
+        is_optional=True,
+    ),
+    "sirocco_draft_forwards_total": _draft("counter", "Forward passes of the draft model."),
+    "sirocco_draft_evictions_total": _draft("counter", "Texts whose KV blocks the draft model gave to others."),
+    "sirocco_draft_kv_blocks_used": _draft("gauge", "The draft model's KV blocks that texts hold."),
+    "sirocco_draft_kv_blocks_total": _draft("gauge", "The draft model's KV blocks there are."),
+    "sirocco_draft_isq_info": _draft("gauge", "Draft replicas by the type of their weights.", ("isq_type",)),
     "sirocco_process_resident_bytes": Description("gauge", "Resident memory, by kind of replica.", ("replica",)),
     "sirocco_process_open_fds": Description("gauge", "Open files and sockets, by kind of replica.", ("replica",)),
     "sirocco_event_loop_tasks": Description("gauge", "Tasks of the event loops, by kind of replica.", ("replica",)),
@@ -118,6 +131,19 @@ class SpeculationCounts(Protocol):
     def timeouts(self) -> int: ...
     @property
     def gamma(self) -> Mapping[int, int]: ...
+
+
+class DraftCounts(Protocol):
+    """What is read of engine.stats.DraftStats."""
+
+    @property
+    def forwards(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def blocks_total(self) -> int: ...
+    @property
+    def blocks_free(self) -> int: ...
 
 
 class EngineCounts(Protocol):
@@ -238,6 +264,22 @@ def _speculation_snapshot(counts: SpeculationCounts) -> Snapshot:
     snapshot = {name: {"": [float(value)]} for name, value in values.items()}
     snapshot |= {name: {str(label): [float(n)] for label, n in numbers.items()} for name, numbers in by_label.items()}
     return {f"sirocco_speculation_{name}_total": series for name, series in snapshot.items()}
+
+
+def exchange_snapshot(counts: Sequence[int], seconds: float) -> Snapshot:
+    """Exchanges with a draft model: how many by EXCHANGE_S, and their sum."""
+    return {"sirocco_speculation_exchange_seconds": {"": [*map(float, counts), seconds]}}
+
+
+def draft_snapshot(stats: DraftCounts) -> Snapshot:
+    """A draft model's counters and state."""
+    values = {
+        "forwards_total": stats.forwards,
+        "evictions_total": stats.evictions,
+        "kv_blocks_used": stats.blocks_total - stats.blocks_free,
+        "kv_blocks_total": stats.blocks_total,
+    }
+    return {f"sirocco_draft_{name}": {"": [float(value)]} for name, value in values.items()}
 
 
 def process_snapshot(replica: str) -> Snapshot:

@@ -1,5 +1,6 @@
 """The real application as a process, for the tests that need it whole."""
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 import openai
 import psutil
@@ -62,6 +64,16 @@ class Server:
             return error.code, error.read().decode()
         except OSError:
             return 0, ""
+
+    def post(self, path: str, **body: Any) -> tuple[int, str]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"content-type": "application/json"}, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
 
     def wait(self) -> "Server":
         end = time.monotonic() + START_S

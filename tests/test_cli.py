@@ -109,6 +109,14 @@ def test_quantize_has_options_of_its_own() -> None:
     assert words.config.model.model == "x"
 
 
+@pytest.mark.parametrize("option", ["--dtype f16", "--max-seq-len 64", "--max-seq-len=64"])
+@pytest.mark.parametrize("form", ["quantize {} -m x --isq Q4K", "{} quantize gguf -m x --isq Q4K"])
+def test_quantize_refuses_what_changes_nothing_in_a_file(option: str, form: str) -> None:
+    with pytest.raises(LaunchError, match=rf"^The command quantize does not have {option[:7]}.*: .*\.$"):
+        cli.parse(form.format(option).split())
+    assert parsed(form.replace("quantize", "quality").format(option)).command == "quality"
+
+
 def test_every_option_reaches_the_configuration() -> None:
     """Each option of serve, given a value other than its default, changes the configuration."""
     flags = {"--offline", "--no-paged-attn", "--strict-model-name", "--cpu-exact", "--no-cuda-graphs", "--no-overlap"}
@@ -320,6 +328,7 @@ def test_help_explains_every_option(
     for group in GROUPS[command]:
         for names in option_names(group).values():
             is_hidden = kind.removeprefix("speculative ") in HIDDEN.get(names[0], ())
+            is_hidden |= command == "quantize" and names[0] in ("--dtype", "--max-seq-len")
             assert (f" {names[0]} " in text) != is_hidden
     if command in ("serve", "config"):
         assert "[default: 1234]" in text

@@ -4,8 +4,18 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.engine.stats import SpeculationCounts
-from serve_app.metrics import METRICS, HttpMetrics, engine_snapshot, merge_snapshots, process_snapshot, render
+from serve_app.engine.stats import DraftStats, SpeculationCounts
+from serve_app.metrics import (
+    EXCHANGE_S,
+    METRICS,
+    HttpMetrics,
+    draft_snapshot,
+    engine_snapshot,
+    exchange_snapshot,
+    merge_snapshots,
+    process_snapshot,
+    render,
+)
 
 
 def _samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -101,6 +111,21 @@ def test_an_engine_that_does_not_speculate_says_nothing_of_it():
     assert before_it_counts["sirocco_speculation_steps_total", ()] == 0
 
 
+def test_a_draft_and_the_way_to_it():
+    parts = [
+        draft_snapshot(DraftStats(forwards=5, evictions=2, blocks_total=40, blocks_free=30)),
+        *(exchange_snapshot([0, *[0] * (len(EXCHANGE_S) - 2), 1, 3], seconds) for seconds in (4.5, 6.0)),
+    ]
+    samples = _samples(render(merge_snapshots(pickle.loads(pickle.dumps(parts)))))
+    found = {name.removeprefix("sirocco_draft_"): value for (name, _), value in samples.items() if "_draft_" in name}
+    assert found == {"forwards_total": 5, "evictions_total": 2, "kv_blocks_used": 10, "kv_blocks_total": 40}
+    name = "sirocco_speculation_exchange_seconds"
+    assert samples[name + "_bucket", (("le", "0.5"),)] == 0
+    assert samples[name + "_bucket", (("le", "1.0"),)] == 2
+    assert samples[name + "_bucket", (("le", "+Inf"),)] == samples[name + "_count", ()] == 8
+    assert samples[name + "_sum", ()] == 10.5
+
+
 def test_merging_leaves_its_parts_alone():
     parts = [_http(200, 1).snapshot(), _http(200, 1).snapshot()]
     before = pickle.dumps(parts)
@@ -124,7 +149,8 @@ def test_every_metric_is_there_before_it_counts():
 async def test_all_snapshots_have_descriptions():
     process = process_snapshot("Target")
     names = {*HttpMetrics().snapshot(), *engine_snapshot(_engine(speculation=_speculation())), *process}
-    # What is missing is a target's word of its weights: tests/test_re_isq_app.py.
-    assert names == set(METRICS) - {"sirocco_isq_info"}
+    names |= {*exchange_snapshot([], 0.0), *draft_snapshot(DraftStats(0, 0, 0, 0))}
+    # What is missing is what replicas say of their weights: tests/test_re_isq_app.py, tests/test_speculation_app.py.
+    assert names == set(METRICS) - {"sirocco_isq_info", "sirocco_draft_isq_info"}
     assert process["sirocco_process_resident_bytes"]["Target"][0] > 2**20
     assert process["sirocco_event_loop_tasks"]["Target"] == [1.0]

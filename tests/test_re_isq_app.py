@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,19 +28,8 @@ def server() -> Iterator[Server]:
     started.kill()
 
 
-def post(server: Server, path: str, **body: Any) -> tuple[int, Any]:
-    request = urllib.request.Request(
-        server.url + path, json.dumps(body).encode(), {"content-type": "application/json"}, method="POST"
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
 def change(server: Server, isq_type: str, mode: str) -> Any:
-    status, text = post(server, "/v1/re_isq?wait=true", isq_type=isq_type, mode=mode)
+    status, text = server.post("/v1/re_isq?wait=true", isq_type=isq_type, mode=mode)
     assert status == 200, text
     return json.loads(text)
 
@@ -90,16 +78,16 @@ def test_streams_go_on_while_all_targets_change(server: Server, mode: str) -> No
 
 
 def test_what_is_refused(server: Server) -> None:
-    status, text = post(server, "/v1/re_isq", isq_type="bogus")
+    status, text = server.post("/v1/re_isq", isq_type="bogus")
     assert status == 400
     assert "Q4_K_M" in json.loads(text)["error"]["message"]
-    status, text = post(server, "/v1/re_isq", isq_type="Q4K", target="draft")
+    status, text = server.post("/v1/re_isq", isq_type="Q4K", target="draft")
     assert (status, json.loads(text)["error"]["message"]) == (404, "No draft model is configured.")
 
 
 @pytest.mark.nightly
 def test_a_replica_that_is_replaced_comes_up_with_the_type(server: Server) -> None:
-    status, text = post(server, "/re_isq?wait=true", ggml_type="Q4_0")
+    status, text = server.post("/re_isq?wait=true", ggml_type="Q4_0")
     assert (status, text) == (200, 'Re ISQ: "Q4_0"')
     assert types(server) == {"Q4_0": 2.0}
     victim = next(process for process in server.processes() if "Target" in process.name())

@@ -1,5 +1,6 @@
 """Speculation in the real application: draft and target in processes of their own, and a draft that is killed."""
 
+import json
 import random
 import threading
 import time
@@ -46,6 +47,10 @@ def until_drafted(client: openai.OpenAI) -> None:
         time.sleep(0.1)
 
 
+def state(server: Server) -> Any:
+    return json.loads(server.get("/v1/re_isq")[1])
+
+
 def process(server: Server, name: str) -> psutil.Process | None:
     return next((p for p in server.processes() if name in p.name()), None)
 
@@ -69,6 +74,57 @@ def test_another_process_drafts_and_the_text_stays(server: Server) -> None:
         assert most_one.choices[0].text == plain.choices[0].text
     assert server.metrics_of("sirocco_speculation_accepted_tokens_total")["draft"] > 100
     assert server.metrics_of("sirocco_speculation_accepted_by_position_total").keys() == {"1", "2", "3", "4"}
+    assert server.metric("sirocco_speculation_exchange_seconds_count") > 20
+    assert 0 < server.metric("sirocco_speculation_exchange_seconds_sum") < 60
+    assert server.metric("sirocco_draft_forwards_total") > 20
+    assert server.metric("sirocco_draft_kv_blocks_total") > server.metric("sirocco_draft_kv_blocks_used") >= 0
+    assert server.metric("sirocco_draft_evictions_total") >= 0
+    assert server.metrics_of("sirocco_draft_isq_info") == {"none": 1.0}
+    assert server.metrics_of("sirocco_process_resident_bytes")["Draft"] > 2**20
+
+
+def test_the_drafts_weights_change_under_streams(server: Server) -> None:
+    """Not a text changes, the draft is of use afterwards, and the target's weights are no part of it."""
+    client = server.client()
+    until_drafted(client)
+    expected = {number: ask(client, number, speculative=OFF).choices[0].text for number in range(6)}
+    is_over = threading.Event()
+
+    def stream(number: int) -> int:
+        count = 0
+        while not is_over.is_set():
+            assert ask(client, number).choices[0].text == expected[number]
+            count += 1
+        return count
+
+    served = state(server)["serving"]
+    for isq_type, mode in (("Q4_0", "swap"), ("Q8_0", "drain")):
+        is_over.clear()
+        with ThreadPoolExecutor(6) as pool:
+            streams = [pool.submit(stream, number) for number in range(6)]
+            try:
+                time.sleep(0.3)
+                status, text = server.post("/v1/re_isq?wait=true", isq_type=isq_type, mode=mode, target="draft")
+            finally:
+                is_over.set()
+            assert all(one.result() > 0 for one in streams)
+        job = json.loads(text)
+        assert (status, job["state"], job["isq_type"], job["target"]) == (200, "done", isq_type, "draft"), text
+        now = state(server)
+        assert (now["serving"], now["serving_draft"]) == (served, [isq_type])
+        assert now["data"][0] == job
+        assert server.metrics_of("sirocco_draft_isq_info") == {isq_type: 1.0}
+        assert server.metrics_of("sirocco_isq_info") == {"none": 1.0}
+        until_drafted(client)
+    victim = process(server, "Draft")
+    assert victim is not None
+    victim.kill()
+    victim.wait(10)
+    until_drafted(client)
+    assert state(server)["serving_draft"] == ["Q8_0"], "another replica has the latest type"
+    status, text = server.post("/v1/re_isq", isq_type="bogus", target="draft")
+    assert status == 400
+    assert "Q4_K_M" in json.loads(text)["error"]["message"]
 
 
 @pytest.mark.parametrize("num_kills", [10, pytest.param(200, marks=pytest.mark.nightly)])

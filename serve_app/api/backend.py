@@ -81,10 +81,14 @@ class IsqJob:
 
 @dataclass(slots=True)
 class IsqState:
-    """The types that targets serve now (one, where no job is at work), and the jobs, the newest first."""
+    """The types that targets serve now (one, where no job is at work), and the jobs, the newest first.
+
+    draft_types: the same of the draft model, none while it is away; None: there is no draft model.
+    """
 
     isq_types: list[str]
     jobs: list[IsqJob]
+    draft_types: list[str] | None = None
 
 
 class Backend(Protocol):

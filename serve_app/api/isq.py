@@ -76,4 +76,5 @@ def job_response(job: IsqJob) -> Response:
 
 def state_object(state: IsqState) -> dict[str, Any]:
     """What is served, and the jobs."""
-    return {"object": "list", "serving": state.isq_types, "data": [job_object(job) for job in state.jobs]}
+    draft = {} if state.draft_types is None else {"serving_draft": state.draft_types}
+    return {"object": "list", "serving": state.isq_types, **draft, "data": [job_object(job) for job in state.jobs]}

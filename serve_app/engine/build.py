@@ -9,6 +9,7 @@ from serve_app.cpu_info import num_physical_cores
 from serve_app.engine.assembly import assemble, ledger
 from serve_app.engine.device_choice import choose_device
 from serve_app.engine.engine import Engine, OnDeltas
+from serve_app.engine.engine_host import EngineHost
 from serve_app.engine.graph_forward import GraphLimits
 from serve_app.engine.kv_plan import KvPlan
 from serve_app.engine.model_runner import ModelRunner
@@ -91,7 +92,8 @@ def build_engine(
         plan.angles,
     )  # fmt: skip
     engine = Engine(parts, config, on_deltas)
-    engine.switch = ModelSwitch(engine, runner, files, loaded)
+    host = EngineHost(engine, runner, files.max_seq_len)
+    engine.switch = ModelSwitch(host, files, loaded.args, loaded.fingerprint)
     return engine
 
 

@@ -1,26 +1,22 @@
-"""Other weights for a running engine: made beside it, exchanged between two steps, undone where anything fails."""
+"""Other weights for a model at work: made beside it, exchanged between two steps, undone where anything fails."""
 
 import gc
 import logging
 import time
 from concurrent.futures import CancelledError, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from serve_app.engine.aside import run_aside
-from serve_app.engine.engine import Engine
-from serve_app.engine.forward import Forward
-from serve_app.engine.kv_plan import KvPlan
-from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.switch_host import SwitchHost, Weights
 from serve_app.engine.switch_plan import find_isq, make_plan, stamp, type_name
 from serve_app.engine.weight_switch import Mode, Progress, SwitchPlan
 from serve_app.errors import EngineFailed, ServeError, Unavailable
-from serve_app.layers.angle_sets import AngleSets
 from serve_app.loaders.load import LoadedModel, load_model
 from serve_app.loaders.model_files import ModelFiles
-from serve_app.models.base import CausalLM
-from serve_app.options import EngineConfig, IsqOptions, KvDType
+from serve_app.models.base import ModelArgs
+from serve_app.options import IsqOptions, KvDType
 from serve_app.quant.imatrix import Importance
 
 log = logging.getLogger(__name__)
@@ -35,33 +31,21 @@ _KV_NAMES: dict[torch.dtype, KvDType] = {
 }
 
 
-@dataclass(slots=True)
-class _Weights:
-    """A model that is not in use. model None: it is not in memory either."""
-
-    isq: IsqOptions | None
-    fingerprint: bytes
-    model: CausalLM | None = None
-    forward: Forward | None = None
-    angles: AngleSets | None = None
-
-
 class ModelSwitch:
-    """See WeightSwitch. Methods may be called from any thread but the stepping one, and all but isq_type and stop wait
-    for what they do."""
+    """See WeightSwitch. Methods may be called from any thread but the host's computing one, and all but isq_type and
+    stop wait for what they do."""
 
-    def __init__(self, engine: Engine, runner: ModelRunner, files: ModelFiles, loaded: LoadedModel) -> None:
-        self._engine = engine
-        self._config: EngineConfig = engine.config
-        self._runner = runner
+    def __init__(self, host: SwitchHost, files: ModelFiles, args: ModelArgs, fingerprint: bytes) -> None:
+        """files: those that the weights in use were loaded from; args, fingerprint: what they say of the model."""
+        self._host = host
         self._files = files
         self._stamp = stamp(files)
         self._isq = files.isq
-        self._fingerprint = loaded.fingerprint
-        self._args = loaded.args
+        self._fingerprint = fingerprint
+        self._args = args
         self._plan: SwitchPlan | None = None
-        self._prepared: _Weights | None = None
-        self._previous: _Weights | None = None
+        self._prepared: Weights | None = None
+        self._previous: Weights | None = None
         self._progress: Progress = lambda done: None
         self._waiting_for: Future[None] | None = None
         self._is_stopped = False
@@ -74,7 +58,7 @@ class ModelSwitch:
     def plan(self, isq_type: str | int) -> SwitchPlan:
         """See WeightSwitch."""
         isq = find_isq(isq_type, self._files.isq)
-        return make_plan(isq, self._files, self._stamp, self._isq, str(self._runner.device))
+        return make_plan(isq, self._files, self._stamp, self._isq, self._host.device)
 
     def prepare(self, plan: SwitchPlan, progress: Progress) -> None:
         """See WeightSwitch."""
@@ -107,7 +91,7 @@ class ModelSwitch:
         self._is_stopped = True
         waiting_for = self._waiting_for
         if waiting_for is not None:
-            self._engine.border.withdraw(waiting_for)
+            self._host.withdraw(waiting_for)
 
     def undo(self) -> None:
         """See WeightSwitch."""
@@ -132,57 +116,50 @@ class ModelSwitch:
             raise CancelledError
         self._progress(done)
 
-    def _load(self, isq: IsqOptions | None) -> _Weights:
+    def _load(self, isq: IsqOptions | None) -> Weights:
         files = replace(self._files, isq=isq)
         loaded = load_model(
             files,
             dtype=files.dtype,
-            device=str(self._runner.device),
-            kv=_KV_NAMES[self._runner.kv_pool.dtype],
-            is_exact=self._config.cpu_exact,
+            device=self._host.device,
+            kv=_KV_NAMES[self._host.kv_dtype],
+            is_exact=self._host.is_exact,
             progress=_Listener(self),
             calibrate=read_once,
         )
         self._check(loaded)
-        forward = self._runner.forward_of(loaded.model)
-        if self._runner.num_graphs and not getattr(forward, "num_graphs", 0):
+        forward = self._host.forward_of(loaded.model)
+        if self._host.num_graphs and not getattr(forward, "num_graphs", 0):
             raise EngineFailed("no CUDA graph of the new weights could be recorded beside the old ones")
-        angles = KvPlan.of(loaded.model, self._config, self._files.max_seq_len).angles
-        return _Weights(isq, loaded.fingerprint, loaded.model, forward, angles)
+        return Weights(isq, loaded.fingerprint, loaded.model, forward, self._host.angles_of(loaded.model))
 
     def _check(self, loaded: LoadedModel) -> None:
-        """The cache, the tokenizer and what else the engine was built around must go on to fit."""
-        if loaded.args != self._args or loaded.kv_dtype != self._runner.kv_pool.dtype:
+        """The cache, the tokenizer and what else was built around the model must go on to fit."""
+        if loaded.args != self._args or loaded.kv_dtype != self._host.kv_dtype:
             raise EngineFailed("the model's files describe another model than the one that is served")
 
-    def _install(self, new: _Weights, *, drains: bool) -> _Weights:
+    def _install(self, new: Weights, *, drains: bool) -> Weights:
         """Puts weights in use, and returns those that were."""
-        old = _Weights(self._isq, self._fingerprint)
+        old = Weights(self._isq, self._fingerprint)
 
         def exchange() -> None:
             began = time.monotonic()
-            num_running = recompute_running(self._engine)
-            scheduler = self._engine.parts.scheduler
-            scheduler.pool.renew(new.fingerprint)
-            old.model, old.forward = self._runner.exchange(new.model, new.forward)
-            assert new.angles is not None
-            old.angles = scheduler.exchange_angles(new.angles)
+            num_texts = self._host.exchange(new, old)
             took_ms = (time.monotonic() - began) * 1e3
             log.info(
-                "weights are %s now, were %s: exchanged in %.1f ms, %d requests are computed again",
-                type_name(new.isq), type_name(old.isq), took_ms, num_running,
+                "weights are %s now, were %s: exchanged in %.1f ms, %d texts are computed again",
+                type_name(new.isq), type_name(old.isq), took_ms, num_texts,
             )  # fmt: skip
 
-        self._wait(self._engine.border.post(exchange, drains=drains))
+        self._wait(self._host.post(exchange, drains=drains))
         self._isq, self._fingerprint = new.isq, new.fingerprint
         return old
 
-    def _switch_in_place(self, isq: IsqOptions | None) -> _Weights:
+    def _switch_in_place(self, isq: IsqOptions | None) -> Weights:
         """Old weights out, memory free, new ones made, all while new requests wait. After an error the old ones are
-        made again; where that fails, too, the engine has failed, and its replica is replaced."""
-        old = _Weights(self._isq, self._fingerprint)
-        border = self._engine.border
-        self._wait(border.post(self._take_out, drains=True, holds_after=True))
+        made again; where that fails, too, the host has failed, and its replica is replaced."""
+        old = Weights(self._isq, self._fingerprint)
+        self._wait(self._host.post(self._host.take_out, drains=True, holds_after=True))
         self._free()
         try:
             self._install(self._load(isq), drains=False)
@@ -198,31 +175,28 @@ class ModelSwitch:
         try:
             self._install(self._load(isq), drains=False)
         except BaseException:
-            log.exception("the old weights could not be made again: the engine has no model any more")
-            self._engine.is_failed = True
+            log.exception("the old weights could not be made again: there is no model any more")
+            self._host.fail()
             raise
-
-    def _take_out(self) -> None:
-        self._runner.exchange(None, None)
 
     def _wait(self, done: "Future[None]") -> None:
         self._waiting_for = done
         try:
             while True:
                 if self._is_stopped:
-                    self._engine.border.withdraw(done)
+                    self._host.withdraw(done)
                 if wait([done], _POLL_S).done:
                     done.result()
                     return
-                if self._engine.is_stopped or self._engine.is_failed:
-                    raise Unavailable("the engine stopped before its weights were exchanged")
+                if self._host.is_gone:
+                    raise Unavailable("the replica stopped before its weights were exchanged")
         finally:
             self._waiting_for = None
 
     def _free(self) -> None:
         """Gives back the memory of weights that nobody refers to any more."""
         gc.collect()
-        if torch.device(self._runner.device).type == "cuda":
+        if torch.device(self._host.device).type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -251,25 +225,6 @@ def read_once(files: ModelFiles, text: str) -> Importance:
     from serve_app.engine.calibration import calibrate
 
     return calibrate(files, text)
-
-
-def recompute_running(engine: Engine) -> int:
-    """Sends every running request back to the head of the queue, to be computed from its first token; how many.
-
-    Only between two steps. No block is held afterwards, and what waits must be hashed anew.
-    """
-    scheduler, collector = engine.parts.scheduler, engine.parts.collector
-    running = list(reversed(scheduler.running))
-    for request in running:
-        scheduler.requeue(request)
-    for request in scheduler.waiting:
-        request.block_hashes = []
-        if not request.num_output:
-            # A prompt's numbers are one model's. What was told already stays.
-            if request.prompt_logprobs:
-                request.prompt_logprobs = []
-            collector.raw_logits.get(request.request_id, []).clear()
-    return len(running)
 
 
 def _sentence(error: BaseException) -> str:

@@ -5,6 +5,8 @@ import json
 import openai
 import pytest
 
+from serve_app.api.backend import IsqState
+from serve_app.api.isq import state_object
 from serve_app.api.routes import build_asgi
 from serve_app.config import HttpConfig
 from serve_app.errors import Conflict, EngineFailed, InvalidRequest, NotFound, Unavailable
@@ -112,6 +114,13 @@ def test_the_official_client_understands_409(serve, backend):
     backend.refusal = Conflict("Another job changes the weights already.")
     with pytest.raises(openai.ConflictError, match="Another job"):
         serve(backend).client().post("/re_isq", body={"isq_type": "Q8_0"}, cast_to=object)
+
+
+def test_a_draft_models_types_are_told_where_there_is_one():
+    assert state_object(IsqState(["Q4_K"], [], ["Q8_0"])) == {
+        "object": "list", "serving": ["Q4_K"], "serving_draft": ["Q8_0"], "data": []
+    }  # fmt: skip
+    assert state_object(IsqState(["Q4_K"], [], []))["serving_draft"] == []
 
 
 async def test_jobs_are_listed_the_newest_first(asgi, backend):

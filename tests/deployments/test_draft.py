@@ -37,8 +37,8 @@ async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_i
     plan = PLAN
     if maps_text:
         plan = replace(PLAN, source=replace(PLAN.source, tokenizer=OTHER), maps_text=True)
-    model, vocabulary = build_model(plan)
-    server = DraftServer(model, vocabulary, "node", maps_text=maps_text)
+    built = build_model(plan)
+    server = DraftServer(built.model, built.vocabulary, "node", maps_text=maps_text)
     tokens = vocabulary_of(open_tokenizer(MODELS / "stories260K" / "hf"))
     proposer = RemoteProposer(server, "target", "node", tokens, 1.0)
     async with asyncio.timeout(10):

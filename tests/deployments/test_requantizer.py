@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
-from deployments import requantizer, target_switch
+from deployments import replica_switch, requantizer
+from deployments.replica_switch import ReplicaSwitch
 from deployments.requantizer import Requantizer, SwitchCalls
-from deployments.switch_part import PartState, Wish
-from deployments.target import wished_source
-from deployments.target_switch import TargetSwitch
+from deployments.switch_part import PartState, Wish, wished_source
 from serve_app.errors import Conflict, EngineFailed, InvalidRequest, NotFound, Unavailable
 from serve_app.metrics import HttpMetrics
 from serve_app.options import IsqOptions, ModelSource
@@ -38,12 +37,12 @@ class Cluster(SwitchCalls):
     def ingress(self) -> Requantizer:
         return Requantizer({"target": self}, self.metrics)
 
-    def target(self, name: str, wish: Wish = Wish()) -> TargetSwitch:  # noqa: B008
-        return TargetSwitch(self.switches[name], name, wish, self.latest)
+    def target(self, name: str, wish: Wish = Wish()) -> ReplicaSwitch:  # noqa: B008
+        return ReplicaSwitch(self.switches[name], name, wish, self.latest)
 
     async def latest(self) -> Wish:
         wishes = [target.wish for name, target in self.targets.items() if name not in self.dead]
-        return max([self.requantizer.wish, *wishes], key=lambda wish: wish.epoch)
+        return max([self.requantizer.wishes["target"], *wishes], key=lambda wish: wish.epoch)
 
     async def each(self, command: str, *args: Any) -> list[PartState | BaseException]:
         return [await self._one(name, command, *args) for name in self.targets]
@@ -73,7 +72,7 @@ class Cluster(SwitchCalls):
 async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
     monkeypatch.setattr(requantizer, "POLL_S", 0.005)
     monkeypatch.setattr(requantizer, "SILENCE_S", 0.2)
-    monkeypatch.setattr(target_switch, "LEASE_S", 0.3)
+    monkeypatch.setattr(replica_switch, "LEASE_S", 0.3)
     cluster = Cluster(3)
     yield cluster
     cluster.requantizer.stop()
@@ -105,12 +104,13 @@ async def test_all_follow(cluster: Cluster) -> None:
     assert cluster.types == ["Q4_0"] * 3
     assert cluster.steps == {"idle"}
     assert all(s.calls == ["plan", "prepare", "switch swap", "settle"] for s in cluster.switches.values())
-    assert {target.wish for target in cluster.targets.values()} == {Wish(1, "Q4_0")} == {cluster.requantizer.wish}
+    assert cluster.requantizer.wishes["target"] == Wish(1, "Q4_0")
+    assert {target.wish for target in cluster.targets.values()} == {Wish(1, "Q4_0")}
     assert cluster.metrics.snapshot()["sirocco_re_isq_jobs_total"] == {"done": [1.0]}
     assert job.progress == 1.0
     assert job.finished is not None
     assert (await run(cluster, "Q8_0")).state == "done"
-    assert cluster.requantizer.wish == Wish(2, "Q8_0")
+    assert cluster.requantizer.wishes["target"] == Wish(2, "Q8_0")
     assert [job.isq_type for job in cluster.requantizer.jobs] == ["Q8_0", "Q4_0"]
 
 
@@ -153,6 +153,27 @@ async def test_what_cannot_begin_is_refused_at_once(cluster: Cluster) -> None:
     cluster.dead = set(cluster.targets)
     with pytest.raises(Unavailable):
         await begin("Q4_0", "drain", "target")
+
+
+async def test_groups_have_jobs_and_wishes_of_their_own(cluster: Cluster) -> None:
+    drafts = Cluster(1)
+    requantizer = Requantizer({"target": cluster, "draft": drafts}, cluster.metrics)
+    cluster.switches["t0"].gates["prepare"].clear()
+    slow = await requantizer.begin("Q8_0", "drain", "target")
+    for isq_type in ("Q4_0", "Q4_K"):
+        job = await requantizer.begin(isq_type, "swap", "draft")
+        assert (await requantizer.wait(job.id)).state == "done"
+        assert (job.target, job.replicas) == ("draft", 1)
+    assert drafts.types == ["Q4_K"]
+    assert cluster.types == ["none"] * 3
+    assert requantizer.wishes == {"target": Wish(), "draft": Wish(2, "Q4_K")}
+    cluster.switches["t0"].gates["prepare"].set()
+    assert (await requantizer.wait(slow.id)).state == "done"
+    assert requantizer.wishes == {"target": Wish(1, "Q8_0"), "draft": Wish(2, "Q4_K")}
+    assert [job.target for job in requantizer.jobs] == ["draft", "draft", "target"]
+    drafts.dead = {"t0"}
+    with pytest.raises(Unavailable):
+        await requantizer.begin("Q4_0", "drain", "draft")
 
 
 async def test_one_job_at_a_time_whoever_leads_it(cluster: Cluster) -> None:
@@ -235,7 +256,7 @@ async def test_a_commit_that_reached_some_reaches_the_others_by_them(cluster: Cl
     await cluster.each("start", "job")
     await until(lambda: cluster.steps == {"prepared"})
     await cluster._one("t0", "commit", "job", "drain", Wish(1, "Q4_0"))
-    assert ingress.wish == Wish()
+    assert ingress.wishes["target"] == Wish()
     await until(lambda: cluster.types == ["Q4_0"] * 3)
     await until(lambda: cluster.steps == {"idle"})
     assert {target.wish for target in cluster.targets.values()} == {Wish(1, "Q4_0")}
@@ -266,7 +287,7 @@ async def test_a_job_that_is_cancelled_while_it_is_planned(cluster: Cluster) -> 
 
 
 async def test_a_target_that_started_meanwhile_catches_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_switch, "CATCH_UP_S", (0.01, 0.05, 0.1))
+    monkeypatch.setattr(replica_switch, "CATCH_UP_S", (0.01, 0.05, 0.1))
     cluster.switches["t9"] = FakeSwitch()
     late = cluster.target("t9")
     assert (await run(cluster)).state == "done"
@@ -298,7 +319,7 @@ async def test_the_end_of_the_server_ends_the_job(cluster: Cluster) -> None:
 
 
 async def test_an_engine_without_files_takes_no_part() -> None:
-    target = TargetSwitch(None, "t", Wish())
+    target = ReplicaSwitch(None, "t", Wish())
     with pytest.raises(Conflict, match="cannot be made anew"):
         await target.reserve("job", "Q4_0")
     assert (await target.state()).isq_type == "none"

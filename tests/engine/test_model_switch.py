@@ -106,7 +106,7 @@ def test_swap_goes_on_from_what_was_said_with_the_new_weights(
     assert served.switch.isq_type == NEW
     served.finish()
     assert served.reasons() == {"length"}
-    found = re.search(r"exchanged in (\S+) ms, 32 requests are computed again", caplog.text)
+    found = re.search(r"exchanged in (\S+) ms, 32 texts are computed again", caplog.text)
     assert found is not None
     assert float(found[1]) < 250
     choices = [

@@ -9,7 +9,9 @@ from serve_app.engine.assembly import ledger
 from serve_app.engine.build import kv_pool, say_what_computes
 from serve_app.engine.device_choice import choose_device
 from serve_app.engine.kv_plan import KvPlan
+from serve_app.engine.model_switch import ModelSwitch, read_once
 from serve_app.engine.no_collection import no_collection
+from serve_app.engine.speculation.draft_host import DraftHost
 from serve_app.engine.speculation.drafter import LEAST_CHANCE, Drafter
 from serve_app.errors import LaunchError
 from serve_app.kv_cache.layer_groups import LayerGroup
@@ -38,7 +40,12 @@ def build_drafter(
     dispatch.set_num_threads(config.num_threads or num_physical_cores(), parks_at_once=config.shares_cores)
     with no_collection():
         loaded = load_model(
-            files, dtype=files.dtype, device=config.device, kv=config.kv_type, is_exact=config.cpu_exact
+            files,
+            dtype=files.dtype,
+            device=config.device,
+            kv=config.kv_type,
+            is_exact=config.cpu_exact,
+            calibrate=read_once,
         )
     plan = KvPlan.of(loaded.model, config, files.max_seq_len)
     # Rejected tokens may lie anywhere before a window's beginning: blocks are kept, windows only mask.
@@ -48,4 +55,10 @@ def build_drafter(
         raise LaunchError(f"the draft's KV pool has {kv.num_blocks} blocks of {kv.block_size} tokens, too few")
     log.info("draft model %s: %d KV blocks of %d tokens", files.model_name, kv.num_blocks, kv.block_size)
     pool = ledger(config, kv.num_blocks, loaded.fingerprint)
-    return Drafter(loaded.model, kv, pool, plan, config, least_chance=least_chance, works_ahead=works_ahead)
+    drafter = Drafter(loaded.model, kv, pool, plan, config, least_chance=least_chance, works_ahead=works_ahead)
+    # Not `loaded`: that would keep its weights for ever.
+    args, fingerprint = loaded.args, loaded.fingerprint
+    drafter.make_switch = lambda border: ModelSwitch(
+        DraftHost(drafter, border, config, files.max_seq_len), files, args, fingerprint
+    )
+    return drafter

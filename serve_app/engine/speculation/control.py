@@ -58,6 +58,7 @@ class SpeculationControl:
         self._is_fixed = options.is_fixed
         self._steps = StepTimes()
         self._proposers = {name: _Proposer(options.max_tokens) for name in names}
+        self._present = names
         self._sequences: dict[int, _Sequence] = {}
         self._step = 0
         self._budget = 0.0
@@ -81,11 +82,23 @@ class SpeculationControl:
                 if limit_s <= 0:
                     return
 
+    def set_present(self, names: Sequence[str]) -> None:
+        """Which proposers there are just now: no other is chosen, and of what is not asked nothing is learnt."""
+        present = [name for name in self._proposers if name in names]
+        if present != self._present:
+            self._present = present
+            self._plan = None
+
+    @property
+    def may_propose(self) -> bool:
+        """Whether anybody could be chosen."""
+        return bool(self._present)
+
     def choose(self, wanted: Sequence[tuple[int, int]], num_other_tokens: int) -> list[Choice]:
         """For each (sequence, most tokens that it may get, 0: none) of a step that decodes them, and computes
         num_other_tokens of prompts beside. Each call is a step."""
         self._step += 1
-        if not self._proposers or not wanted:
+        if not self._present or not wanted:
             picked = [_PLAIN] * len(wanted)
         elif self._is_fixed:
             picked = self._fixed(wanted)
@@ -143,7 +156,7 @@ class SpeculationControl:
         return state
 
     def _fixed(self, wanted: Sequence[tuple[int, int]]) -> list[Choice]:
-        name = next(iter(self._proposers))
+        name = self._present[0]
         picked = []
         for sequence, most in wanted:
             num_tokens = self._state(sequence).num_asked = min(most, self._max_tokens)
@@ -173,14 +186,14 @@ class SpeculationControl:
         """Who would propose for each sequence, and which of these offers to take."""
         names, best = [""] * len(states), plain
         at_least = plain.goodput * _LEAST_GAIN
-        lone = [name for name in self._proposers if name != _DRAFT]
+        lone = [name for name in self._present if name != _DRAFT]
         if lone:
             lone_names, offers = self._offers(states, limits, lone, plain, times)
             found = add_best(plain, offers, times, 0, 0.0)
             if found.goodput > at_least:
                 names, best, at_least = lone_names, found, found.goodput
-        if _DRAFT in self._proposers:
-            draft_names, offers = self._offers(states, limits, list(self._proposers), plain, times)
+        if _DRAFT in self._present:
+            draft_names, offers = self._offers(states, limits, self._present, plain, times)
             begin, each = self._proposers[_DRAFT].times.line(max(1, draft_names.count(_DRAFT)))
             seconds = [begin + each * depth for depth in range(max(limits) + 1)]
             deepest = add_best_depth(plain, offers, times, seconds, at_least)
@@ -242,6 +255,8 @@ class SpeculationControl:
             choice = picked[i]
             for name, track in states[i].tracks.items():
                 if track.next_probe > self._step or choice.proposer == name or not plan.limits[i]:
+                    continue
+                if name not in self._present:
                     continue
                 seconds = times[num_tokens + 1] - times[num_tokens] + begin.get(name, 0.0)
                 if choice.proposer is not None:

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -11,14 +12,17 @@ import torch
 from kernels import dispatch
 from serve_app.batch import ForwardBatch
 from serve_app.engine.device_choice import on_device
-from serve_app.engine.forward import choose_forward
-from serve_app.engine.graph_forward import GraphLimits
+from serve_app.engine.forward import Forward, choose_forward
+from serve_app.engine.graph_forward import GraphForward, GraphLimits
 from serve_app.engine.kv_plan import KvPlan
 from serve_app.engine.logits_ops import HostLogits, Logits, LogitsOps, TorchLogits
+from serve_app.engine.speculation.draft_border import MakeSwitch
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
 from serve_app.engine.speculation.draft_sequence import DraftSequence
+from serve_app.engine.stats import DraftStats
 from serve_app.kv_cache.block_ledger import BlockLedger
 from serve_app.kv_cache.kv_pool import KvPool
+from serve_app.layers.angle_sets import AngleSets
 from serve_app.models.base import CausalLM
 from serve_app.options import EngineConfig
 
@@ -56,17 +60,22 @@ class Drafter:
         same cores. Raises LaunchError for an attention backend that cannot run here."""
         assert [group.window for group in plan.groups] == [0]
         # A native program has the addresses of the weights only.
-        self.model = model
+        self._model: CausalLM | None = model
         self._kv = kv
         self.pool = pool
+        self._device = config.device
         self._place = on_device(config.device)
         self._angles = plan.angles
         self._longest = plan.longest(pool.num_total)
-        graphs = GraphLimits(config.max_seqs, self._longest) if config.cuda_graphs else None
-        with self._place:
-            self._forward = choose_forward(
-                model, kv, config.device, config.attention_backend, is_exact=config.cpu_exact, graphs=graphs
-            )
+        self._choose = partial(
+            choose_forward,
+            kv=kv,
+            device=config.device,
+            attention=config.attention_backend,
+            is_exact=config.cpu_exact,
+            graphs=GraphLimits(config.max_seqs, self._longest) if config.cuda_graphs else None,
+        )
+        self._forward: Forward | None = self.forward_of(model)
         is_native = config.device == "cpu" and dispatch.native().ops is not None
         self._ops: LogitsOps = HostLogits() if is_native else TorchLogits(torch.device(config.device))
         self._chunk_tokens = min(config.prefill_chunk_tokens, config.max_batched_tokens)
@@ -79,6 +88,8 @@ class Drafter:
         self._num_calls = 0
         self.num_forwards = 0
         self.num_evictions = 0
+        # Of a drafter that was built from a model's files.
+        self.make_switch: MakeSwitch | None = None
 
     def propose(self, calls: Sequence[DraftCall], until_s: float | None = None) -> list[Drafted]:
         """See DraftModel. With a limit a sequence of which much is not computed yet gets no tokens."""
@@ -132,6 +143,41 @@ class Drafter:
         self.pool.close()
         self._kv.close()
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._kv.dtype
+
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs that forwards are replayed from."""
+        return self._forward.num_graphs if isinstance(self._forward, GraphForward) else 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Whose text is known."""
+        return len(self._sequences)
+
+    def stats(self) -> DraftStats:
+        """What it has done, from any thread; every number by itself is exact."""
+        return DraftStats(self.num_forwards, self.num_evictions, self.pool.num_total, self.pool.num_free)
+
+    def forward_of(self, model: CausalLM) -> Forward:
+        """How a model of the same shape is run over the same cache: recorded now, in whichever thread."""
+        with on_device(self._device):
+            return self._choose(model)
+
+    def exchange(
+        self, model: CausalLM | None, forward: Forward | None, angles: AngleSets | None
+    ) -> tuple[CausalLM | None, Forward | None, AngleSets]:
+        """Puts another model in the place of this one, which it returns; all texts are to be computed by it. None:
+        nothing is proposed until there is one again."""
+        for sequence in self._sequences.values():
+            self._free(sequence)
+        old = self._model, self._forward, self._angles
+        self._model, self._forward, self._angles = model, forward, angles or self._angles
+        return old
+
     def _asked(self, call: DraftCall) -> DraftSequence | None:
         sequence = self._sequences.get(call.sequence)
         if sequence is None:
@@ -164,6 +210,8 @@ class Drafter:
     def _compute(self, sequences: Iterable[DraftSequence], budget: int, *, evicts: bool) -> int:
         """Computes what is pending of sequences, and drafts one more token for those of which all is; the shortest
         first, where budget tokens do not suffice. Returns the number of tokens computed, 0: nothing could be done."""
+        if self._forward is None:
+            return 0
         work: list[tuple[DraftSequence, int]] = []
         for sequence in sorted(sequences, key=lambda s: len(s.ids) - s.num_computed):
             if not self._may_grow(sequence):

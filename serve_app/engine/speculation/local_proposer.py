@@ -10,6 +10,7 @@ class LocalProposer:
     """See Proposer. The target waits while the model drafts, however long that takes: for the LLM class and tests."""
 
     name = "draft"
+    is_open = True
     num_timeouts = 0
 
     def __init__(self, drafter: DraftModel) -> None:

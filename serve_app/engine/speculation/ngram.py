@@ -19,6 +19,7 @@ class NgramProposer:
     """
 
     name = "ngram"
+    is_open = True
     num_timeouts = 0
 
     def __init__(self, min_n: int = 2, max_n: int = 4) -> None:

@@ -31,6 +31,10 @@ class Proposer(Protocol):
         """draft, ngram or suffix."""
 
     @property
+    def is_open(self) -> bool:
+        """Whether there is anybody to ask now."""
+
+    @property
     def num_timeouts(self) -> int:
         """Steps for which proposals did not come in time."""
 

@@ -93,9 +93,12 @@ class Speculation:
                 num_others += request.num_pending
         if not decodes:
             return False
-        self._chosen = list(zip(decodes, self._control.choose(wanted, num_others), strict=True))
-        for (_, choice), (_, room) in zip(self._chosen, wanted, strict=True):
-            self._counts.gamma[choice.num_tokens] += room > 0
+        control = self._control
+        control.set_present([name for name, proposer in self._proposers.items() if proposer.is_open])
+        self._chosen = list(zip(decodes, control.choose(wanted, num_others), strict=True))
+        if control.may_propose:
+            for (_, choice), (_, room) in zip(self._chosen, wanted, strict=True):
+                self._counts.gamma[choice.num_tokens] += room > 0
         return any(choice.num_tokens for _, choice in self._chosen)
 
     def propose(self) -> None:
@@ -113,6 +116,7 @@ class Speculation:
             drafts = self._proposers[name].propose([wish for _, wish in pairs])
             seconds = time.perf_counter() - began_s
             self._counts.draft_seconds += seconds
+            self._counts.draft_waits += 1
             self._control.note_proposal(name, len(pairs), max(wish.max_tokens for _, wish in pairs), seconds)
             for (request, _), draft in zip(pairs, drafts, strict=True):
                 if draft:
@@ -140,6 +144,7 @@ class Speculation:
             self._control.note_step(len(schedule.decode), num_tokens, seconds)
         if schedule.is_drafted:
             self._counts.verify_seconds += seconds
+            self._counts.verify_steps += 1
 
     def _room(self, request: Request) -> int:
         """The most tokens that may be drafted for it: its last one is drawn in any case."""

@@ -26,6 +26,7 @@ class SuffixProposer:
     """
 
     name = "suffix"
+    is_open = True
     num_timeouts = 0
 
     def __init__(self, max_tokens: int = 131_072, depth: int = 16, min_probability: float = 0.25) -> None:

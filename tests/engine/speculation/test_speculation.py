@@ -123,6 +123,7 @@ class Repeats:
     """Proposes the last token again, and remembers what it was told."""
 
     name = "draft"
+    is_open = True
     num_timeouts = 3
 
     def __init__(self) -> None:
@@ -159,6 +160,38 @@ def test_what_a_proposer_is_told_and_what_is_counted() -> None:
     assert counts.accepted_by_position == [3, 3, 2]
     assert (counts.gamma, counts.timeouts) == ({0: 0, 1: 0, 2: 1, 3: 2}, 3)
     assert counts.verify_seconds > 0
+    assert (counts.verify_steps, counts.draft_waits) == (3, 3)
+
+
+@pytest.mark.parametrize(("use", "is_fixed"), [("draft", True), ("draft", False), ("auto", False), ("auto", True)])
+def test_a_proposer_that_is_away(use: Speculate, is_fixed: bool) -> None:
+    """It is neither asked nor counted, others are in its place, and nothing is held against it when it is back."""
+    proposer = Repeats()
+    proposer.is_open = False
+    with LLM(str(PAIRS["stories260K"][0]), config=CONFIG) as llm:
+        llm.engine.speculate(SpeculationOptions(use, 3, is_fixed=is_fixed), proposer)
+        prompt = llm.tokenizer.encode("Once upon a time")
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=200, ignore_eos=True, logit_bias=((prompt[1], 30.0),),
+        )  # fmt: skip
+
+        def run() -> SpeculationCounts:
+            llm.generate([prompt] * 4, sampling)
+            counts = llm.engine.stats().speculation
+            assert counts is not None
+            return counts
+
+        away = run()
+        proposer.is_open = True
+        back = run()
+    assert away.drafted["draft"] == 0
+    if use == "draft":
+        assert (sum(away.gamma.values()), away.draft_waits, away.verify_steps) == (0, 0, 0)
+    else:
+        assert sum(away.accepted.values()) > 0
+    if is_fixed or use == "draft":
+        assert back.accepted["draft"] > 10
+    assert sum(back.gamma.values()) > sum(away.gamma.values())
 
 
 def test_a_chunk_limits_each_request_and_a_batch_all_together() -> None:

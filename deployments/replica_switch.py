@@ -1,4 +1,4 @@
-"""A target's part in a change of weights: it does what an ingress replica says, and gives up when that falls silent."""
+"""A replica's part in a change of weights: it does what an ingress replica says, and gives up when it falls silent."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from deployments.switch_part import PartState, PartStep, Wish
 from serve_app.engine.weight_switch import Mode, SwitchPlan, WeightSwitch
@@ -19,17 +19,18 @@ T = TypeVar("T")
 
 # A job whose ingress is not heard of for this long is over.
 LEASE_S = 30.0
-# When a target that has just started looks whether a job ended meanwhile, in seconds after each other.
+# When a replica that has just started looks whether a job ended meanwhile, in seconds after each other.
 CATCH_UP_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _OWN = "catches up"
 
+SwitchCommand = Literal["state", "reserve", "start", "commit", "settle", "cancel"]
 AskWish = Callable[[], Awaitable[Wish]]
 
 
-class TargetSwitch:
+class ReplicaSwitch:
     """The commands reserve, start, commit, settle and cancel, and state; made and used on one event loop.
 
-    Every command answers with the state. One that names another job than the target's changes nothing. A command comes
+    Every command answers with the state. One that names another job than the replica's changes nothing. A command comes
     back at once; start and commit begin something whose end the state tells.
     """
 
@@ -56,6 +57,11 @@ class TargetSwitch:
         """Of the weights in use."""
         return "none" if self._switch is None else self._switch.isq_type
 
+    async def run(self, command: SwitchCommand, *args: Any) -> PartState:
+        """One of the commands, by its name."""
+        method: Callable[..., Awaitable[PartState]] = getattr(self, command)
+        return await method(*args)
+
     async def state(self, job_id: str | None = None) -> PartState:
         """job_id: of who asks because it leads that job."""
         self._hear(job_id)
@@ -76,7 +82,7 @@ class TargetSwitch:
         """Takes part in a job. Raises InvalidRequest and Conflict, as WeightSwitch.plan, and Conflict where there is
         another job."""
         if self._switch is None:
-            raise Conflict("This engine's weights cannot be made anew.")
+            raise Conflict("The weights of this replica cannot be made anew.")
         if self._job_id is not None:
             raise Conflict(f"Another job changes the weights already: {self._job_id}.")
         self._job_id, self._error, self._progress = job_id, None, 0.0
@@ -120,12 +126,12 @@ class TargetSwitch:
         return await self.state()
 
     async def catch_up(self) -> None:
-        """Serves the latest wish, if that came while this target was starting."""
+        """Serves the latest wish, if that came while this replica was starting."""
         assert self._ask_wish is not None
         wish = await self._ask_wish()
         if wish.epoch <= self.wish.epoch or self._job_id is not None or self._switch is None or wish.isq_type is None:
             return
-        log.info("the other targets serve %s weights: this one follows", wish.isq_type)
+        log.info("the other replicas serve %s weights: this one follows", wish.isq_type)
         isq_type = wish.isq_type
         self._job_id = _OWN
         try:
@@ -141,7 +147,7 @@ class TargetSwitch:
             self._end()
 
     def keep_catching_up(self) -> None:
-        """Looks for a new wish a few times: a job that began before this target started knows nothing of it."""
+        """Looks for a new wish a few times: a job that began before this replica started knows nothing of it."""
 
         async def look() -> None:
             for pause_s in CATCH_UP_S:
@@ -227,7 +233,7 @@ class TargetSwitch:
         return task
 
     def stop(self) -> None:
-        """Ends whatever is going on; the engine is about to stop."""
+        """Ends whatever is going on; the replica is about to stop."""
         if self._switch is not None and self._job_id is not None:
             self._switch.stop()
         for task in self._tasks:
