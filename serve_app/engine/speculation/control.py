@@ -20,7 +20,7 @@ _LOOKED_AT = 8
 # What may be saved up for: tries worth this many steps' share, or one that is dearer.
 _SAVED_STEPS = 100
 # A choice must promise this much more than none: what is measured is not exact.
-_LEAST_GAIN = 1.005
+_LEAST_GAIN = 1.02
 # A choice is kept so long while all is as it was, but while the control is new.
 _STEPS_A_CHOICE = 4
 _NEW_STEPS = 64
