@@ -30,8 +30,8 @@ def build_drafter(
 ) -> Drafter:
     """Loads a draft model and its cache. config: of the drafter, sizes and device as an engine's.
 
-    seed: see Drafter. In a process that also runs a target, config.num_threads has to be the target's. Raises ModelFileError for an
-    unusable model, LaunchError for contradictory or impossible options.
+    seed: see Drafter. In a process that also runs a target, config.num_threads has to be the target's. Raises
+    ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
     config = replace(config, device=choose_device(config.device), paged_attention=True, prefix_cache_n=0)

@@ -33,9 +33,8 @@ class DraftSampler:
 
 def chances_of(logprobs: NDArray[np.float32], chains: Sequence[SamplingChain]) -> NDArray[np.float32]:
     """logprobs [S, K], best first → probabilities [S, K] after temperature, top-k, top-p and min-p of each row."""
-    temperature, top_k, top_p, min_p = (
-        np.array(column)[:, None] for column in zip(*((c.temperature, c.top_k, c.top_p, c.min_p) for c in chains))
-    )
+    rows = np.array([(chain.temperature, chain.top_k, chain.top_p, chain.min_p) for chain in chains])
+    temperature, top_k, top_p, min_p = rows.T[..., None]
     with np.errstate(invalid="ignore"):
         weights = np.nan_to_num(np.exp((logprobs - logprobs[:, :1]).astype(np.float64) / temperature))
     # A row without a number: its first candidate, which is as good as any.
@@ -46,4 +45,5 @@ def chances_of(logprobs: NDArray[np.float32], chains: Sequence[SamplingChain]) -
     is_kept = (before < np.where(top_p < 1, top_p, np.inf)) & (weights >= min_p * weights[:, :1])
     is_kept[:, 0] = True
     weights *= is_kept
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    chances: NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return chances

@@ -203,7 +203,7 @@ class Drafter:
                 sequence.draw(token_id, chance)
         if sampled:
             chains = [chain for sequence in sequences if (chain := sequence.chain) is not None]
-            drawn = self._sampler.draw(*(part[sampled] for part in top), chains)
+            drawn = self._sampler.draw(top[0][sampled], top[1][sampled], chains)
             for i, token_id, candidates, chances in zip(sampled, *drawn, strict=True):
                 sequences[i].draw_sampled(int(token_id), (candidates, chances))
 
