@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 from deployments.draft_messages import (
@@ -17,6 +18,7 @@ from deployments.draft_messages import (
     FORGET,
     MOST_BYTES,
     PROPOSE,
+    SAMPLE,
     BadMessage,
     Message,
     calls_of,
@@ -98,7 +100,7 @@ class DraftThread:
             # A caller that gave up has cancelled it.
             if not future.set_running_or_notify_cancel():
                 return
-            named = [DraftCall((client, c.sequence), c.base, c.token_ids, c.max_tokens) for c in calls]
+            named = [replace(call, sequence=(client, call.sequence)) for call in calls]
             future.set_result(self._propose(named, time.monotonic() + limit_s))
 
         self._post(run)
@@ -196,7 +198,7 @@ class DraftThread:
 
     def _take(self, target: "_Target", message: Message) -> None:
         number, numbers = target.number, message.numbers
-        if message.kind == PROPOSE:
+        if message.kind in (PROPOSE, SAMPLE):
             until_s = time.monotonic() + message.limit_s
             target.sequences.update(numbers[::4])
             answers = self._propose(calls_of(message, number), until_s)

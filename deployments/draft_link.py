@@ -131,7 +131,7 @@ class ChannelLink:
                 base = len(wish.token_ids)
             new = list(wish.token_ids[base:])
             room -= len(new)
-            calls.append(DraftCall(wish.sequence, base, new, wish.max_tokens))
+            calls.append(DraftCall(wish.sequence, base, new, wish.max_tokens, wish.chain))
         self._epoch += 1
         self._asked_s = time.monotonic()
         limit_s = max(0.0, until_s - self._asked_s) * LIMIT_SHARE
@@ -304,21 +304,21 @@ class CallLink:
         if base:
             self._told[wish.sequence] = base + common
         rest = list(new[common:])
-        if early is None or common < len(guess) or early[: len(rest)] != rest or len(early) == len(rest):
+        if early is None or common < len(guess) or list(early[: len(rest)]) != rest or len(early) == len(rest):
             return None
         return early[len(rest) :][: wish.max_tokens]
 
     def _change(self, wish: DraftWish, guess: Sequence[int] = (), more: int = 0) -> DraftCall:
         base = self._told[wish.sequence]
         self._told[wish.sequence] = len(wish.token_ids)
-        return DraftCall(wish.sequence, base, [*wish.token_ids[base:], *guess], wish.max_tokens + more)
+        return DraftCall(wish.sequence, base, [*wish.token_ids[base:], *guess], wish.max_tokens + more, wish.chain)
 
     def _guess(self, wishes: Sequence[DraftWish], answers: Sequence[Drafted], limit_s: float) -> None:
         calls = []
         for wish, drafted in zip(wishes, answers, strict=True):
             if drafted is not None:
                 calls.append(self._change(wish, drafted, 1))
-                self._guesses[wish.sequence] = drafted
+                self._guesses[wish.sequence] = list(drafted)
         if calls:
             self._make_call(calls, limit_s)
 

@@ -1,15 +1,20 @@
 """The wire form of the draft channel: one message is one packet, little-endian, without padding.
 
     target -> draft   PROPOSE count epoch limit, by call: sequence base count max_tokens; then the token ids of all
+                      SAMPLE  the same; then by call: temperature top_k top_p min_p, all 0 where nothing is sampled
                       FEED    1     epoch 0,     sequence base count 0; then the token ids
                       FORGET  count epoch 0,     by sequence: sequence 0 0 0
-    draft -> target   ANSWER  count epoch 0,     by call: sequence length count 0; then the token ids of all
+    draft -> target   ANSWER  count epoch 0,     by call: sequence length count width; then the token ids of all; then
+                                                 by call: candidates [count, width], chances [count, width]
 
-The head is a byte, 16 bits, 32 bits and a float64, a row four int64, a token id an int32.
+The head is a byte, 16 bits, 32 bits and a float64, a row four int64, a token id or candidate an int32, a chance a
+float32, a sampling parameter a float64.
 
 epoch numbers the calls of one channel; an answer has its call's. base: tokens of the sequence before those of the
 message; length: those that the draft knows now, behind which its answer belongs. count NOT_KNOWN in an answer: the
 draft does not know the sequence up to its base. limit: seconds that the draft may take.
+width: of sampled tokens the number of candidates, see SampledTokens; else 0. Where a message would become too long it
+is 0 as well: such tokens are verified as any others, and rarely accepted.
 """
 
 import struct
@@ -18,9 +23,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.engine.speculation.draft_call import DraftCall, Drafted
+import numpy as np
 
-PROPOSE, FEED, FORGET, ANSWER = range(1, 5)
+from serve_app.engine.speculation.draft_call import Draft, DraftCall, Drafted, SampledTokens, SamplingChain
+
+PROPOSE, FEED, FORGET, ANSWER, SAMPLE = range(1, 6)
 
 MOST_IDS = 8192
 """Token ids of one message from a target; there are further ones before it where a sequence has more."""
@@ -30,6 +37,10 @@ NOT_KNOWN = -1
 
 _HEAD = struct.Struct("<BHId")
 _ROW_BYTES = 32
+_ID_BYTES = 4
+# Of a call the four sampling parameters, of a candidate id and chance.
+_CHAIN_BYTES = 32
+_CANDIDATE_BYTES = 8
 
 
 class BadMessage(Exception):
@@ -39,13 +50,14 @@ class BadMessage(Exception):
 @dataclass(slots=True)
 class Message:
     """Any of the messages. numbers: sequence, base, count and max_tokens of each row, one after the other, or what
-    stands there."""
+    stands there. rest: what stands behind the token ids."""
 
     kind: int
     epoch: int
     limit_s: float
     numbers: list[int]
     token_ids: list[int]
+    rest: bytes = b""
 
 
 def pack_propose(epoch: int, limit_s: float, calls: Sequence[DraftCall]) -> bytes:
@@ -55,7 +67,14 @@ def pack_propose(epoch: int, limit_s: float, calls: Sequence[DraftCall]) -> byte
     for call in calls:
         rows += (call.sequence, call.base, len(call.token_ids), call.max_tokens)
         ids.extend(call.token_ids)
-    return _HEAD.pack(PROPOSE, len(calls), epoch, limit_s) + array("q", rows).tobytes() + ids.tobytes()
+    kind, chains = PROPOSE, array("d")
+    if any(call.chain is not None for call in calls):
+        kind = SAMPLE
+        for call in calls:
+            chain = call.chain
+            chains.extend((chain.temperature, chain.top_k, chain.top_p, chain.min_p) if chain else (0, 0, 0, 0))
+    head = _HEAD.pack(kind, len(calls), epoch, limit_s)
+    return head + array("q", rows).tobytes() + ids.tobytes() + chains.tobytes()
 
 
 def pack_feed(epoch: int, sequence: int, base: int, token_ids: Sequence[int]) -> bytes:
@@ -74,11 +93,19 @@ def pack_answer(epoch: int, numbers: Sequence[int], answers: Sequence[Drafted]) 
     """The answers to calls, in their order; numbers: of the message that they came with."""
     rows: list[int] = []
     ids = array("i")
+    rest: list[bytes] = []
+    room = MOST_BYTES - _HEAD.size - sum([_ROW_BYTES + _ID_BYTES * len(drafted or ()) for drafted in answers])
     for drafted, sequence, base, count in zip(answers, numbers[::4], numbers[1::4], numbers[2::4], strict=True):
-        rows += (sequence, base + count, NOT_KNOWN if drafted is None else len(drafted), 0)
+        width = 0
         if drafted:
             ids.extend(drafted)
-    return _HEAD.pack(ANSWER, len(answers), epoch, 0.0) + array("q", rows).tobytes() + ids.tobytes()
+            if isinstance(drafted, SampledTokens) and _CANDIDATE_BYTES * drafted.candidates.size <= room:
+                room -= _CANDIDATE_BYTES * drafted.candidates.size
+                width = drafted.candidates.shape[1]
+                rest += (drafted.candidates.tobytes(), drafted.chances.tobytes())
+        rows += (sequence, base + count, NOT_KNOWN if drafted is None else len(drafted), width)
+    head = _HEAD.pack(ANSWER, len(answers), epoch, 0.0)
+    return b"".join((head, array("q", rows).tobytes(), ids.tobytes(), *rest))
 
 
 def unpack(message: memoryview) -> Message:
@@ -88,25 +115,49 @@ def unpack(message: memoryview) -> Message:
         kind, count, epoch, limit_s = _HEAD.unpack_from(message)
         end = _HEAD.size + count * _ROW_BYTES
         numbers.frombytes(message[_HEAD.size : end])
-        ids.frombytes(message[end:])
+        rows = numbers.tolist()
+        ids_end = end + _ID_BYTES * sum([n for n in rows[2::4] if n > 0])
+        ids.frombytes(message[end:ids_end])
     except (struct.error, ValueError) as error:
         raise BadMessage(str(error)) from error
-    rows = numbers.tolist()
-    if len(rows) != 4 * count or len(ids) != sum([n for n in rows[2::4] if n > 0]):
-        raise BadMessage(f"{len(rows)} numbers for {count} rows, {len(ids)} token ids")
-    return Message(kind, epoch, limit_s, rows, ids.tolist())
+    rest_bytes = len(message) - ids_end
+    if len(rows) != 4 * count or rest_bytes != _rest_bytes(kind, rows):
+        raise BadMessage(f"{len(rows)} numbers for {count} rows, {len(ids)} token ids, {rest_bytes} bytes more")
+    return Message(kind, epoch, limit_s, rows, ids.tolist(), bytes(message[ids_end:]) if rest_bytes else b"")
+
+
+def _rest_bytes(kind: int, rows: Sequence[int]) -> int:
+    """What belongs behind the token ids."""
+    if kind == SAMPLE:
+        return _CHAIN_BYTES * (len(rows) // 4)
+    if kind != ANSWER or not any(rows[3::4]):
+        return 0
+    if min(rows[3::4]) < 0:
+        raise BadMessage("fewer than no candidates")
+    return sum([_CANDIDATE_BYTES * max(0, n) * width for n, width in zip(rows[2::4], rows[3::4], strict=True)])
 
 
 def calls_of(message: Message, owner: int) -> list[DraftCall]:
-    """Of a PROPOSE; their sequences are called (owner, number). Raises BadMessage."""
+    """Of a PROPOSE or SAMPLE; their sequences are called (owner, number). Raises BadMessage."""
     calls, start = [], 0
     numbers, ids = message.numbers, message.token_ids
-    for sequence, base, count, most in zip(numbers[::4], numbers[1::4], numbers[2::4], numbers[3::4], strict=True):
+    chains = _chains(message)
+    rows = zip(numbers[::4], numbers[1::4], numbers[2::4], numbers[3::4], chains, strict=True)
+    for sequence, base, count, most, chain in rows:
         if min(sequence, base, count) < 0 or most < 1:
             raise BadMessage(f"a call of {sequence, base, count, most}")
-        calls.append(DraftCall((owner, sequence), base, ids[start : start + count], most))
+        calls.append(DraftCall((owner, sequence), base, ids[start : start + count], most, chain))
         start += count
     return calls
+
+
+def _chains(message: Message) -> list[SamplingChain | None]:
+    if message.kind != SAMPLE:
+        return [None] * (len(message.numbers) // 4)
+    chains: list[SamplingChain | None] = []
+    for temperature, top_k, top_p, min_p in struct.iter_unpack("<4d", message.rest):
+        chains.append(SamplingChain(temperature, int(top_k), top_p, min_p) if temperature > 0 else None)
+    return chains
 
 
 def answers_of(message: Message, calls: Sequence[DraftCall]) -> list[Drafted]:
@@ -115,12 +166,25 @@ def answers_of(message: Message, calls: Sequence[DraftCall]) -> list[Drafted]:
     if message.kind != ANSWER or len(numbers) != 4 * len(calls):
         raise BadMessage(f"{len(numbers) // 4} answers to {len(calls)} calls")
     answers: list[Drafted] = []
-    start = 0
-    for call, sequence, length, count in zip(calls, numbers[::4], numbers[1::4], numbers[2::4], strict=True):
+    start = rest_start = 0
+    rows = zip(calls, numbers[::4], numbers[1::4], numbers[2::4], numbers[3::4], strict=True)
+    for call, sequence, length, count, width in rows:
         if count < 0:
             answers.append(None)
             continue
-        fits = sequence == call.sequence and length == call.base + len(call.token_ids)
-        answers.append(ids[start : start + min(count, call.max_tokens)] if fits else [])
+        token_ids = ids[start : start + count]
+        drafted: Draft = token_ids
         start += count
+        if width:
+            drafted = _sampled(token_ids, message.rest, rest_start, width)
+            rest_start += _CANDIDATE_BYTES * count * width
+        fits = sequence == call.sequence and length == call.base + len(call.token_ids)
+        answers.append(drafted[: call.max_tokens] if fits else [])
     return answers
+
+
+def _sampled(token_ids: list[int], rest: bytes, start: int, width: int) -> SampledTokens:
+    shape = len(token_ids), width
+    candidates = np.frombuffer(rest, np.int32, shape[0] * width, start).reshape(shape)
+    chances = np.frombuffer(rest, np.float32, shape[0] * width, start + candidates.nbytes).reshape(shape)
+    return SampledTokens(token_ids, candidates, chances)

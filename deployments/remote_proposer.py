@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from deployments.draft_link import CallLink, ChannelLink, DraftLink, LinkLost
-from serve_app.engine.speculation.draft_call import DraftCall, Drafted
+from serve_app.engine.speculation.draft_call import Draft, DraftCall, Drafted, SampledTokens
 from serve_app.engine.speculation.proposer import DraftWish
 from serve_app.metrics import EXCHANGE_S
 from serve_app.text.vocabulary_digest import first_difference, vocabulary_digest
@@ -125,7 +127,7 @@ class RemoteProposer:
             except LinkLost as error:
                 self._lose(link, error)
 
-    def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
+    def propose(self, wishes: Sequence[DraftWish]) -> list[Draft]:
         """See Proposer."""
         answers = self._ask(wishes) if wishes else None
         if answers is None:
@@ -168,9 +170,14 @@ class RemoteProposer:
             self.counts.num_timeouts += 1
         return answers
 
-    def _usable(self, drafted: Drafted, wish: DraftWish) -> list[int]:
+    def _usable(self, drafted: Drafted, wish: DraftWish) -> Draft:
         drafted = (drafted or [])[: wish.max_tokens]
-        end = next((i for i, token_id in enumerate(drafted) if not 0 <= token_id < len(self._vocabulary)), len(drafted))
+        size = len(self._vocabulary)
+        end = next((i for i, token_id in enumerate(drafted) if not 0 <= token_id < size), len(drafted))
+        if isinstance(drafted, SampledTokens):
+            # Whichever of the candidates was sampled: see SampledTokens.
+            is_unknown = ((drafted.candidates < 0) | (drafted.candidates >= size)).any(axis=1)
+            end = min([end, *np.flatnonzero(is_unknown).tolist()])
         return drafted[:end]
 
     def _lose(self, link: DraftLink, error: Exception) -> None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
     Counts = NDArray[np.int32]
+    Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +24,30 @@ class GroupTables:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftChances:
+    """What some of the proposed tokens were sampled from.
+
+    places [n] int64: which ones, as indexes into Drafts.token_ids; candidates [n, K] int64: the ids that each could
+    have been, chances [n, K] float32: how likely each was. Ids with the chance 0 may be any, and stand there again.
+    """
+
+    places: "Ids"
+    candidates: "Ids"
+    chances: "Floats"
+
+
+@dataclass(frozen=True, slots=True)
 class Drafts:
     """Proposed tokens of a step's sampled requests, which are to be compared with what is drawn.
 
     counts [S] int64: how many of each; token_ids [sum(counts)] int64. Request s has counts[s] + 1 rows of sampled
-    logits, one behind its last known token and one behind each proposed one.
+    logits, one behind its last known token and one behind each proposed one. chances: where some were sampled by a
+    draft that says what from; they are accepted or rejected by that.
     """
 
     counts: "Ids"
     token_ids: "Ids"
+    chances: DraftChances | None = None
 
 
 @dataclass(slots=True)

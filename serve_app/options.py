@@ -8,6 +8,7 @@ KvDType = Literal["auto", "f32", "f16", "bf16", "q8", "f8e4m3"]
 PaCacheType = Literal["auto", "f8e4m3"]
 ModelKind = Literal["auto", "plain", "gguf", "ggml"]
 Speculate = Literal["auto", "draft", "ngram", "suffix", "off"]
+DraftSampling = Literal["greedy", "sampled"]
 
 MAX_DRAFT_TOKENS = 16
 """Tokens drafted for one request in one step at most."""
@@ -120,7 +121,8 @@ class SpeculationOptions:
 
     use: by which proposer; auto: by whichever pays, draft only where there is a draft model. max_tokens: drafted a step
     and request at most. is_fixed: always so many, whatever it costs; else as many as pay. deadline_ms: how long a step
-    waits for the draft. maps_text: the draft has another vocabulary, its proposals go through text.
+    waits for the draft. maps_text: the draft has another vocabulary, its proposals go through text. draft_sampling: the
+    draft proposes its likeliest tokens, or, for requests without a seed, tokens that it samples as they would.
     """
 
     use: Speculate = "off"
@@ -128,6 +130,7 @@ class SpeculationOptions:
     is_fixed: bool = False
     deadline_ms: float = 100.0
     maps_text: bool = False
+    draft_sampling: DraftSampling = "greedy"
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,78 @@ def draw_tokens(logits: Floats, temperature: Floats, top_k: Ints, top_p: Doubles
     return out
 
 
+def accept_or_draw(
+    logits: Floats,
+    temperature: Floats,
+    top_k: Ints,
+    top_p: Doubles,
+    min_p: Doubles,
+    u: Doubles,
+    accept_u: Doubles,
+    tokens: Ints,
+    candidates: Ints,
+    chances: Floats,
+) -> Ints:
+    """See kernels.reference.sampling.accept_or_draw: all arrays of the host, the same shapes and dtypes.
+
+    p stands as logits whose softmax it is: only where q has candidates they are changed, and then drawn from.
+    """
+    every = np.arange(len(logits))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        weights = (logits - logits[every, likeliest(logits)][:, None]) / temperature[:, None]
+        for row in np.flatnonzero((top_k > 0) | (top_p < 1) | (min_p > 0)):
+            ids = _kept(weights[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
+            kept = weights[row, ids]
+            weights[row] = -np.inf
+            weights[row, ids] = kept
+        chosen, best, logprob = logprobs(weights, tokens, 1)
+        scale = weights[every, best[:, 0]] - logprob[:, 0]
+        p = np.exp(weights[every[:, None], candidates] - scale[:, None])
+        # What stands there again has the same of both.
+        q = ((candidates[:, :, None] == candidates[:, None, :]) * chances[:, None, :]).sum(axis=2)
+        q_of = np.where(candidates == tokens[:, None], chances, 0).sum(axis=1)
+        is_accepted = (q_of > 0) & (accept_u * q_of < np.exp(chosen))
+        rest = np.log(np.maximum(p - q, 0)) + scale[:, None]
+    # What is left is as much as q has beyond p; where that is rounding alone, p is as good.
+    has_rest = np.maximum(chances - p, 0).sum(axis=1) > _LEAST_REST
+    who = np.flatnonzero(~is_accepted & has_rest)
+    weights[who[:, None], candidates[who]] = rest[who]
+    drawn, who = tokens.copy(), np.flatnonzero(~is_accepted)
+    one, off = np.ones(len(who)), np.zeros(len(who))
+    drawn[who] = draw_tokens(weights[who], one.astype(np.float32), off.astype(np.int64), one, off, u[who])
+    return drawn
+
+
+# See kernels.reference.sampling, which needs torch.
+_LEAST_REST = 1e-6
+# What filters leave is looked for among so large weights first, logarithms of shares of the largest; e**-104 is 0.
+_BOUNDS = (-4.0, -6.0, -8.0, -10.0, -12.0, -16.0, -24.0, -104.0)
+
+
+def _kept(weights: Floats, top_k: int, top_p: float, min_p: float) -> Ints:
+    """The ids that top-k, top-p and min-p leave of the softmax of weights [vocab], the largest of which is 0."""
+    total = np.exp(weights).sum(dtype=np.float64)
+    for bound in _BOUNDS:
+        ids = np.flatnonzero(weights >= bound)
+        shares = np.exp(weights[ids])
+        if top_k > 0:
+            has_all = len(ids) >= top_k
+        elif top_p < 1:
+            has_all = shares.sum(dtype=np.float64) >= top_p * total
+        else:
+            has_all = bound < np.log(min_p)
+        if has_all:
+            break
+    best = np.argsort(-shares, kind="stable")[: top_k if top_k > 0 else None]
+    ids, shares = ids[best], shares[best]
+    cumulated = shares.cumsum(dtype=np.float64)
+    count = len(ids)
+    if top_p < 1:
+        count = int((cumulated - shares < top_p * (cumulated[-1:] if top_k > 0 else total)).sum())
+    # The largest is 1.
+    return ids[: max(1, min(count, int((shares >= min_p).sum())))]
+
+
 def logprobs(logits: Floats, ids: Ints, k: int) -> tuple[Floats, Ints, Floats]:
     """Log-probabilities of the tokens ids [S], and of the k likeliest: [S], ids [S, k], [S, k], best first.
 

@@ -73,6 +73,56 @@ def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
     return ids.clamp_(max=logits.shape[1] - 1)
 
 
+def probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """What draw_tokens draws from, float32 [S, V] by token id. Arguments as its; temperature above 0."""
+    weights = _softmax(logits, temperature)
+    filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).nonzero().squeeze(1)
+    if len(filtered):
+        at = without_waiting(filtered, weights.device)
+        filters = [without_waiting(f[filtered], weights.device) for f in (top_k, top_p, min_p)]
+        best, order = weights.index_select(0, at).sort(dim=-1, descending=True, stable=True)
+        kept = filter_sorted(best, *filters)
+        kept /= kept.sum(dim=-1, keepdim=True)
+        weights.index_copy_(0, at, torch.zeros_like(kept).scatter_(1, order, kept))
+    return weights
+
+
+LEAST_REST = 1e-6
+"""What is left of a distribution after another one was taken from it is rounding alone, where it is less."""
+
+
+def accept_or_draw(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    u: Tensor,
+    accept_u: Tensor,
+    tokens: Tensor,
+    candidates: Tensor,
+    chances: Tensor,
+) -> Tensor:
+    """Of tokens that were sampled from other distributions q, those that are accepted; for the others one drawn anew,
+    so that together they are of the law that draw_tokens draws from, p.
+
+    The first arguments are draw_tokens', with temperatures above 0; accept_u [S] as u, and independent of it; tokens
+    [S] int64, candidates [S, K] int64 and chances [S, K] float32 on the logits' device: each row's q, which is 0 for
+    all other ids. A token x is accepted with the probability min(1, p(x) / q(x)), else the new one is of the law
+    max(0, p - q), normalised. Returns int64 [S] on the logits' device: what is drawn anew is another token.
+
+    Source: Leviathan et al., "Fast inference from transformers via speculative decoding", ICML 2023, algorithm 1.
+    """
+    p = probabilities(logits, temperature, top_k, top_p, min_p)
+    q_of = torch.where(candidates == tokens.unsqueeze(1), chances, 0).sum(dim=-1)
+    p_of = p.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    is_accepted = (q_of > 0) & (without_waiting(accept_u, p.device) * q_of < p_of)
+    rest = p.scatter_add(1, candidates, -chances).clamp_(min=0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > LEAST_REST, rest, p)
+    drawn = draw(rest, without_waiting(u, p.device)).clamp_(max=logits.shape[1] - 1)
+    return torch.where(is_accepted, tokens, drawn)
+
+
 def _softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     # The largest goes to 0 before the division: a tiny temperature must not overflow.
     shifted = logits - logits.amax(dim=-1, keepdim=True)

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from serve_app.batch import Drafts, ForwardBatch, GroupTables
+from serve_app.batch import DraftChances, Drafts, ForwardBatch, GroupTables
 from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Schedule
+from serve_app.engine.speculation.draft_call import Draft, SampledTokens
 
 
 class BatchBuilder:
@@ -97,7 +99,7 @@ class BatchBuilder:
             logit_index[1] = logit_index[1][num_decode:]
             num_drafted = np.zeros(len(sampled), np.int64)
             num_drafted[:num_decode] = counts[:num_decode] - 1
-            drafts = Drafts(num_drafted, np.array([i for r in decode for i in r.draft], np.int64))
+            drafts = _drafts(num_drafted, [r.draft for r in decode])
             next_positions = next_positions - num_drafted
         for i, span in wanted_logits:
             first = starts[num_decode + i] - prefill[i][0].num_computed
@@ -147,3 +149,21 @@ class BatchBuilder:
             max_context_len=longest,
             further_groups=tuple(map(GroupTables, slots[1:], tables[1:])),
         )
+
+
+def _drafts(counts: NDArray[np.int64], drafts: Sequence[Draft]) -> Drafts:
+    """counts: of all sampled requests, the first of which are those with drafts."""
+    token_ids = np.array([i for draft in drafts for i in draft], np.int64)
+    sampled = [(i, draft) for i, draft in enumerate(drafts) if isinstance(draft, SampledTokens)]
+    if not sampled:
+        return Drafts(counts, token_ids)
+    starts = np.cumsum(counts) - counts
+    places = np.concatenate([np.arange(starts[i], starts[i] + len(draft)) for i, draft in sampled])
+    width = max(draft.candidates.shape[1] for _, draft in sampled)
+    candidates, chances = np.zeros((len(places), width), np.int64), np.zeros((len(places), width), np.float32)
+    first = 0
+    for _, draft in sampled:
+        end, k = first + len(draft), draft.candidates.shape[1]
+        candidates[first:end, :k], chances[first:end, :k] = draft.candidates, draft.chances
+        first = end
+    return Drafts(counts, token_ids, DraftChances(places, candidates, chances))

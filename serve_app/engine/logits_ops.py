@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.reference.sampling import without_waiting
+from kernels.reference.sampling import accept_or_draw, without_waiting
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -19,6 +19,13 @@ Ids = Ints | Tensor
 """int64 [S], where the logits are."""
 Parameters = tuple[Floats, Ints, NDArray[np.float64], NDArray[np.float64]]
 """Temperature, top_k, top_p and min_p of each row."""
+
+
+Proposed = tuple[Ints, Ints, Floats]
+"""Of each row a token [S] that was sampled from candidates [S, K] with these chances [S, K]."""
+
+# The random number that accepts a token is of this much later a position, which nothing is drawn at.
+_ACCEPTING = 1 << 48
 
 
 class LogitsOps(Protocol):
@@ -50,6 +57,16 @@ class LogitsOps(Protocol):
 
     def draw(self, logits: Any, seeds: NDArray[np.uint64], positions: Ints, parameters: Parameters) -> Any:
         """See kernels.reference.sampling."""
+        ...
+
+    def accept_or_draw(
+        self, logits: Any, seeds: NDArray[np.uint64], positions: Ints, parameters: Parameters, proposed: Proposed
+    ) -> Any:
+        """See kernels.reference.sampling; temperatures are above 0."""
+        ...
+
+    def joined(self, parts: Sequence[tuple[Ints, Any]]) -> Any:
+        """The ids [S] of rows that were drawn apart: of the rows who each."""
         ...
 
     def logprobs(self, raw: Any, ids: Any, k: int) -> tuple[Any, Any, Any]:
@@ -137,6 +154,20 @@ class HostLogits:
         """See LogitsOps."""
         return self._sampling.draw_tokens(logits, *parameters, self._sampling.uniform(seeds, positions))
 
+    def accept_or_draw(
+        self, logits: Floats, seeds: NDArray[np.uint64], positions: Ints, parameters: Parameters, proposed: Proposed
+    ) -> Ints:
+        """See LogitsOps."""
+        u, accept_u = (self._sampling.uniform(seeds, at) for at in (positions, positions + _ACCEPTING))
+        return self._sampling.accept_or_draw(logits, *parameters, u, accept_u, *proposed)
+
+    def joined(self, parts: Sequence[tuple[Ints, Ints]]) -> Ints:
+        """See LogitsOps."""
+        ids = np.empty(sum(len(who) for who, _ in parts), np.int64)
+        for who, part in parts:
+            ids[who] = part
+        return ids
+
     def logprobs(self, raw: Floats, ids: Ints, k: int) -> tuple[Floats, Ints, Floats]:
         """See LogitsOps."""
         return self._sampling.logprobs(raw, ids, k)
@@ -187,9 +218,28 @@ class TorchLogits:
 
     def draw(self, logits: Tensor, seeds: NDArray[np.uint64], positions: Ints, parameters: Parameters) -> Tensor:
         """See LogitsOps."""
-        u = self._uniform(torch.from_numpy(seeds.view(np.int64)), torch.from_numpy(positions))
-        ids: Tensor = self._draw_tokens(logits, *(torch.from_numpy(p) for p in parameters), u)
+        ids: Tensor = self._draw_tokens(logits, *map(torch.from_numpy, parameters), self._random(seeds, positions))
         return ids
+
+    def accept_or_draw(
+        self, logits: Tensor, seeds: NDArray[np.uint64], positions: Ints, parameters: Parameters, proposed: Proposed
+    ) -> Tensor:
+        """See LogitsOps."""
+        u, accept_u = (self._random(seeds, at) for at in (positions, positions + _ACCEPTING))
+        temperature, top_k, top_p, min_p = map(torch.from_numpy, parameters)
+        tokens, candidates, chances = (self.tensor(array) for array in proposed)
+        return accept_or_draw(logits, temperature, top_k, top_p, min_p, u, accept_u, tokens, candidates, chances)
+
+    def joined(self, parts: Sequence[tuple[Ints, Tensor]]) -> Tensor:
+        """See LogitsOps."""
+        ids = torch.empty(sum(len(who) for who, _ in parts), dtype=torch.int64, device=self.device)
+        for who, part in parts:
+            ids.index_copy_(0, self.tensor(who), part)
+        return ids
+
+    def _random(self, seeds: NDArray[np.uint64], positions: Ints) -> Tensor:
+        u: Tensor = self._uniform(torch.from_numpy(seeds.view(np.int64)), torch.from_numpy(positions))
+        return u
 
     def logprobs(self, raw: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """See LogitsOps."""

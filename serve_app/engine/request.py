@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from itertools import count
 
+from serve_app.engine.speculation.draft_call import Draft
 from serve_app.layers.angle_sets import AngleSet
 from serve_app.messages import GenerateRequest, TokenLogprob
 from serve_app.options import SamplingParams
@@ -112,7 +113,7 @@ class Request:
         self.prompt_logprobs: list[TokenLogprob] | None = [] if self.params.prompt_logprobs else None
         # Choices that take over this one's prompt blocks when its prompt is computed.
         self.siblings: list[Request] = []
-        self.draft: list[int] = []
+        self.draft: Draft = []
         self.num_accepted = self.num_rejected = 0
 
     @property

@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 from kernels import dispatch
 from serve_app.engine.device_rows import DeviceDry, DevicePenalties
 from serve_app.engine.dry import DryHistory
-from serve_app.engine.logits_ops import Fetch, Fetched, HostLogits, Ids, Ints, Logits, LogitsOps, TorchLogits
+from serve_app.engine.logits_ops import (
+    Fetch,
+    Fetched,
+    HostLogits,
+    Ids,
+    Ints,
+    Logits,
+    LogitsOps,
+    Parameters,
+    Proposed,
+    TorchLogits,
+)
 from serve_app.engine.row_tables import PenaltyRows, SparseRows, needs_penalties
 from serve_app.engine.token_mask import TokenMask
 from serve_app.options import SamplingParams
@@ -224,12 +235,21 @@ class Sampler:
         are_free: NDArray[np.bool_] = (self._needs[rows] & ties) == 0
         return are_free
 
-    def sample(self, logits: Logits, rows: Ints, positions: Ints) -> Draw:
+    def is_random(self, rows: Ints) -> NDArray[np.bool_]:
+        """Which rows are not greedy."""
+        are_random: NDArray[np.bool_] = (self._needs[rows] & Need.RANDOM) > 0
+        return are_random
+
+    def sample(
+        self, logits: Logits, rows: Ints, positions: Ints, proposed: tuple[Ints, Proposed] | None = None
+    ) -> Draw:
         """Draws one token for each row and updates the rows' states with it.
 
         logits [S, vocab_size] float32, an array of the host or a tensor on the device (overwritten), rows [S] without
         repetition but of those that draw freely, positions [S] of the tokens to be drawn: the random number is a
-        function of the row's seed and the position alone.
+        function of the row's seed and the position alone. proposed: indexes into rows that are not greedy, and for each
+        a token that was sampled from another distribution: it is drawn, or another one, so that what is drawn is of the
+        row's own distribution (kernels.reference.sampling.accept_or_draw).
         """
         ops = self._ops
         logits = ops.own(logits)
@@ -242,7 +262,10 @@ class Sampler:
         raw = ops.copy(logits, asked) if len(asked) else None
         if (needs & Need.CHANGES).any():
             self._change_logits(logits, rows, positions, needs)
-        token_ids = self._draw(logits, rows, positions, needs)
+        if proposed is None:
+            token_ids = self._draw(logits, rows, positions, needs)
+        else:
+            token_ids = self._accept_or_draw(logits, rows, positions, needs, *proposed)
         results = [token_ids]
         if raw is not None:
             results += ops.logprobs(raw, ops.pick(token_ids, asked), int(self._num_logprobs[rows[asked]].max()))
@@ -273,8 +296,22 @@ class Sampler:
     def _draw(self, logits: Any, rows: Ints, positions: Ints, needs: Ints) -> Any:
         if not (needs & Need.RANDOM).any():
             return self._ops.likeliest(logits)
-        parameters = (self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows])
-        return self._ops.draw(logits, self._seed[rows], positions, parameters)
+        return self._ops.draw(logits, self._seed[rows], positions, self._parameters(rows))
+
+    def _accept_or_draw(
+        self, logits: Any, rows: Ints, positions: Ints, needs: Ints, who: Ints, proposed: Proposed
+    ) -> Any:
+        ops, here = self._ops, rows[who]
+        part = logits if len(who) == len(rows) else ops.copy(logits, who)
+        token_ids = ops.accept_or_draw(part, self._seed[here], positions[who], self._parameters(here), proposed)
+        others = np.delete(np.arange(len(rows)), who)
+        if not len(others):
+            return token_ids
+        drawn = self._draw(ops.copy(logits, others), rows[others], positions[others], needs[others])
+        return ops.joined([(who, token_ids), (others, drawn)])
+
+    def _parameters(self, rows: Ints) -> Parameters:
+        return self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows]
 
     def _advance(self, rows: Ints, token_ids: Any, needs: Ints, fetch: Fetch) -> None:
         """Tells what remembers tokens which were drawn."""

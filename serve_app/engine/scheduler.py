@@ -159,7 +159,7 @@ class Scheduler:
             if num_drafted <= 0 or not self.tables.grow(request, 1 + num_drafted):
                 request.draft = []
                 continue
-            del request.draft[num_drafted:]
+            request.draft = request.draft[:num_drafted]
             room -= num_drafted
             step.num_drafted += num_drafted
             step.new_blocks.append(request)

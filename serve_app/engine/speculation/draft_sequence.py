@@ -3,14 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.engine.speculation.draft_call import Draft, SampledTokens, SamplingChain
 from serve_app.layers.angle_sets import AngleSet
+
+DrawnFrom = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""Candidates [K] and their chances [K], see SampledTokens."""
 
 
 @dataclass(slots=True, eq=False)
 class DraftSequence:
     """The target's text, and how the draft would go on.
 
-    ids: the num_text known tokens, then those drafted; chances: the draft's probability of each of the latter.
+    ids: the num_text known tokens, then those drafted; chances: the draft's probability of each of the latter, 1 for
+    one that was sampled, and drawn_from: what from. chain: how its tokens are sampled, None: the likeliest are taken.
     num_prompt: tokens when they were first computed.
     num_computed: tokens whose K and V are in blocks, always fewer than ids where anything was drafted. max_tokens: of
     the last call, 0 before the first. last_call: its number.
@@ -19,6 +27,8 @@ class DraftSequence:
     ids: list[int] = field(default_factory=list)
     num_text: int = 0
     chances: list[float] = field(default_factory=list)
+    drawn_from: list[DrawnFrom] = field(default_factory=list)
+    chain: SamplingChain | None = None
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     angles: AngleSet | None = None
@@ -39,22 +49,45 @@ class DraftSequence:
                     break
                 common += 1
             self.ids[common:] = token_ids[common - base :]
-            self.chances.clear()
+            self._drop_chances()
             self.num_computed = min(self.num_computed, common, max(0, len(self.ids) - 1))
         else:
             del self.chances[: end - self.num_text]
+            del self.drawn_from[: end - self.num_text]
         self.num_text = end
         return True
 
+    def sample_by(self, chain: SamplingChain | None) -> None:
+        """From here on its tokens are sampled so; what was drafted in another way goes."""
+        if chain != self.chain:
+            self.chain = chain
+            del self.ids[self.num_text :]
+            self._drop_chances()
+            self.num_computed = min(self.num_computed, max(0, self.num_text - 1))
+
     def draw(self, token_id: int, chance: float) -> None:
-        """Adds a drafted token."""
+        """Adds a drafted token, the likeliest."""
         self.ids.append(token_id)
         self.chances.append(chance)
 
-    def drafted(self, max_tokens: int, least_chance: float) -> list[int]:
+    def draw_sampled(self, token_id: int, drawn_from: DrawnFrom) -> None:
+        """Adds a token that was sampled. Unlikely or not, it is proposed: see SampledTokens."""
+        self.draw(token_id, 1.0)
+        self.drawn_from.append(drawn_from)
+
+    def drafted(self, max_tokens: int, least_chance: float) -> Draft:
         """The first tokens of the draft, up to one that is unlikely."""
-        count = next((i for i, p in enumerate(self.chances[:max_tokens]) if p < least_chance), max_tokens)
-        return self.ids[self.num_text : self.num_text + count]
+        count = self.num_drafted(max_tokens, least_chance)
+        token_ids = self.ids[self.num_text : self.num_text + count]
+        if not token_ids or self.chain is None:
+            return token_ids
+        candidates, chances = zip(*self.drawn_from[:count], strict=True)
+        return SampledTokens(token_ids, np.stack(candidates), np.stack(chances))
+
+    def num_drafted(self, max_tokens: int, least_chance: float) -> int:
+        """How many these are."""
+        chances = self.chances[:max_tokens]
+        return next((i for i, p in enumerate(chances) if p < least_chance), len(chances))
 
     def is_drafted(self, first: int, max_tokens: int, least_chance: float) -> bool:
         """Whether max_tokens are drafted from the first one on, or else one of them is unlikely."""
@@ -64,5 +97,9 @@ class DraftSequence:
     def reset(self) -> None:
         """Nothing is computed any more; the text stays."""
         del self.ids[self.num_text :]
-        self.chances.clear()
+        self._drop_chances()
         self.num_computed = 0
+
+    def _drop_chances(self) -> None:
+        self.chances.clear()
+        self.drawn_from.clear()

@@ -1,4 +1,4 @@
-"""A draft model over its own KV cache: greedy continuations of many sequences at a time."""
+"""A draft model over its own KV cache: continuations of many sequences at a time, greedy or sampled."""
 
 import time
 from collections import OrderedDict
@@ -18,6 +18,7 @@ from serve_app.engine.kv_plan import KvPlan
 from serve_app.engine.logits_ops import HostLogits, Logits, LogitsOps, TorchLogits
 from serve_app.engine.speculation.draft_border import MakeSwitch
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
+from serve_app.engine.speculation.draft_sampler import CANDIDATES, DraftSampler
 from serve_app.engine.speculation.draft_sequence import DraftSequence
 from serve_app.engine.stats import DraftStats
 from serve_app.kv_cache.block_ledger import BlockLedger
@@ -27,7 +28,7 @@ from serve_app.models.base import CausalLM
 from serve_app.options import EngineConfig
 
 LEAST_CHANCE = 0.3
-"""A token that the draft itself finds less likely ends its proposal."""
+"""A token that the draft itself finds less likely ends its proposal; not where tokens are sampled."""
 MOST_SEQUENCES = 4096
 """Sequences whose text is kept. Those beyond, the longest unused, have to be told again."""
 IDLE_S = 0.02
@@ -54,10 +55,12 @@ class Drafter:
         *,
         least_chance: float = LEAST_CHANCE,
         works_ahead: bool = True,
+        seed: int | None = None,
     ) -> None:
         """Owns all it is given. plan: of one group of layers without a window; config.device: a device of torch's.
         least_chance: see LEAST_CHANCE. works_ahead: advance() does more than prompts; not where the target needs the
-        same cores. Raises LaunchError for an attention backend that cannot run here."""
+        same cores. seed: of what is sampled, None: a new one. Raises LaunchError for an attention backend that cannot
+        run here."""
         assert [group.window for group in plan.groups] == [0]
         # A native program has the addresses of the weights only.
         self._model: CausalLM | None = model
@@ -81,6 +84,7 @@ class Drafter:
         self._chunk_tokens = min(config.prefill_chunk_tokens, config.max_batched_tokens)
         self._batch_tokens = config.max_batched_tokens
         self._idle_tokens = min(64, self._chunk_tokens)
+        self._sampler = DraftSampler(seed)
         self._least_chance = least_chance
         self._works_ahead = works_ahead
         # The longest unused first.
@@ -186,6 +190,7 @@ class Drafter:
             sequence = self._new(call.sequence)
         if not sequence.tell(call.base, list(call.token_ids)):
             return None
+        sequence.sample_by(call.chain)
         sequence.max_tokens = call.max_tokens
         sequence.last_call = self._num_calls
         self._sequences.move_to_end(call.sequence)
@@ -202,7 +207,7 @@ class Drafter:
         the draft would."""
         if len(sequence.ids) - sequence.num_computed > _MOST_PENDING:
             return False
-        answered = len(sequence.drafted(sequence.max_tokens, self._least_chance))
+        answered = sequence.num_drafted(sequence.max_tokens, self._least_chance)
         return not sequence.is_drafted(answered + 1, sequence.max_tokens, self._least_chance)
 
     # -- one forward ----------------------------------------------------------------------------------------------
@@ -225,20 +230,30 @@ class Drafter:
         ended = [sequence for sequence, n in work if sequence.num_computed + n == len(sequence.ids)]
         with self._place:
             logits = self._forward(self._batch(work))
-            drawn = self._likeliest(logits) if ended else []
+            if ended:
+                self._draw(ended, logits)
         for sequence, n in work:
             sequence.num_computed += n
-        for sequence, (token_id, chance) in zip(ended, drawn, strict=True):
-            sequence.draw(token_id, chance)
         self.num_forwards += 1
         return sum(n for _, n in work)
 
-    def _likeliest(self, logits: Logits) -> list[tuple[int, float]]:
+    def _draw(self, sequences: Sequence[DraftSequence], logits: Logits) -> None:
+        """One more token for each. Where some are sampled a few candidates of each row come to the host, which waits
+        for the tokens in any case."""
         own = self._ops.own(logits)
         token_ids = self._ops.likeliest(own)
-        logprobs, _, _ = self._ops.logprobs(own, token_ids, 1)
-        found, chances = self._ops.fetch([token_ids, logprobs]).wait()
-        return list(zip(found.tolist(), np.exp(chances).tolist(), strict=True))
+        sampled = [i for i, sequence in enumerate(sequences) if sequence.chain is not None]
+        k = min(CANDIDATES, own.shape[1]) if sampled else 1
+        logprobs, *top = self._ops.logprobs(own, token_ids, k)
+        found, chances, *top = self._ops.fetch([token_ids, logprobs, *(top if sampled else ())]).wait()
+        for sequence, token_id, chance in zip(sequences, found.tolist(), np.exp(chances).tolist(), strict=True):
+            if sequence.chain is None:
+                sequence.draw(token_id, chance)
+        if sampled:
+            chains = [chain for sequence in sequences if (chain := sequence.chain) is not None]
+            drawn = self._sampler.draw(top[0][sampled], top[1][sampled], chains)
+            for i, token_id, candidates, chances in zip(sampled, *drawn, strict=True):
+                sequences[i].draw_sampled(int(token_id), (candidates, chances))
 
     def _may_grow(self, sequence: DraftSequence) -> bool:
         """Whether all of a sequence may be computed under its rotary set, which it gets where it has none that fits."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from serve_app.engine.speculation.draft_call import DraftCall, DraftModel
+from serve_app.engine.speculation.draft_call import Draft, DraftCall, DraftModel
 from serve_app.engine.speculation.proposer import DraftWish
 
 
@@ -22,7 +22,7 @@ class LocalProposer:
     def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:
         """See Proposer. The first call computes the prompt."""
 
-    def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
+    def propose(self, wishes: Sequence[DraftWish]) -> list[Draft]:
         """See Proposer."""
         answers = self._drafter.propose([self._call(wish) for wish in wishes])
         unknown = [i for i, drafted in enumerate(answers) if drafted is None]
@@ -46,4 +46,4 @@ class LocalProposer:
     def _call(self, wish: DraftWish) -> DraftCall:
         base = self._told.get(wish.sequence, 0)
         self._told[wish.sequence] = len(wish.token_ids)
-        return DraftCall(wish.sequence, base, wish.token_ids[base:], wish.max_tokens)
+        return DraftCall(wish.sequence, base, wish.token_ids[base:], wish.max_tokens, wish.chain)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from serve_app.engine.speculation.draft_call import Draft, SamplingChain
+
 
 @dataclass(slots=True)
 class DraftWish:
@@ -11,16 +13,19 @@ class DraftWish:
 
     sequence: its number, which no other sequence ever has. token_ids: all of it that is known, num_prompt of them the
     prompt; only to be read, and only during the call. max_tokens: how many tokens to propose at most, 1 or more.
+    chain: the target can verify tokens that were sampled so, if they come with their chances; None: it cannot.
     """
 
     sequence: int
     token_ids: Sequence[int]
     num_prompt: int
     max_tokens: int
+    chain: SamplingChain | None = None
 
 
 class Proposer(Protocol):
-    """Proposes continuations; what it says is never trusted, only compared with what the target draws.
+    """Proposes continuations; what it says is never trusted, only compared with what the target draws, unless it is
+    SampledTokens: a text has the target's law only if these were sampled as they say.
 
     All calls come from the engine's stepping thread. None raises, and none blocks longer than the proposer's deadline:
     a proposer that cannot answer proposes nothing.
@@ -44,7 +49,7 @@ class Proposer(Protocol):
         scope: nothing that it says may be seen from sequences of another one (the salt of a tenant's cache).
         """
 
-    def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
+    def propose(self, wishes: Sequence[DraftWish]) -> Sequence[Draft]:
         """For each wish at most max_tokens token ids that may follow, possibly none."""
 
     def forget(self, sequence: int, token_ids: Sequence[int] = ()) -> None:

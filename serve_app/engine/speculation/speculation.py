@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve_app.engine.request import Request, RequestState
+from serve_app.engine.sampler import GREEDY_BELOW
 from serve_app.engine.scheduler import Schedule
 from serve_app.engine.speculation.control import Choice, SpeculationControl
+from serve_app.engine.speculation.draft_call import SamplingChain
 from serve_app.engine.speculation.ngram import NgramProposer
 from serve_app.engine.speculation.proposer import DraftWish, Proposer
 from serve_app.engine.speculation.step_timer import StepTimer
 from serve_app.engine.speculation.suffix import SuffixProposer
 from serve_app.engine.stats import SpeculationCounts
-from serve_app.options import SpeculationOptions
+from serve_app.options import SamplingParams, SpeculationOptions
 
 # A start may be later by so much, and one step more.
 _WARM_UP_S = 1.0
@@ -31,6 +33,7 @@ class Speculation:
             proposers.append(NgramProposer())
         self._proposers = {proposer.name: proposer for proposer in proposers}
         self._max_tokens = options.max_tokens
+        self._is_sampled = options.draft_sampling == "sampled"
         self._control = SpeculationControl(options, list(self._proposers))
         self._known: set[int] = set()
         self._chosen: list[tuple[Request, Choice]] = []
@@ -109,7 +112,9 @@ class Speculation:
             num_tokens = min(choice.num_tokens, self._room(request))
             if choice.proposer is None or num_tokens <= 0 or request.state is not RequestState.RUNNING:
                 continue
-            wish = DraftWish(request.sequence, request.token_ids, request.num_prompt, num_tokens)
+            wish = DraftWish(
+                request.sequence, request.token_ids, request.num_prompt, num_tokens, self._chain(request.params)
+            )
             asked[choice.proposer].append((request, wish))
         for name, pairs in asked.items():
             began_s = time.perf_counter()
@@ -145,6 +150,12 @@ class Speculation:
         if schedule.is_drafted:
             self._counts.verify_seconds += seconds
             self._counts.verify_steps += 1
+
+    def _chain(self, params: SamplingParams) -> SamplingChain | None:
+        """How tokens may be sampled for a request. With a seed its text must not hang on what is proposed."""
+        if not self._is_sampled or params.seed is not None or params.temperature < GREEDY_BELOW:
+            return None
+        return SamplingChain(params.temperature, params.top_k, params.top_p, params.min_p)
 
     def _room(self, request: Request) -> int:
         """The most tokens that may be drafted for it: its last one is drawn in any case."""

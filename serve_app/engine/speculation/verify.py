@@ -1,4 +1,7 @@
-"""The draws of a step whose requests have drafts: a proposed token counts if and only if it is the one drawn there."""
+"""The draws of a step whose requests have drafts: a proposed token counts if and only if it is the one drawn there.
+
+One that was sampled, and says what from, takes part in the draw: where it is accepted it is what is drawn.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.batch import Drafts
-from serve_app.engine.logits_ops import Logits
+from serve_app.engine.logits_ops import Logits, Proposed
 from serve_app.engine.sampler import Sampled, Sampler, StepLogprobs
 
 Ints = NDArray[np.int64]
@@ -26,7 +29,8 @@ def verify(sampler: Sampler, logits: Logits, rows: Ints, positions: Ints, drafts
     logits [S + sum(counts), vocab] float32, request by request, one row behind the last known token and one behind each
     proposed one (overwritten); rows, positions [S] as Sampler.sample takes them, of the first token to be drawn. Every
     draw is Sampler.sample's own: with its seed and position, and with what the tokens before it left behind. So the
-    text is the one without drafts. For one-hot proposals this accepts as Leviathan et al. 2023, algorithm 1, does.
+    text is the one without drafts, or, where drafts have chances, one of the same law. Both ways accept as Leviathan et
+    al. 2023, algorithm 1, does: the former for one-hot proposals.
     """
     drawing = _Drawing(sampler, logits, rows, positions, drafts)
     are_free = sampler.draws_freely(rows)
@@ -50,6 +54,12 @@ class _Drawing:
         # By row of logits; behind the last proposed token nothing is right.
         self._proposed = np.full(count + len(drafts.token_ids), -1, np.int64)
         self._proposed[_spans(self._first, drafts.counts)] = drafts.token_ids
+        self._chances = drafts.chances
+        # By row of logits, too: where among the chances those of its token are.
+        self._chances_at = np.full(len(self._proposed), -1, np.int64)
+        if drafts.chances is not None:
+            places = drafts.chances.places
+            self._chances_at[_spans(self._first, drafts.counts)[places]] = np.arange(len(places))
         self._drawn = np.full(len(self._proposed), -1, np.int64)
         self._counts = np.zeros(count, np.int64)
         self._logprobs: list[tuple[Ints, StepLogprobs]] = []
@@ -76,12 +86,23 @@ class _Drawing:
             place += 1
 
     def _draw(self, at: Ints, owner: Ints) -> None:
-        logits = self._logits[at]
-        draw = self._sampler.sample(logits, self._rows[owner], self._positions[owner] + at - self._first[owner])
+        logits, rows = self._logits[at], self._rows[owner]
+        positions = self._positions[owner] + at - self._first[owner]
+        draw = self._sampler.sample(logits, rows, positions, self._sampled(at, rows))
         sampled = draw.wait()
         self._drawn[at] = sampled.token_ids
         if sampled.logprobs is not None:
             self._logprobs.append((at, sampled.logprobs))
+
+    def _sampled(self, at: Ints, rows: Ints) -> tuple[Ints, Proposed] | None:
+        """Of the rows of logits at those whose proposed tokens have chances, as Sampler.sample takes them."""
+        if self._chances is None:
+            return None
+        who = np.flatnonzero((self._chances_at[at] >= 0) & self._sampler.is_random(rows))
+        if not len(who):
+            return None
+        found = self._chances_at[at[who]]
+        return who, (self._proposed[at[who]], self._chances.candidates[found], self._chances.chances[found])
 
     def result(self) -> Verified:
         kept = _spans(self._first, self._counts)
