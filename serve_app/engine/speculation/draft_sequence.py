@@ -18,7 +18,8 @@ class DraftSequence:
     """The target's text, and how the draft would go on.
 
     ids: the num_text known tokens, then those drafted; chances: the draft's probability of each of the latter, 1 for
-    one that was sampled, and drawn_from: what from. chain: how its tokens are sampled, None: the likeliest are taken.
+    one that was sampled, and drawn_from: what from. others: the second likeliest token at each place and its chance,
+    None where it is sampled. chain: how its tokens are sampled, None: the likeliest are taken. outcomes: see Outcomes.
     num_prompt: tokens when they were first computed.
     num_computed: tokens whose K and V are in blocks, always fewer than ids where anything was drafted. max_tokens: of
     the last call, 0 before the first. last_call: its number.
@@ -28,6 +29,7 @@ class DraftSequence:
     num_text: int = 0
     chances: list[float] = field(default_factory=list)
     drawn_from: list[DrawnFrom] = field(default_factory=list)
+    others: list[tuple[int, float] | None] = field(default_factory=list)
     chain: SamplingChain | None = None
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -35,6 +37,7 @@ class DraftSequence:
     num_prompt: int = 0
     max_tokens: int = 0
     last_call: int = 0
+    outcomes: dict[tuple[int, int], "DraftSequence"] = field(default_factory=dict)
 
     def tell(self, base: int, token_ids: Sequence[int]) -> bool:
         """Puts tokens behind the first `base` of the text; what was drafted stays as far as it agrees. False, and
@@ -54,6 +57,7 @@ class DraftSequence:
         else:
             del self.chances[: end - self.num_text]
             del self.drawn_from[: end - self.num_text]
+            del self.others[: end - self.num_text]
         self.num_text = end
         return True
 
@@ -65,10 +69,18 @@ class DraftSequence:
             self._drop_chances()
             self.num_computed = min(self.num_computed, max(0, self.num_text - 1))
 
-    def draw(self, token_id: int, chance: float) -> None:
-        """Adds a drafted token, the likeliest."""
+    def become(self, other: "DraftSequence") -> None:
+        """Takes text, draft and blocks of another one, which gets these in return."""
+        for name in ("ids", "num_text", "chances", "drawn_from", "others", "num_computed", "blocks"):
+            mine, its = getattr(self, name), getattr(other, name)
+            setattr(self, name, its)
+            setattr(other, name, mine)
+
+    def draw(self, token_id: int, chance: float, other: tuple[int, float] | None = None) -> None:
+        """Adds a drafted token, the likeliest, and the one that comes after it."""
         self.ids.append(token_id)
         self.chances.append(chance)
+        self.others.append(other)
 
     def draw_sampled(self, token_id: int, drawn_from: DrawnFrom) -> None:
         """Adds a token that was sampled. Unlikely or not, it is proposed: see SampledTokens."""
@@ -103,3 +115,4 @@ class DraftSequence:
     def _drop_chances(self) -> None:
         self.chances.clear()
         self.drawn_from.clear()
+        self.others.clear()

@@ -20,6 +20,7 @@ from serve_app.engine.speculation.draft_border import MakeSwitch
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
 from serve_app.engine.speculation.draft_sampler import CANDIDATES, DraftSampler
 from serve_app.engine.speculation.draft_sequence import DraftSequence
+from serve_app.engine.speculation.outcomes import Outcomes
 from serve_app.engine.stats import DraftStats
 from serve_app.kv_cache.block_ledger import BlockLedger
 from serve_app.kv_cache.kv_pool import KvPool
@@ -35,14 +36,16 @@ IDLE_S = 0.02
 """A part of a prompt that is computed in idle time takes about so long: a call may have to wait for it."""
 _MOST_PENDING = 64
 """A call with a limit does not compute more of a sequence: prompts are for idle time, and do not make others wait."""
+# A forward of so many rows takes hardly longer than of one, on CPU and GPU.
+_MOST_CHEAP_ROWS = 8
 
 
 class Drafter:
     """See DraftModel. Not for several threads.
 
-    Between two calls it goes on behind what it answered, as if all of it were accepted: a call whose new tokens agree
-    finds them drafted. Blocks of sequences that were not asked for longest are taken where others need them; they are
-    computed again when their turn comes.
+    Between two calls it goes on behind what it answered, as if all of it were accepted, and behind other outcomes that
+    are likely (Outcomes): a call whose new tokens agree finds them drafted. Blocks of sequences that were not asked for
+    longest are taken where others need them; they are computed again when their turn comes.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Drafter:
         self._batch_tokens = config.max_batched_tokens
         self._idle_tokens = min(64, self._chunk_tokens)
         self._sampler = DraftSampler(seed)
+        self._outcomes = Outcomes(pool, kv)
         self._least_chance = least_chance
         self._works_ahead = works_ahead
         # The longest unused first.
@@ -117,13 +121,13 @@ class Drafter:
             if offset:
                 return
             known = self._new(sequence)
+        self._outcomes.drop(known, self._angles)
         known.tell(offset, list(token_ids))
 
     def advance(self) -> bool:
         """See DraftModel. Takes no blocks from others."""
         if self._works_ahead:
-            ahead = [s for s in self._sequences.values() if s.last_call == self._num_calls and self._goes_on(s)]
-            if self._compute(ahead, self._batch_tokens, evicts=False):
+            if self._compute(self._ahead(), self._batch_tokens, evicts=False):
                 return True
         behind = [s for s in self._sequences.values() if s.num_computed < s.num_text]
         began_s = time.monotonic()
@@ -158,6 +162,11 @@ class Drafter:
         return self._forward.num_graphs if isinstance(self._forward, GraphForward) else 0
 
     @property
+    def num_foreseen(self) -> int:
+        """Answers that were drafted as an unlikely outcome of the one before."""
+        return self._outcomes.num_adopted
+
+    @property
     def num_sequences(self) -> int:
         """Whose text is known."""
         return len(self._sequences)
@@ -188,7 +197,9 @@ class Drafter:
             if call.base:
                 return None
             sequence = self._new(call.sequence)
-        if not sequence.tell(call.base, list(call.token_ids)):
+        token_ids = list(call.token_ids)
+        self._outcomes.settle(sequence, call.base, token_ids, self._angles)
+        if not sequence.tell(call.base, token_ids):
             return None
         sequence.sample_by(call.chain)
         sequence.max_tokens = call.max_tokens
@@ -201,6 +212,17 @@ class Drafter:
             self.forget(next(iter(self._sequences)))
         sequence = self._sequences[name] = DraftSequence()
         return sequence
+
+    def _ahead(self) -> list[DraftSequence]:
+        """What the next call will ask for, the likeliest first, as far as it is not drafted yet."""
+        asked = [s for s in self._sequences.values() if s.last_call == self._num_calls]
+        ahead = [s for s in asked if self._goes_on(s)]
+        room = _MOST_CHEAP_ROWS - len(ahead)
+        if room > 0 and len(asked) <= _MOST_CHEAP_ROWS:
+            answered = [(s, s.num_drafted(s.max_tokens, self._least_chance)) for s in asked if s.num_computed]
+            outcomes = self._outcomes.expect(answered, self._angles, self._longest, _MOST_CHEAP_ROWS)
+            ahead += [s for s in outcomes if not s.is_drafted(0, s.max_tokens, self._least_chance)][:room]
+        return ahead
 
     def _goes_on(self, sequence: DraftSequence) -> bool:
         """Whether the next call is not drafted yet, if the target accepts all of this one's answer and then draws what
@@ -243,12 +265,14 @@ class Drafter:
         own = self._ops.own(logits)
         token_ids = self._ops.likeliest(own)
         sampled = [i for i, sequence in enumerate(sequences) if sequence.chain is not None]
-        k = min(CANDIDATES, own.shape[1]) if sampled else 1
+        k = min(CANDIDATES, own.shape[1]) if sampled else 2
         logprobs, *top = self._ops.logprobs(own, token_ids, k)
-        found, chances, *top = self._ops.fetch([token_ids, logprobs, *(top if sampled else ())]).wait()
-        for sequence, token_id, chance in zip(sequences, found.tolist(), np.exp(chances).tolist(), strict=True):
+        found, chances, *top = self._ops.fetch([token_ids, logprobs, *top]).wait()
+        others = zip(top[0][:, 1].tolist(), np.exp(top[1][:, 1]).tolist(), strict=True)
+        rows = zip(sequences, found.tolist(), np.exp(chances).tolist(), others, strict=True)
+        for sequence, token_id, chance, other in rows:
             if sequence.chain is None:
-                sequence.draw(token_id, chance)
+                sequence.draw(token_id, chance, other)
         if sampled:
             chains = [chain for sequence in sequences if (chain := sequence.chain) is not None]
             drawn = self._sampler.draw(top[0][sampled], top[1][sampled], chains)
@@ -293,6 +317,7 @@ class Drafter:
         return False
 
     def _free(self, sequence: DraftSequence) -> None:
+        self._outcomes.drop(sequence, self._angles)
         sequence.reset()
         self.pool.release(sequence.blocks)
         sequence.blocks = []

@@ -114,12 +114,17 @@ def test_a_batch_whose_targets_accept_some_of_it(make: Callable[..., Made], gree
         count = rng.randint(1, 6)
         answers = made.ask(asked, count)
         assert answers == greedy(list(asked.values()), count), round_
+        others = {i: list(made.drafter._sequences[i].others) for i in asked}
+        for _ in range(rng.choice([0, 0, 1, 3, 30])):
+            made.drafter.advance()
+            made.check()
         for i, drafted in zip(asked, answers, strict=True):
             assert drafted is not None
             accepted = drafted[: rng.randint(0, count)]
-            texts[i] = [*texts[i], *accepted, rng.randrange(259, 512)]
-        for _ in range(rng.choice([0, 0, 1, 3, 30])):
-            made.drafter.advance()
+            second = others[i][len(accepted)] if len(accepted) < len(others[i]) else None
+            drawn = second[0] if second and rng.random() < 0.7 else rng.randrange(259, 512)
+            texts[i] = [*texts[i], *accepted, drawn]
+    assert made.drafter.num_foreseen > 0
 
 
 def test_sequences_that_want_fewer_drop_out(make: Callable[..., Made], greedy: Oracle) -> None:
@@ -146,6 +151,45 @@ def test_what_was_accepted_is_drafted_already(make: Callable[..., Made], greedy:
     other = [*text, *expected[:6], (expected[6] + 1) % 512]
     assert made.ask({0: other}, 4) == greedy([other], 4)
     assert made.drafter.num_forwards > forwards
+
+
+def test_likely_outcomes_are_drafted_already(make: Callable[..., Made], greedy: Oracle) -> None:
+    """Each in turn is what the target draws."""
+    text = prompt(1, 45)
+    places, number, num_outcomes = set(), 0, 2
+    while number < num_outcomes:
+        made = make()
+        [drafted] = made.ask({0: text}, 4)
+        assert drafted is not None
+        while made.drafter.advance():
+            made.check()
+        outcomes = made.drafter._sequences[0].outcomes
+        num_outcomes = len(outcomes)
+        place, token_id = list(outcomes)[number]
+        places.add(place)
+        number += 1
+        told = [*text, *drafted, *greedy([text + drafted], 1)[0]][:place] + [token_id]
+        assert token_id != [*drafted, *greedy([text + drafted], 1)[0]][place - len(text)]
+        forwards = made.drafter.num_forwards
+        assert made.ask({0: told}, 4) == greedy([told], 4)
+        assert (made.drafter.num_forwards, made.drafter.num_foreseen) == (forwards, 1)
+        # And goes on from there.
+        assert not made.drafter._sequences[0].outcomes
+        told += greedy([told], 2)[0]
+        assert made.ask({0: told}, 4) == greedy([told], 4)
+    assert len(places) > 1
+
+
+def test_outcomes_take_no_blocks_from_others(make: Callable[..., Made]) -> None:
+    made = make(pool_tokens=64)
+    made.ask({0: prompt(1, 40)}, 4)
+    pool = made.drafter.pool
+    while made.drafter.advance():
+        made.check()
+    assert pool.num_free == 0
+    # A call has what they took.
+    made.ask({1: prompt(2, 60)}, 1)
+    assert not made.drafter._sequences[0].outcomes
 
 
 def test_without_working_ahead_there_is_nothing_to_do(make: Callable[..., Made]) -> None:
