@@ -199,10 +199,13 @@ class DraftThread:
     def _take(self, target: "_Target", message: Message) -> None:
         number, numbers = target.number, message.numbers
         if message.kind in (PROPOSE, SAMPLE):
-            until_s = time.monotonic() + message.limit_s
+            until_s = time.monotonic() + message.seconds
             target.sequences.update(numbers[::4])
-            answers = self._propose(calls_of(message, number), until_s)
-            target.connection.send(pack_answer(message.epoch, numbers, answers))
+            calls = calls_of(message, number)
+            began_s = time.monotonic()
+            answers = self._propose(calls, until_s)
+            work_s = time.monotonic() - began_s
+            target.connection.send(pack_answer(message.epoch, work_s, numbers, answers))
         elif message.kind == FEED:
             sequence, base = numbers[:2]
             target.sequences.add(sequence)

@@ -50,6 +50,11 @@ class DraftLink(Protocol):
         """Whether the draft owes an answer that nobody waits for any more."""
         ...
 
+    @property
+    def work_s(self) -> float | None:
+        """Of the last answer the seconds that were not for the way; None: not known."""
+        ...
+
     def tell(self, sequence: int, token_ids: Sequence[int]) -> None:
         """Lets the draft know a prompt, as much of it as can be sent at once."""
         ...
@@ -110,6 +115,7 @@ class ChannelLink:
         self._ended: list[int] = []
         self._epoch = self._answered = 0
         self._asked_s = 0.0
+        self.work_s: float | None = None
 
     @property
     def is_owed(self) -> bool:
@@ -145,6 +151,7 @@ class ChannelLink:
             return None
         answers = answers_of(message, calls)
         self._told.check(calls, answers)
+        self.work_s = message.seconds
         return answers
 
     def tell(self, sequence: int, token_ids: Sequence[int]) -> None:
@@ -226,6 +233,8 @@ class CallLink:
     answer is accepted, while the target verifies it; only where that turns out to be wrong the next step waits for a
     call of its own. Calls are made one after the other: the draft sees them in their order.
     """
+
+    work_s = None
 
     def __init__(self, call: Call, loop: asyncio.AbstractEventLoop) -> None:
         self._call = call

@@ -4,7 +4,7 @@
                       SAMPLE  the same; then by call: temperature top_k top_p min_p, all 0 where nothing is sampled
                       FEED    1     epoch 0,     sequence base count 0; then the token ids
                       FORGET  count epoch 0,     by sequence: sequence 0 0 0
-    draft -> target   ANSWER  count epoch 0,     by call: sequence length count width; then the token ids of all; then
+    draft -> target   ANSWER  count epoch work,  by call: sequence length count width; then the token ids of all; then
                                                  by call: candidates [count, width], chances [count, width]
 
 The head is a byte, 16 bits, 32 bits and a float64, a row four int64, a token id or candidate an int32, a chance a
@@ -12,7 +12,7 @@ float32, a sampling parameter a float64.
 
 epoch numbers the calls of one channel; an answer has its call's. base: tokens of the sequence before those of the
 message; length: those that the draft knows now, behind which its answer belongs. count NOT_KNOWN in an answer: the
-draft does not know the sequence up to its base. limit: seconds that the draft may take.
+draft does not know the sequence up to its base. limit: seconds that the draft may take; work: those that it has taken.
 width: of sampled tokens the number of candidates, see SampledTokens; else 0. Where a message would become too long it
 is 0 as well: such tokens are verified as any others, and rarely accepted.
 """
@@ -50,11 +50,11 @@ class BadMessage(Exception):
 @dataclass(slots=True)
 class Message:
     """Any of the messages. numbers: sequence, base, count and max_tokens of each row, one after the other, or what
-    stands there. rest: what stands behind the token ids."""
+    stands there. seconds: the limit of a call, the work of an answer. rest: what stands behind the token ids."""
 
     kind: int
     epoch: int
-    limit_s: float
+    seconds: float
     numbers: list[int]
     token_ids: list[int]
     rest: bytes = b""
@@ -89,7 +89,7 @@ def pack_forget(epoch: int, sequences: Sequence[int]) -> bytes:
     return _HEAD.pack(FORGET, len(sequences), epoch, 0.0) + rows.tobytes()
 
 
-def pack_answer(epoch: int, numbers: Sequence[int], answers: Sequence[Drafted]) -> bytes:
+def pack_answer(epoch: int, work_s: float, numbers: Sequence[int], answers: Sequence[Drafted]) -> bytes:
     """The answers to calls, in their order; numbers: of the message that they came with."""
     rows: list[int] = []
     ids = array("i")
@@ -104,7 +104,7 @@ def pack_answer(epoch: int, numbers: Sequence[int], answers: Sequence[Drafted]) 
                 width = drafted.candidates.shape[1]
                 rest += (drafted.candidates.tobytes(), drafted.chances.tobytes())
         rows += (sequence, base + count, NOT_KNOWN if drafted is None else len(drafted), width)
-    head = _HEAD.pack(ANSWER, len(answers), epoch, 0.0)
+    head = _HEAD.pack(ANSWER, len(answers), epoch, work_s)
     return b"".join((head, array("q", rows).tobytes(), ids.tobytes(), *rest))
 
 
@@ -112,7 +112,7 @@ def unpack(message: memoryview) -> Message:
     """Raises BadMessage."""
     numbers, ids = array("q"), array("i")
     try:
-        kind, count, epoch, limit_s = _HEAD.unpack_from(message)
+        kind, count, epoch, seconds = _HEAD.unpack_from(message)
         end = _HEAD.size + count * _ROW_BYTES
         numbers.frombytes(message[_HEAD.size : end])
         rows = numbers.tolist()
@@ -123,7 +123,7 @@ def unpack(message: memoryview) -> Message:
     rest_bytes = len(message) - ids_end
     if len(rows) != 4 * count or rest_bytes != _rest_bytes(kind, rows):
         raise BadMessage(f"{len(rows)} numbers for {count} rows, {len(ids)} token ids, {rest_bytes} bytes more")
-    return Message(kind, epoch, limit_s, rows, ids.tolist(), bytes(message[ids_end:]) if rest_bytes else b"")
+    return Message(kind, epoch, seconds, rows, ids.tolist(), bytes(message[ids_end:]) if rest_bytes else b"")
 
 
 def _rest_bytes(kind: int, rows: Sequence[int]) -> int:

@@ -49,24 +49,30 @@ class DraftReplica(Protocol):
         ...
 
 
-class DraftCounts:
-    """What happened on the way to the draft. latencies: exchanges by duration, those up to EXCHANGE_S each, and those
-    beyond."""
+class Durations:
+    """counts: how many there were up to each of EXCHANGE_S, and beyond."""
 
     def __init__(self) -> None:
-        self.num_exchanges = 0
+        self.counts = [0] * (len(EXCHANGE_S) + 1)
+        self.total_s = 0.0
+
+    def note(self, seconds: float) -> None:
+        """One more."""
+        self.counts[bisect_left(EXCHANGE_S, seconds)] += 1
+        self.total_s += seconds
+
+
+class DraftCounts:
+    """What happened on the way to the draft. exchanges: those that were answered. messaging: what of these was not the
+    draft's work, where that is known."""
+
+    def __init__(self) -> None:
         self.num_timeouts = 0
         self.num_skipped = 0
         self.num_losses = 0
         self.num_opened = 0
-        self.latencies = [0] * (len(EXCHANGE_S) + 1)
-        self.total_latency_s = 0.0
-
-    def took(self, seconds: float) -> None:
-        """Counts an exchange that was answered."""
-        self.num_exchanges += 1
-        self.latencies[bisect_left(EXCHANGE_S, seconds)] += 1
-        self.total_latency_s += seconds
+        self.exchanges = Durations()
+        self.messaging = Durations()
 
 
 class RemoteProposer:
@@ -163,7 +169,10 @@ class RemoteProposer:
             self._lose(link, error)
             return None
         if answers is not None:
-            self.counts.took(time.monotonic() - began_s)
+            seconds = time.monotonic() - began_s
+            self.counts.exchanges.note(seconds)
+            if link.work_s is not None:
+                self.counts.messaging.note(seconds - link.work_s)
         elif was_owed and link.is_owed:
             self.counts.num_skipped += 1
         else:

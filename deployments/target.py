@@ -166,7 +166,8 @@ class TargetServer:
         snapshot = engine_snapshot(self._engine.stats()) | process_snapshot(TARGET) | weights
         if self.draft is not None:
             counts = self.draft.counts
-            snapshot |= exchange_snapshot(counts.latencies, counts.total_latency_s)
+            snapshot |= exchange_snapshot("exchange", counts.exchanges.counts, counts.exchanges.total_s)
+            snapshot |= exchange_snapshot("messaging", counts.messaging.counts, counts.messaging.total_s)
         return snapshot
 
     async def re_isq(self, command: SwitchCommand, *args: Any) -> PartState:

@@ -23,7 +23,7 @@ Snapshot = dict[str, dict[str, list[float]]]
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
-EXCHANGE_S = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+EXCHANGE_S = (2e-5, 4e-5, 6e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 _DURATION_S = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
 
@@ -89,6 +89,12 @@ METRICS: dict[str, Description] = {
     "sirocco_speculation_exchange_seconds": Description(
         "histogram",
         "From a target's question to the draft model's answer, where it came in time.",
+        bounds=EXCHANGE_S,
+        is_optional=True,
+    ),
+    "sirocco_speculation_messaging_seconds": Description(
+        "histogram",
+        "The same without the time that the draft model worked on it: what the way costs.",
         bounds=EXCHANGE_S,
         is_optional=True,
     ),
@@ -266,9 +272,9 @@ def _speculation_snapshot(counts: SpeculationCounts) -> Snapshot:
     return {f"sirocco_speculation_{name}_total": series for name, series in snapshot.items()}
 
 
-def exchange_snapshot(counts: Sequence[int], seconds: float) -> Snapshot:
+def exchange_snapshot(name: Literal["exchange", "messaging"], counts: Sequence[int], seconds: float) -> Snapshot:
     """Exchanges with a draft model: how many by EXCHANGE_S, and their sum."""
-    return {"sirocco_speculation_exchange_seconds": {"": [*map(float, counts), seconds]}}
+    return {f"sirocco_speculation_{name}_seconds": {"": [*map(float, counts), seconds]}}
 
 
 def draft_snapshot(stats: DraftCounts) -> Snapshot:

@@ -114,7 +114,7 @@ def test_an_engine_that_does_not_speculate_says_nothing_of_it():
 def test_a_draft_and_the_way_to_it():
     parts = [
         draft_snapshot(DraftStats(forwards=5, evictions=2, blocks_total=40, blocks_free=30)),
-        *(exchange_snapshot([0, *[0] * (len(EXCHANGE_S) - 2), 1, 3], seconds) for seconds in (4.5, 6.0)),
+        *(exchange_snapshot("exchange", [0, *[0] * (len(EXCHANGE_S) - 2), 1, 3], seconds) for seconds in (4.5, 6.0)),
     ]
     samples = _samples(render(merge_snapshots(pickle.loads(pickle.dumps(parts)))))
     found = {name.removeprefix("sirocco_draft_"): value for (name, _), value in samples.items() if "_draft_" in name}
@@ -149,7 +149,11 @@ def test_every_metric_is_there_before_it_counts():
 async def test_all_snapshots_have_descriptions():
     process = process_snapshot("Target")
     names = {*HttpMetrics().snapshot(), *engine_snapshot(_engine(speculation=_speculation())), *process}
-    names |= {*exchange_snapshot([], 0.0), *draft_snapshot(DraftStats(0, 0, 0, 0))}
+    names |= {
+        *exchange_snapshot("exchange", [], 0.0),
+        *exchange_snapshot("messaging", [], 0.0),
+        *draft_snapshot(DraftStats(0, 0, 0, 0)),
+    }
     # What is missing is what replicas say of their weights: tests/test_re_isq_app.py, tests/test_speculation_app.py.
     assert names == set(METRICS) - {"sirocco_isq_info", "sirocco_draft_isq_info"}
     assert process["sirocco_process_resident_bytes"]["Target"][0] > 2**20

@@ -126,9 +126,8 @@ class Drafter:
 
     def advance(self) -> bool:
         """See DraftModel. Takes no blocks from others."""
-        if self._works_ahead:
-            if self._compute(self._ahead(), self._batch_tokens, evicts=False):
-                return True
+        if self._works_ahead and self._compute(self._ahead(), self._batch_tokens, evicts=False):
+            return True
         behind = [s for s in self._sequences.values() if s.num_computed < s.num_text]
         began_s = time.monotonic()
         count = self._compute(behind, self._idle_tokens, evicts=False)

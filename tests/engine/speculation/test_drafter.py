@@ -168,8 +168,9 @@ def test_likely_outcomes_are_drafted_already(make: Callable[..., Made], greedy: 
         place, token_id = list(outcomes)[number]
         places.add(place)
         number += 1
-        told = [*text, *drafted, *greedy([text + drafted], 1)[0]][:place] + [token_id]
-        assert token_id != [*drafted, *greedy([text + drafted], 1)[0]][place - len(text)]
+        going_on = [*text, *drafted, *greedy([text + drafted], 1)[0]]
+        told = [*going_on[:place], token_id]
+        assert token_id != going_on[place]
         forwards = made.drafter.num_forwards
         assert made.ask({0: told}, 4) == greedy([told], 4)
         assert (made.drafter.num_forwards, made.drafter.num_foreseen) == (forwards, 1)
