@@ -29,6 +29,10 @@ _FEW_OUTCOMES = 8
 _FEW_TOKENS = 2
 _FEW_SEQUENCES = 4
 _DRAFT = "draft"
+# A draft that was not chosen for so many steps is not told prompts any more: computing them takes time, too.
+_STEPS_WITHOUT_PROMPTS = 256
+# Tokens of a prompt for which it takes as long as for a drafted one, at least.
+_PROMPT_TOKENS_A_DRAFTED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class SpeculationControl:
         self._budget = 0.0
         self._dearest_probe = 0.0
         self._next_probed = 0
+        # The step in which a draft was last chosen because it pays, and when that was not known yet.
+        self._draft_paid = 0
         self._plan: _Plan | None = None
         # Choices that were but tries.
         self.num_probes = 0
@@ -94,6 +100,17 @@ class SpeculationControl:
         """Whether anybody could be chosen."""
         return bool(self._present)
 
+    def wants_prompts(self, proposer: str) -> bool:
+        """Whether it should know sequences before it is asked about them."""
+        if proposer != _DRAFT or self._is_fixed or proposer not in self._proposers:
+            return True
+        is_new = self._proposers[proposer].overall.num_noted < _FEW_OUTCOMES
+        return is_new or self._step - self._draft_paid <= _STEPS_WITHOUT_PROMPTS
+
+    def note_untold(self, sequence: int, num_tokens: int) -> None:
+        """The draft was not told a sequence of so many tokens: it has to compute them when it is tried."""
+        self._state(sequence).num_untold = num_tokens
+
     def choose(self, wanted: Sequence[tuple[int, int]], num_other_tokens: int) -> list[Choice]:
         """For each (sequence, most tokens that it may get, 0: none) of a step that decodes them, and computes
         num_other_tokens of prompts beside. Each call is a step."""
@@ -107,9 +124,13 @@ class SpeculationControl:
             if plan is None or self._step >= plan.ends or plan.wanted != wanted or plan.num_others != num_other_tokens:
                 plan = self._plan = self._planned(wanted, num_other_tokens)
             picked = list(plan.picked)
+            if plan.uses_draft:
+                self._draft_paid = self._step
             self._probe(plan, picked)
             for state, choice in zip(plan.states, picked, strict=True):
                 state.num_asked = choice.num_tokens
+                if choice.proposer == _DRAFT:
+                    state.num_untold = 0
         return picked
 
     def note_step(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
@@ -178,7 +199,8 @@ class SpeculationControl:
             Choice(name, count) if count else _PLAIN for name, count in zip(names, best.count(len(states)), strict=True)
         ]
         ends = self._step + (_STEPS_A_CHOICE if self._step > _NEW_STEPS else 1)
-        return _Plan(list(wanted), num_others, states, limits, times, best, picked, ends)
+        uses_draft = any(choice.proposer == _DRAFT for choice in picked)
+        return _Plan(list(wanted), num_others, states, limits, times, best, picked, ends, uses_draft)
 
     def _best(
         self, states: Sequence["_Sequence"], limits: Sequence[int], plain: Allocation, times: Sequence[float]
@@ -249,7 +271,9 @@ class SpeculationControl:
         self._dearest_probe = 0.0
         first = self._next_probed % len(states)
         self._next_probed = first + _LOOKED_AT
-        begin = {name: sum(proposer.times.line(1)) for name, proposer in self._proposers.items() if name not in used}
+        single = {name: sum(proposer.times.line(1)) for name, proposer in self._proposers.items()}
+        begin = {name: seconds for name, seconds in single.items() if name not in used}
+        told_token = single.get(_DRAFT, 0.0) / _PROMPT_TOKENS_A_DRAFTED
         for k in range(first, first + min(_LOOKED_AT, len(states))):
             i = k % len(states)
             choice = picked[i]
@@ -259,6 +283,8 @@ class SpeculationControl:
                 if name not in self._present:
                     continue
                 seconds = times[num_tokens + 1] - times[num_tokens] + begin.get(name, 0.0)
+                if name == _DRAFT:
+                    seconds += told_token * states[i].num_untold
                 if choice.proposer is not None:
                     lost = sum(gain for _, _, gain, _ in states[i].expected(choice))
                     seconds += lost / plan.best.goodput
@@ -319,6 +345,7 @@ class _Track:
 class _Sequence:
     tracks: dict[str, _Track]
     num_asked: int = 0
+    num_untold: int = 0
 
     def expected(self, choice: Choice) -> list[tuple[int, float, float, float]]:
         assert choice.proposer is not None
@@ -337,3 +364,4 @@ class _Plan:
     best: Allocation
     picked: list[Choice]
     ends: int
+    uses_draft: bool

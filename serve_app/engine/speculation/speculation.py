@@ -71,8 +71,13 @@ class Speculation:
         """A request runs; again, where it was preempted before."""
         if request.sequence not in self._known:
             self._known.add(request.sequence)
-            for proposer in self._proposers.values():
-                proposer.admit(request.sequence, request.token_ids[: request.num_known], request.cache_salt)
+            for name, proposer in self._proposers.items():
+                if name == "draft" and not self._room(request):
+                    continue
+                if self._control.wants_prompts(name):
+                    proposer.admit(request.sequence, request.token_ids[: request.num_known], request.cache_salt)
+                else:
+                    self._control.note_untold(request.sequence, request.num_known)
 
     def forget(self, request: Request) -> None:
         """A request ended."""

@@ -215,3 +215,36 @@ def test_probes_are_counted_and_forgotten_sequences_start_from_the_average() -> 
     simulation.run(control, 300)
     # One that nobody has seen is asked for much at once.
     assert control.choose([(500, MAX_TOKENS)], 0)[0].num_tokens >= 3
+
+
+def test_a_draft_that_never_pays_is_told_no_prompts_and_its_tries_cost_more() -> None:
+    control = SpeculationControl(SpeculationOptions(use="draft", max_tokens=4), ["draft"])
+    simulation = Simulation(4, lambda *_: 0.0, lambda n: 0.05 + 0.001 * n, {"draft": (0.0, 0.01)})
+    assert control.wants_prompts("draft")
+    simulation.run(control, 600)
+    assert not control.wants_prompts("draft")
+    assert control.wants_prompts("ngram")
+    tried = control.num_probes
+    simulation.run(control, 2000)
+    cheap = control.num_probes - tried
+    for sequence in range(4):
+        control.forget(sequence)
+    # Each try of another text would take the draft 2.5 s.
+    for _ in range(2000):
+        for sequence in range(4):
+            control.note_untold(sequence, 1000)
+        simulation.run_step(control, control.choose([(i, 4) for i in range(4)], 0))
+    assert control.num_probes - tried - cheap < cheap / 4
+    # It has become better: the next tries tell so, and prompts are told again.
+    for sequence in range(4):
+        control.forget(sequence)
+    simulation.acceptance = lambda *_: 0.9
+    simulation.run(control, 600)
+    assert control.wants_prompts("draft")
+
+
+def test_a_fixed_number_always_wants_prompts() -> None:
+    control = SpeculationControl(SpeculationOptions(use="draft", max_tokens=4, is_fixed=True), ["draft"])
+    for _ in range(600):
+        control.choose([(0, 4)], 0)
+    assert control.wants_prompts("draft")
