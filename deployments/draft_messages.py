@@ -68,7 +68,7 @@ def pack_propose(epoch: int, limit_s: float, calls: Sequence[DraftCall]) -> byte
         rows += (call.sequence, call.base, len(call.token_ids), call.max_tokens)
         ids.extend(call.token_ids)
     kind, chains = PROPOSE, array("d")
-    if any(call.chain is not None for call in calls):
+    if any(call.chain for call in calls):
         kind = SAMPLE
         for call in calls:
             chain = call.chain
@@ -93,17 +93,17 @@ def pack_answer(epoch: int, work_s: float, numbers: Sequence[int], answers: Sequ
     """The answers to calls, in their order; numbers: of the message that they came with."""
     rows: list[int] = []
     ids = array("i")
-    rest: list[bytes] = []
-    room = MOST_BYTES - _HEAD.size - sum([_ROW_BYTES + _ID_BYTES * len(drafted or ()) for drafted in answers])
     for drafted, sequence, base, count in zip(answers, numbers[::4], numbers[1::4], numbers[2::4], strict=True):
-        width = 0
+        rows += (sequence, base + count, NOT_KNOWN if drafted is None else len(drafted), 0)
         if drafted:
             ids.extend(drafted)
-            if isinstance(drafted, SampledTokens) and _CANDIDATE_BYTES * drafted.candidates.size <= room:
-                room -= _CANDIDATE_BYTES * drafted.candidates.size
-                width = drafted.candidates.shape[1]
-                rest += (drafted.candidates.tobytes(), drafted.chances.tobytes())
-        rows += (sequence, base + count, NOT_KNOWN if drafted is None else len(drafted), width)
+    rest: list[bytes] = []
+    room = MOST_BYTES - _HEAD.size - 8 * len(rows) - _ID_BYTES * len(ids)
+    for i, drafted in enumerate(answers):
+        if isinstance(drafted, SampledTokens) and _CANDIDATE_BYTES * drafted.candidates.size <= room:
+            room -= _CANDIDATE_BYTES * drafted.candidates.size
+            rows[4 * i + 3] = drafted.candidates.shape[1]
+            rest += (drafted.candidates.tobytes(), drafted.chances.tobytes())
     head = _HEAD.pack(ANSWER, len(answers), epoch, work_s)
     return b"".join((head, array("q", rows).tobytes(), ids.tobytes(), *rest))
 
@@ -172,14 +172,14 @@ def answers_of(message: Message, calls: Sequence[DraftCall]) -> list[Drafted]:
         if count < 0:
             answers.append(None)
             continue
-        token_ids = ids[start : start + count]
-        drafted: Draft = token_ids
-        start += count
+        most = min(count, call.max_tokens)
+        drafted: Draft = ids[start : start + most]
         if width:
-            drafted = _sampled(token_ids, message.rest, rest_start, width)
+            drafted = _sampled(ids[start : start + count], message.rest, rest_start, width)[:most]
             rest_start += _CANDIDATE_BYTES * count * width
         fits = sequence == call.sequence and length == call.base + len(call.token_ids)
-        answers.append(drafted[: call.max_tokens] if fits else [])
+        answers.append(drafted if fits else [])
+        start += count
     return answers
 
 

@@ -25,6 +25,9 @@ _SECTIONS: dict[type, str] = {
     DraftOptions: "draft",
 }
 
+# How to speculate with a draft model.
+_OF_A_DRAFT = ("deadline_ms", "vocab", "draft_sampling")
+
 # How both models come from the hub.
 _HUB_FIELDS = ("token_source", "hf_cache", "offline")
 
@@ -156,7 +159,7 @@ def _speculation(sections: Sections, is_speculative: bool) -> dict[str, Any]:
     given, draft, isq = (sections.pop(name) for name in ("speculation", "draft", "draft.isq"))
     if "model" not in draft:
         of_draft = [_option("draft", name) for name in draft] + [_option("draft.isq", name) for name in isq]
-        of_draft += [_option("speculation", name) for name in ("deadline_ms", "vocab") if name in given]
+        of_draft += [_option("speculation", name) for name in _OF_A_DRAFT if name in given]
         if of_draft:
             raise LaunchError(f"The option {of_draft[0]} belongs to a draft model: give it with -d.")
         if given and "use" not in given:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from typer import Option
 
 from serve_app.config import SpeculationConfig
-from serve_app.options import MAX_DRAFT_TOKENS, DType, ModelKind, Speculate
+from serve_app.options import MAX_DRAFT_TOKENS, DraftSampling, DType, ModelKind, Speculate
 
 DraftVocab = Literal["same", "text"]
 
@@ -56,6 +56,15 @@ class SpeculativeOptions:
             "--draft-vocab",
             help="same: both models have one vocabulary, or are refused; text: proposals go through text. "
             "Left out: same.",
+        ),
+    ] = None
+    draft_sampling: Annotated[
+        DraftSampling | None,
+        _speculation_option(
+            "--draft-sampling",
+            help="greedy: the draft model proposes its likeliest tokens, and the text is the one without it; sampled: "
+            "for requests without a seed it samples them, more are accepted, and the text has the same distribution. "
+            "Left out: greedy.",
         ),
     ] = None
 

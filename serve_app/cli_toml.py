@@ -2,7 +2,7 @@
 
 [model] describes a plain model (model_id) or a quantised one (quantized_model_id), [speculative.draft_model] likewise,
 beside gamma in [speculative]: the most tokens that are proposed, here as many as pay, so that a larger gamma than we
-have is taken as ours. What is said there may not be said by an option again.
+have is taken as ours. draft_sampling there is a key of our own. What is said there may not be said by an option again.
 """
 
 import difflib
@@ -39,7 +39,7 @@ _QUANTIZED_KEYS = _COMMON_KEYS | {
     "gqa": ("model", "gqa", int),
 }
 _TOP_KEYS = ("model", "speculative", "tokenizer_json")
-_SPECULATIVE_KEYS = ("gamma", "draft_model")
+_SPECULATIVE_KEYS = ("gamma", "draft_model", "draft_sampling")
 
 # What a key tells of, where this version does not have it.
 _LATER = {
@@ -92,6 +92,9 @@ def read_selection(file: str) -> Selection:
         _read_model(selection, draft, "[speculative.draft_model]", "draft")
         gamma = _value(selection, speculative, "gamma", int, "[speculative]")
         selection.set("speculation", "max_tokens", min(gamma, MAX_DRAFT_TOKENS), "gamma in [speculative]")
+        if "draft_sampling" in speculative:
+            sampling = _value(selection, speculative, "draft_sampling", str, "[speculative]")
+            selection.set("speculation", "draft_sampling", sampling, "draft_sampling in [speculative]")
     if "tokenizer_json" in content:
         tokenizer = _value(selection, content, "tokenizer_json", str, "the file")
         for section in selection.sections.keys() & {"model", "draft"}:

@@ -23,6 +23,7 @@ from pydantic import (
 from serve_app.errors import LaunchError
 from serve_app.options import (
     MAX_DRAFT_TOKENS,
+    DraftSampling,
     DType,
     EngineConfig,
     IsqOptions,
@@ -207,6 +208,7 @@ class SpeculationConfig(Section):
     is_fixed: bool = False
     deadline_ms: Milliseconds = 100.0
     maps_text: bool = False
+    draft_sampling: DraftSampling = "greedy"
     draft: ModelConfig | None = None
 
     @model_validator(mode="after")
@@ -216,6 +218,8 @@ class SpeculationConfig(Section):
                 raise ValueError("--speculation draft needs a draft model: give it with -d")
             if self.maps_text:
                 raise ValueError("--draft-vocab text belongs to a draft model: give one with -d")
+            if self.draft_sampling != "greedy":
+                raise ValueError(f"--draft-sampling {self.draft_sampling} belongs to a draft model: give one with -d")
             return self
         if self.draft.model is None:
             raise ValueError("the draft model needs a hub id, folder or file (-d)")
@@ -223,6 +227,11 @@ class SpeculationConfig(Section):
             raise ValueError(
                 f"a draft model (-d) is for --speculation auto or draft; with {self.use} nobody would ask it: "
                 "leave one of them out"
+            )
+        if self.maps_text and self.draft_sampling == "sampled":
+            raise ValueError(
+                "--draft-sampling sampled does not go with --draft-vocab text: what goes through text has lost the "
+                "probabilities that it was sampled with"
             )
         return self
 
@@ -310,6 +319,14 @@ class AppConfig(Section):
     deployment: DeploymentConfig = DeploymentConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     log: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine.seed is not None and self.speculation.draft_sampling == "sampled":
+            raise ValueError(
+                "--draft-sampling sampled is for requests without a seed, and --seed gives one to all: leave one out"
+            )
+        return self
 
     def to_args(self) -> dict[str, Any]:
         """This configuration as plain data without defaults; AppConfig.model_validate takes it back."""

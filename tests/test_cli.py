@@ -138,6 +138,7 @@ def test_every_option_reaches_the_configuration() -> None:
         "--speculation": "ngram",
         "--num-draft-tokens": "7",
         "--draft-vocab": "text",
+        "--draft-sampling": "sampled",
         "--draft-kind": "plain",
         "--draft-dtype": "f16",
         "--draft-isq": "Q4K",
@@ -196,6 +197,10 @@ def test_every_kind_stands_on_both_sides(words: str, options: str, draft: dict[s
 def test_how_to_speculate() -> None:
     line = "-m M -d D -n 3 --fixed-draft-tokens --draft-deadline-ms 12.5 --draft-vocab text --speculation draft"
     assert parsed(line).config.speculation.to_options() == SpeculationOptions("draft", 3, True, 12.5, True)
+    assert parsed("-m M -d D --draft-sampling sampled").config.to_args()["speculation"] == {
+        "use": "auto", "draft_sampling": "sampled", "draft": {"model": "D"},
+    }  # fmt: skip
+    assert parsed("-m M -d D --draft-sampling greedy").config == parsed("-m M -d D").config
     assert parsed("-m M").config.speculation.use == "off"
     for kind in ("", "gguf", "ggml", "plain", "run", "speculative", "speculative plain"):
         assert parsed(f"{kind} -m M --speculation ngram -n 9").config.to_args()["speculation"] == {
@@ -279,6 +284,10 @@ def test_names_that_other_programs_use(alias: str) -> None:
         ("-m x --draft-isq Q4K", "The option --draft-isq belongs to a draft model"),
         ("-m x --draft-arch llama", "The option --draft-arch belongs to a draft model"),
         ("-m x --draft-vocab same", "The option --draft-vocab belongs to a draft model"),
+        ("-m x --speculation ngram --draft-sampling sampled", "The option --draft-sampling belongs to a draft model"),
+        ("-m x -d y --draft-sampling often", "'often' is not one of 'greedy', 'sampled'"),
+        ("-m x -d y --draft-sampling sampled --draft-vocab text", "does not go with --draft-vocab text"),
+        ("-m x -d y --draft-sampling sampled --seed 1", "--seed gives one to all"),
         ("-m x --speculation ngram --draft-deadline-ms 5", "The option --draft-deadline-ms belongs to a draft model"),
         ("-m x -n 5", "The option --num-draft-tokens belongs to speculative decoding"),
         ("-m x --fixed-draft-tokens", "The option --fixed-draft-tokens belongs to speculative decoding"),

@@ -37,6 +37,7 @@ topology = "t.yml"
 
 [speculative]
 gamma = 5
+draft_sampling = "sampled"
 
 [speculative.draft_model]
 quantized_model_id = "D"
@@ -94,6 +95,7 @@ def test_every_key_has_its_place(file: Path) -> None:
         "isq": {"type": "Q8_0", "calibration_file": "c.txt"},
     }  # fmt: skip
     assert "max_tokens" not in args["speculation"]  # the default
+    assert args["speculation"]["draft_sampling"] == "sampled"
 
 
 @pytest.mark.parametrize("names", ["a.gguf b.gguf", "a.gguf;b.gguf"])
@@ -145,6 +147,10 @@ DRAFT = MODEL + "[speculative]\ngamma = 4\n[speculative.draft_model]\n"
         (MODEL + "quantized_model_id='D'", "", "quantized_model_id in [model] does not go with model_id."),
         (MODEL + "[speculative]\ngamma = 0\ndraft_model = {model_id = 'D'}", "",
          "gamma in [speculative] should be greater than or equal to 1."),
+        (MODEL + "[speculative]\ngamma = 1\ndraft_sampling = 'x'\ndraft_model = {model_id = 'D'}", "",
+         "draft_sampling in [speculative] should be 'greedy' or 'sampled'."),
+        (MODEL + "[speculative]\ngamma = 1\ndraft_sampling = 1\ndraft_model = {model_id = 'D'}", "",
+         "draft_sampling in [speculative] should be a string."),
         (DRAFT + "model_id = 'D'\ndtype = 'f8'", "", "dtype in [speculative.draft_model] should be 'auto', "),
         (MODEL + "from_uqff = 'x'", "", "from_uqff in [model] is for UQFF, not a part of this version."),
         ("[model]\nxlora_model_id = 'X'\norder = 'o'", "", "xlora_model_id in [model] is for the kind x-lora"),

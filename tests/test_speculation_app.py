@@ -26,8 +26,9 @@ RESTART_S = 60.0
 def server() -> Iterator[Server]:
     target, draft = MODELS / "stories260K" / "stories260K-F32.gguf", MODELS / "stories40K-draft" / "hf"
     started = Server(
-        "speculative", "-m", str(target), "-d", str(draft), "-n", "4", "--speculation", "draft", "--fixed-draft-tokens"
-    )
+        "speculative", "-m", str(target), "-d", str(draft), "-n", "4", "--speculation", "draft", "--fixed-draft-tokens",
+        "--draft-sampling", "sampled",
+    )  # fmt: skip
     yield started.wait()
     started.kill()
 
@@ -127,6 +128,22 @@ def test_the_drafts_weights_change_under_streams(server: Server) -> None:
     assert "Q4_K_M" in json.loads(text)["error"]["message"]
 
 
+def test_requests_without_a_seed_have_sampled_drafts(server: Server) -> None:
+    client = server.client()
+    until_drafted(client)
+    accepted = 0
+    for number in range(4):
+        said = client.completions.create(
+            model="default", prompt=f"Once upon a time {number}", max_tokens=120, temperature=1.0, n=2, logprobs=1,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert [len(choice.logprobs.tokens) for choice in said.choices] == [120, 120]
+        assert said.choices[0].text != said.choices[1].text
+        accepted += said.usage.completion_tokens_details.accepted_prediction_tokens
+    # About half of the tokens; of greedy drafts a third.
+    assert accepted > 300
+
+
 @pytest.mark.parametrize("num_kills", [10, pytest.param(200, marks=pytest.mark.nightly)])
 def test_a_draft_that_is_killed_again_and_again(server: Server, num_kills: int) -> None:
     client, chance = server.client(), random.Random(num_kills)
@@ -135,10 +152,11 @@ def test_a_draft_that_is_killed_again_and_again(server: Server, num_kills: int) 
     is_over = threading.Event()
 
     def stream(number: int) -> int:
-        """Asks the same again and again; how often."""
+        """Asks the same again and again, every other time without the seed; how often."""
         count = 0
         while not is_over.is_set():
             assert ask(client, number).choices[0].text == expected[number]
+            assert ask(client, number, seed=None).usage.completion_tokens == 120
             count += 1
         return count
 

@@ -98,9 +98,10 @@ def accept_or_draw(
     has_rest = np.maximum(chances - p, 0).sum(axis=1) > _LEAST_REST
     who = np.flatnonzero(~is_accepted & has_rest)
     weights[who[:, None], candidates[who]] = rest[who]
-    drawn, who = tokens.copy(), np.flatnonzero(~is_accepted)
-    one, off = np.ones(len(who)), np.zeros(len(who))
-    drawn[who] = draw_tokens(weights[who], one.astype(np.float32), off.astype(np.int64), one, off, u[who])
+    drawn = tokens.copy()
+    if len(who := np.flatnonzero(~is_accepted)):
+        one, off = np.ones(len(who)), np.zeros(len(who))
+        drawn[who] = draw_tokens(weights[who], one.astype(np.float32), off.astype(np.int64), one, off, u[who])
     return drawn
 
 

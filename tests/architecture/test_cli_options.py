@@ -22,7 +22,8 @@ QUANTIZE = """--calibration-file --imatrix --isq --isq-organization --output -o 
 QUALITY = "--calibration-file --chunk-tokens --chunks --imatrix --isq --isq-organization --json --plot --text"
 ISQ = "--calibration-file --imatrix --isq --isq-cache --isq-organization --topology"
 
-SPECULATION = "--draft-deadline-ms --draft-vocab --fixed-draft-tokens --num-draft-tokens -n --speculation"
+SPECULATION = """--draft-deadline-ms --draft-sampling --draft-vocab --fixed-draft-tokens --num-draft-tokens -n
+--speculation"""
 DRAFT = """--draft-arch --draft-dtype --draft-file --draft-gqa --draft-isq --draft-kind --draft-model-id -d
 --draft-revision --draft-tokenizer"""
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deployments.draft import DraftServer, build_model
@@ -13,6 +14,8 @@ from deployments.draft_plan import DraftPlan
 from deployments.remote_proposer import RemoteProposer
 from deployments.target import TargetServer
 from serve_app.config import AppConfig
+from serve_app.engine.speculation.draft_call import SampledTokens, SamplingChain
+from serve_app.engine.speculation.draft_sampler import CANDIDATES
 from serve_app.engine.speculation.proposer import DraftWish
 from serve_app.errors import ModelFileError
 from serve_app.options import EngineConfig, ModelSource, SpeculationOptions
@@ -53,6 +56,35 @@ async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_i
         assert all(0 <= token_id < len(tokens) for token_id in drafted)
     assert proposer.counts.num_timeouts == 0
     await asyncio.to_thread(proposer.forget, 0)
+    proposer.close()
+    await asyncio.to_thread(server.stop)
+
+
+@pytest.mark.parametrize("maps_text", [False, True])
+async def test_sampled_tokens_come_with_their_chances_but_through_text(maps_text: bool) -> None:
+    plan = PLAN
+    if maps_text:
+        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=OTHER), maps_text=True)
+    model, vocabulary = build_model(plan)
+    server = DraftServer(model, vocabulary, "node", maps_text=maps_text)
+    tokens = vocabulary_of(open_tokenizer(MODELS / "stories260K" / "hf"))
+    proposer = RemoteProposer(server, "target", "node", tokens, 1.0)
+    async with asyncio.timeout(10):
+        while not proposer.has_channel:
+            await asyncio.sleep(0.005)
+    text = [1]
+    for _ in range(5):
+        wishes = [DraftWish(0, text, 1, 4, SamplingChain(1.0)), DraftWish(1, [*text, 300], 1, 4)]
+        drafted, greedy = await asyncio.to_thread(proposer.propose, wishes)
+        assert isinstance(greedy, list)
+        assert isinstance(drafted, SampledTokens) != maps_text
+        if isinstance(drafted, SampledTokens):
+            assert (len(drafted), drafted.candidates.shape) == (4, (4, CANDIDATES))
+            assert drafted.chances.sum(axis=1) == pytest.approx(1, abs=1e-6)
+            named = drafted.candidates == np.array(list(drafted))[:, None]
+            assert (drafted.chances[named] > 0).tolist() == [True] * 4
+        await asyncio.to_thread(proposer.forget, 1)
+        text = [*text, *drafted[:2], 301]
     proposer.close()
     await asyncio.to_thread(server.stop)
 

@@ -31,6 +31,18 @@ def test_drawing_reads_nothing() -> None:
     assert (ids.device, ids.dtype, ids.shape) == (META, torch.int64, (5,))
 
 
+def test_accepting_reads_nothing() -> None:
+    ops, rows = TorchLogits(META), 4
+    parameters = tuple(p[1:].numpy() for p in PARAMETERS)
+    proposed = np.zeros(rows, np.int64), np.zeros((rows, 3), np.int64), np.zeros((rows, 3), np.float32)
+    logits = torch.empty(rows, VOCAB, device=META)
+    ids = ops.accept_or_draw(logits, np.zeros(rows, np.uint64), np.arange(rows), parameters, proposed)
+    joined = ops.joined(
+        [(np.arange(1, 5), ids), (np.zeros(1, np.int64), torch.empty(1, dtype=torch.int64, device=META))]
+    )
+    assert (joined.device, joined.dtype, joined.shape) == (META, torch.int64, (5,))
+
+
 def test_what_rows_remember_is_changed_and_used_without_reading() -> None:
     ops, logits = TorchLogits(META), torch.empty(5, VOCAB, device=META)
     who, rows = np.array([1, 3]), np.array([2, 0])

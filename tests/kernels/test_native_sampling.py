@@ -128,6 +128,85 @@ def test_draw_of_broken_logits_stays_in_the_vocabulary() -> None:
             assert ids[3] == ids[4] == 1
 
 
+def proposals(rows: int, vocab: int, width: int, seed: int) -> tuple[NDArray[np.generic], ...]:
+    """Tokens, candidates and chances of each row; the last two candidates repeat others, with the chance 0."""
+    chance = np.random.default_rng(seed)
+    candidates = np.stack([chance.permutation(vocab)[:width] for _ in range(rows)])
+    chances = chance.dirichlet(np.full(width, 0.5), rows).astype(np.float32)
+    tokens = candidates[np.arange(rows), chance.integers(0, width, rows)]
+    again = np.concatenate([candidates, candidates[:, :2]], 1)
+    return tokens, again, np.concatenate([chances, np.zeros((rows, 2), np.float32)], 1)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("vocab", [2, 7, 500, 5000, 20000])
+def test_what_is_accepted_and_drawn_instead(vocab: int, spread: float) -> None:
+    rows = 120
+    r = random.Random(vocab)
+    logits = random_logits(rows, vocab, vocab, spread)
+    logits[::5, : vocab // 2] = -math.inf
+    temperature = np.array([r.choice([0.3, 1.0, 2.5]) for _ in range(rows)], np.float32)
+    top_k = np.array([r.choice([0, 0, 1, 2, 40, vocab // 2, vocab, vocab + 9]) for _ in range(rows)])
+    top_p = np.array([r.choice([1.0, 1.0, 0.0, 0.5, 0.9, 0.999]) for _ in range(rows)])
+    min_p = np.array([r.choice([0.0, 0.0, 0.01, 0.3, 1.0]) for _ in range(rows)])
+    u, accept_u = (sampling.uniform(np.arange(rows).astype(np.uint64), np.arange(rows) + n) for n in (0, 1000))
+    arguments = [temperature, top_k, top_p, min_p, u, accept_u, *proposals(rows, vocab, min(vocab, 9), vocab)]
+    before = logits.copy()
+    got = sampling.accept_or_draw(logits, *arguments)
+    assert (logits == before).all()
+    expected = plain.accept_or_draw(torch.from_numpy(logits), *(torch.from_numpy(a) for a in arguments)).numpy()
+    # See test_draw.
+    assert (got != expected).sum() <= 1
+    for row in (0, 5, 63):
+        at = slice(row, row + 1)
+        assert sampling.accept_or_draw(logits[at], *(a[at] for a in arguments))[0] == got[row]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_what_has_the_law_already_is_all_accepted_and_what_is_impossible_never(top_p: float) -> None:
+    rows = 500
+    logits = np.repeat(random_logits(1, 60), rows, axis=0)
+    one, off = np.ones(rows), np.zeros(rows)
+    parameters = one.astype(np.float32), off.astype(np.int64), top_p * one, off
+    u, accept_u = (sampling.uniform(np.arange(rows).astype(np.uint64), np.full(rows, n)) for n in (1, 2))
+    [p] = plain.probabilities(torch.from_numpy(logits[:1]), *(torch.from_numpy(a[:1]) for a in parameters)).numpy()
+    candidates = np.tile(np.arange(60), (rows, 1))
+    tokens = np.random.default_rng(1).choice(60, rows, p=p / p.sum(dtype=np.float64))
+    for form in (sampling.accept_or_draw, in_torch):
+        same = form(logits, *parameters, u, accept_u, tokens, candidates, np.tile(p, (rows, 1)))
+        assert (same == tokens).mean() > 0.998
+        # A token that was sampled for sure, and has no chance in p: what is drawn is as without it.
+        impossible, sure = np.full(rows, 3), np.zeros((rows, 60), np.float32)
+        sure[:, 3] = 1
+        masked = logits.copy()
+        masked[:, 3] = -math.inf
+        drawn = form(masked, *parameters, u, accept_u, impossible, candidates, sure)
+        if top_p == 1:
+            assert (drawn == sampling.draw_tokens(masked, *parameters, u)).mean() > 0.998
+        assert not (drawn == 3).any()
+        # One that its own candidates do not name is rejected.
+        assert not (form(masked, *parameters, u, accept_u, impossible, candidates[:, 4:], sure[:, 4:]) == 3).any()
+
+
+def in_torch(*arguments: NDArray[np.generic]) -> NDArray[np.int64]:
+    return plain.accept_or_draw(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arguments)).numpy()
+
+
+def test_proposals_for_broken_logits_stay_in_the_vocabulary() -> None:
+    nan, inf = math.nan, math.inf
+    logits = np.array([[nan, nan], [-inf, -inf], [inf, 0.0], [-inf, 1.0], [nan, 1.0]], np.float32)
+    one = np.ones(5)
+    candidates, chances = np.tile([0, 1], (5, 1)), np.full((5, 2), 0.5, np.float32)
+    for top_k, top_p, min_p in [(0, 1.0, 0.0), (1, 1.0, 0.0), (2, 0.5, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.5)]:
+        parameters = one.astype(np.float32), np.full(5, top_k), one * top_p, one * min_p
+        for token in (0, 1):
+            ids = sampling.accept_or_draw(
+                logits, *parameters, 0.9 * one, 0.9 * one, np.full(5, token), candidates, chances
+            )
+            assert ((ids >= 0) & (ids < 2)).all()
+            assert ids[3] == ids[4] == 1
+
+
 @pytest.mark.parametrize("k", [0, 1, 5, 20, 1000])
 @pytest.mark.parametrize("vocab", [1000, 5001])
 def test_logprobs(vocab: int, k: int) -> None:

@@ -2,16 +2,18 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serve_app.engine.llm import LLM
 from serve_app.engine.speculation.build_drafter import build_drafter
-from serve_app.engine.speculation.draft_call import DraftCall
+from serve_app.engine.speculation.draft_call import DraftCall, SampledTokens, SamplingChain
+from serve_app.engine.speculation.draft_sampler import CANDIDATES, DraftSampler
 from serve_app.engine.speculation.drafter import Drafter
 from serve_app.kv_cache.block_pool import BlockPool
 from serve_app.options import EngineConfig, ModelSource, SamplingParams
@@ -50,8 +52,18 @@ class Made:
         self.drafter: Drafter = build_drafter(SOURCE, config, least_chance=least_chance, works_ahead=works_ahead)
         self.told: dict[int, int] = {}
 
-    def ask(self, texts: dict[int, list[int]], count: int, until_s: float | None = None) -> list[list[int] | None]:
-        calls = [DraftCall(i, self.told.get(i, 0), ids[self.told.get(i, 0) :], count) for i, ids in texts.items()]
+    def ask(
+        self,
+        texts: dict[int, list[int]],
+        count: int,
+        until_s: float | None = None,
+        chains: Sequence[SamplingChain | None] | None = None,
+    ) -> list[Any]:
+        told = self.told
+        calls = [
+            DraftCall(i, told.get(i, 0), ids[told.get(i, 0) :], count, chain)
+            for (i, ids), chain in zip(texts.items(), chains or [None] * len(texts), strict=True)
+        ]
         self.told |= {i: len(ids) for i, ids in texts.items()}
         answers = self.drafter.propose(calls, until_s)
         self.check()
@@ -125,6 +137,100 @@ def test_a_batch_whose_targets_accept_some_of_it(make: Callable[..., Made], gree
             drawn = second[0] if second and rng.random() < 0.7 else rng.randrange(259, 512)
             texts[i] = [*texts[i], *accepted, drawn]
     assert made.drafter.num_foreseen > 0
+
+
+def test_what_is_sampled_comes_from_its_own_distribution(make: Callable[..., Made], greedy: Oracle) -> None:
+    """Sampled and greedy sequences together, right and wrong tokens: candidates and chances are the model's."""
+    made, rng = make(least_chance=0.3), random.Random(6)
+    chains = [SamplingChain(0.7), None, SamplingChain(1.4, 5), SamplingChain(1.0, 0, 0.8), SamplingChain(min_p=0.1)]
+    texts = {i: prompt(i, length) for i, length in enumerate([1, 5, 16, 17, 40])}
+    with LLM(SOURCE, config=EngineConfig(max_seqs=8, block_size=16, device="cpu")) as llm:
+        for _ in range(6):
+            answers = made.ask(texts, 3, chains=chains)
+            for i, (chain, drafted) in enumerate(zip(chains, answers, strict=True)):
+                assert drafted is not None
+                if chain is None:
+                    assert drafted == greedy([texts[i]], 3)[0][: len(drafted)]
+                    texts[i] = [*texts[i], *drafted[:1], 300]
+                    continue
+                assert isinstance(drafted, SampledTokens)
+                assert len(drafted) == 3
+                logits = llm.logits([*texts[i], *drafted])[len(texts[i]) - 1 : -1].double().numpy()
+                for place in range(3):
+                    check_chances(logits[place], chain, drafted.candidates[place], drafted.chances[place])
+                    assert drafted.chances[place][drafted.candidates[place] == drafted[place]].sum() > 0
+                accepted = drafted[: rng.randint(0, 3)]
+                texts[i] = [*texts[i], *accepted, rng.randrange(259, 512)]
+            for _ in range(rng.choice([0, 1, 5])):
+                made.drafter.advance()
+
+
+def check_chances(logits: Any, chain: SamplingChain, candidates: Any, chances: Any) -> None:
+    best = np.argsort(-logits, kind="stable")[:CANDIDATES]
+    assert candidates.tolist() == best.tolist()
+    wanted = np.exp((logits[best] - logits[best[0]]) / chain.temperature)
+    if chain.top_k:
+        wanted[chain.top_k :] = 0
+    wanted /= wanted.sum()
+    if chain.top_p < 1:
+        wanted[np.cumsum(wanted) - wanted >= chain.top_p] = 0
+    wanted[wanted < chain.min_p * wanted[0]] = 0
+    assert chances == pytest.approx(wanted / wanted.sum(), abs=2e-5)
+    assert chances.sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_what_was_sampled_otherwise_is_not_proposed(make: Callable[..., Made], greedy: Oracle) -> None:
+    made = make()
+    text, hot, cold = prompt(1, 20), SamplingChain(1.5), SamplingChain(0.1)
+    [first] = made.ask({0: text}, 4, chains=[hot])
+    for _ in range(5):
+        made.drafter.advance()
+    # The same again: nothing was said against it.
+    [again] = made.ask({0: text}, 4, chains=[hot])
+    assert (list(again), again.chances.tolist()) == (list(first), first.chances.tolist())
+    [other] = made.ask({0: text}, 4, chains=[cold])
+    assert other.chances[0].max() > first.chances[0].max() + 0.1
+    assert made.ask({0: text}, 4) == greedy([text], 4)
+    # What was accepted, with the draft's own next token behind it, is drafted already, and keeps its chances.
+    [five] = made.ask({0: text}, 5, chains=[hot])
+    forwards = made.drafter.num_forwards
+    [rest] = made.ask({0: [*text, *five[:3]]}, 2, chains=[hot])
+    assert (list(rest), rest.candidates.tolist()) == (list(five[3:]), five[3:].candidates.tolist())
+    assert made.drafter.num_forwards == forwards
+    # A place that was rejected is dropped, with all behind it.
+    wrong = [*text, *five[:3], next(i for i in range(300, 500) if i != five[3])]
+    [anew] = made.ask({0: wrong}, 2, chains=[hot])
+    assert made.drafter.num_forwards > forwards
+    assert (len(anew), len(made.drafter._sequences[0].drawn_from)) == (2, 2)
+
+
+def test_tokens_are_sampled_as_often_as_their_chances_say() -> None:
+    logprobs = -np.sort(-np.random.default_rng(3).normal(0, 1.5, 12).astype(np.float32))
+    count, chain = 50_000, SamplingChain(1.3, 0, 0.95)
+    ids = np.random.default_rng(4).permutation(1000)[:12]
+    rows = np.tile(ids, (count, 1)), np.tile(logprobs, (count, 1)), [chain] * count
+    drawn, candidates, chances = DraftSampler(1).draw(*rows)
+    assert (candidates == ids).all()
+    assert (chances == chances[0]).all()
+    is_possible = chances[0] > 0
+    assert 3 < is_possible.sum() < 12
+    seen = (drawn[:, None] == ids).sum(axis=0)
+    assert not seen[~is_possible].any()
+    expected = count * chances[0][is_possible].astype(np.float64)
+    # Of at most eleven squares: once in ten thousand seeds.
+    assert ((seen[is_possible] - expected) ** 2 / expected).sum() < 37
+    # Another time other ones.
+    assert (DraftSampler().draw(*rows)[0] != drawn).any()
+
+
+def test_what_is_no_number_is_not_sampled() -> None:
+    nan = float("nan")
+    ids = np.array([[4, 7, -1], [-1, -1, -1]])
+    logprobs = np.array([[-0.5, -1.0, nan], [nan, nan, nan]], np.float32)
+    drawn, candidates, chances = DraftSampler(1).draw(ids, logprobs, [SamplingChain()] * 2)
+    assert drawn[0] in (4, 7)
+    assert (drawn[1], candidates.min()) == (0, 0)
+    assert chances.ravel().tolist() == pytest.approx([0.6225, 0.3775, 0, 1, 0, 0], abs=1e-4)
 
 
 def test_sequences_that_want_fewer_drop_out(make: Callable[..., Made], greedy: Oracle) -> None:

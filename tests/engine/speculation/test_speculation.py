@@ -1,6 +1,7 @@
 """Engines that speculate say what they say without, by whichever proposer, alone and in a crowd."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,87 @@ def test_texts_are_those_without(pair: str, count: int, use: Speculate, plain: d
         assert sum(counts.drafted.values()) > 0
     assert sum(counts.accepted_by_position) == sum(counts.accepted.values())
     assert counts.tokens == counts.steps + sum(counts.accepted.values())
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_texts_of_requests_with_seeds_where_drafts_are_sampled(pair: str, plain: dict[Any, list[Generation]]) -> None:
+    """Beside as many without, whose drafts are sampled: the same."""
+    options = SpeculationOptions("draft", 4, is_fixed=True, draft_sampling="sampled")
+    with LLM(str(PAIRS[pair][0]), config=CONFIG) as llm:
+        proposer = proposer_of(pair, "draft")
+        llm.engine.speculate(options, proposer)
+        sampled = SamplingParams(temperature=1.0, max_tokens=60)
+        prompts = [f"{BEGINNINGS[i % 5]} number {i}" for i in range(32)]
+        sampling = [SamplingParams().with_overrides({"max_tokens": 60, **MANNERS[i % len(MANNERS)]}) for i in range(32)]
+        said = llm.generate(prompts * 2, sampling + [sampled] * 32)
+        assert proposer is not None
+        proposer.close()
+    check(plain[pair, 32], said[:32])
+
+
+UNSEEDED: list[dict[str, Any]] = [
+    {"temperature": 1.0, "logprobs": 2},
+    {"temperature": 0.9, "n": 2, "logprobs": 0},
+    {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "frequency_penalty": 0.4, "logprobs": 1},
+    {"temperature": 0.8, "stop": ("big", "happy", "the")},
+    {"temperature": 0.7, "min_p": 0.05, "dry": DryParams(multiplier=0.8), "ignore_eos": True},
+    {"temperature": 1.0, "speculation": RequestSpeculation(max_tokens=1), "ignore_eos": True},
+    {"temperature": 1.0, "max_tokens": 2, "ignore_eos": True},
+]
+
+
+@pytest.mark.parametrize("pool_tokens", [None, 400])
+def test_requests_whose_drafts_are_sampled(pool_tokens: int | None) -> None:
+    """Logprobs are of the tokens that came, texts end where they should, and every token is counted. With few blocks
+    requests are preempted again and again."""
+    options = SpeculationOptions("draft", 4, is_fixed=True, draft_sampling="sampled")
+    with LLM(str(PAIRS["stories260K"][0]), config=replace(CONFIG, pool_tokens=pool_tokens)) as llm:
+        proposer = proposer_of("stories260K", "draft")
+        assert proposer is not None
+        llm.engine.speculate(options, proposer)
+        prompts = [f"{BEGINNINGS[i % 5]} number {i}" for i in range(21)]
+        sampling = [SamplingParams().with_overrides({"max_tokens": 50, **UNSEEDED[i % 7]}) for i in range(21)]
+        said = llm.generate(prompts, sampling)
+        counts = llm.engine.stats().speculation
+        proposer.close()
+        for generation, params in zip(said, sampling, strict=True):
+            assert len(generation.choices) == params.n
+            if params.n == 2:
+                assert generation.choices[0].token_ids != generation.choices[1].token_ids
+            for choice in generation.choices:
+                finish = choice.finish
+                assert finish is not None
+                assert finish.usage.completion_tokens == len(choice.token_ids) <= params.max_tokens
+                assert (finish.reason == "length") == (len(choice.token_ids) == params.max_tokens)
+                assert not any(word in choice.text for word in params.stop)
+                if params.logprobs is None:
+                    continue
+                assert choice.logprobs is not None
+                raw = llm.logits([*generation.prompt_ids, *choice.token_ids])[len(generation.prompt_ids) - 1 : -1]
+                wanted = raw.log_softmax(-1)[range(len(choice.token_ids)), choice.token_ids].tolist()
+                assert [p.logprob for p in choice.logprobs] == pytest.approx(wanted, abs=1e-4)
+    assert counts is not None
+    assert 100 < counts.accepted["draft"] < counts.drafted["draft"]
+    assert sum(counts.accepted_by_position) == counts.accepted["draft"]
+    assert counts.tokens == counts.steps + counts.accepted["draft"]
+
+
+def test_more_is_accepted_of_sampled_drafts() -> None:
+    """Of the same number of tokens, at temperature 1."""
+    rates = {}
+    for draft_sampling in ("greedy", "sampled"):
+        with LLM(str(PAIRS["stories260K"][0]), config=replace(CONFIG, seed=1)) as llm:
+            draft = build_drafter(ModelSource(model=str(PAIRS["stories260K"][1])), CONFIG, least_chance=0.0, seed=1)
+            proposer = LocalProposer(draft)
+            options = SpeculationOptions("draft", 4, is_fixed=True, draft_sampling=draft_sampling)
+            llm.engine.speculate(options, proposer)
+            sampling = SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True)
+            llm.generate([f"{BEGINNINGS[i % 5]} number {i}" for i in range(32)], sampling)
+            counts = llm.engine.stats().speculation
+            proposer.close()
+        assert counts is not None
+        rates[draft_sampling] = counts.accepted["draft"] / counts.drafted["draft"]
+    assert rates["sampled"] > rates["greedy"] + 0.05
 
 
 def test_texts_where_blocks_run_out(plain: dict[Any, list[Generation]]) -> None:
