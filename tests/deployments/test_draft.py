@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,28 @@ PLAN = DraftPlan(
 OTHER = str(DATA / "tokenizers" / "llama2")
 
 
+@pytest.fixture
+def swapped(tmp_path: Path) -> str:
+    """The draft's tokenizer with two ids swapped: another vocabulary, of which every id is one of the model's."""
+    source = MODELS / "stories40K-draft" / "hf"
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (next(text for text, i in vocabulary.items() if i == number) for number in (300, 301))
+    vocabulary[first], vocabulary[second] = 301, 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(source / "tokenizer_config.json", tmp_path)
+    return str(tmp_path)
+
+
 @pytest.mark.parametrize("maps_text", [False, True])
-async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_it(maps_text: bool) -> None:
+async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_it(
+    maps_text: bool, swapped: str
+) -> None:
     golden = json.loads((MODELS / "stories40K-draft" / "golden.json").read_text())["cases"][0]
     expected = [1, *golden["draft_greedy_ids"]]
     plan = PLAN
     if maps_text:
-        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=OTHER), maps_text=True)
+        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=swapped), maps_text=True)
     built = build_model(plan)
     server = DraftServer(built.model, built.vocabulary, "node", maps_text=maps_text)
     tokens = vocabulary_of(open_tokenizer(MODELS / "stories260K" / "hf"))
@@ -47,6 +63,7 @@ async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_i
     async with asyncio.timeout(10):
         while not proposer.has_channel:
             await asyncio.sleep(0.005)
+    num_drafted = 0
     for known in range(1, 40, 5):
         text = expected[:known]
         [drafted] = await asyncio.to_thread(proposer.propose, [DraftWish(0, text, 1, 4)])
@@ -54,6 +71,8 @@ async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_i
             # Up to where the draft is in doubt.
             assert drafted == expected[known : known + len(drafted)]
         assert all(0 <= token_id < len(tokens) for token_id in drafted)
+        num_drafted += len(drafted)
+    assert num_drafted > 8
     assert proposer.counts.num_timeouts == 0
     await asyncio.to_thread(proposer.forget, 0)
     proposer.close()
@@ -61,12 +80,12 @@ async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_i
 
 
 @pytest.mark.parametrize("maps_text", [False, True])
-async def test_sampled_tokens_come_with_their_chances_but_through_text(maps_text: bool) -> None:
+async def test_sampled_tokens_come_with_their_chances_but_through_text(maps_text: bool, swapped: str) -> None:
     plan = PLAN
     if maps_text:
-        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=OTHER), maps_text=True)
-    model, vocabulary = build_model(plan)
-    server = DraftServer(model, vocabulary, "node", maps_text=maps_text)
+        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=swapped), maps_text=True)
+    built = build_model(plan)
+    server = DraftServer(built.model, built.vocabulary, "node", maps_text=maps_text)
     tokens = vocabulary_of(open_tokenizer(MODELS / "stories260K" / "hf"))
     proposer = RemoteProposer(server, "target", "node", tokens, 1.0)
     async with asyncio.timeout(10):
