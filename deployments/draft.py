@@ -80,7 +80,7 @@ def build_model(plan: DraftPlan) -> tuple[DraftModel, list[bytes]]:
     # Imported here: the driver and the targets read this module too, which need nothing of it.
     from serve_app.engine.speculation.build_drafter import build_drafter
 
-    drafter: DraftModel = build_drafter(files, plan.engine, works_ahead=plan.works_ahead)
+    drafter: DraftModel = build_drafter(files, plan.engine, works_ahead=plan.works_ahead, num_ids=len(mine))
     return TextMappedDraft(drafter, tokenizer, target) if mine != theirs else drafter, mine
 
 

@@ -27,10 +27,11 @@ def build_drafter(
     least_chance: float = LEAST_CHANCE,
     works_ahead: bool = True,
     seed: int | None = None,
+    num_ids: int | None = None,
 ) -> Drafter:
     """Loads a draft model and its cache. config: of the drafter, sizes and device as an engine's.
 
-    seed: see Drafter. In a process that also runs a target, config.num_threads has to be the target's. Raises
+    seed, num_ids: see Drafter. In a process that also runs a target, config.num_threads has to be the target's. Raises
     ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
@@ -49,4 +50,7 @@ def build_drafter(
         raise LaunchError(f"the draft's KV pool has {kv.num_blocks} blocks of {kv.block_size} tokens, too few")
     log.info("draft model %s: %d KV blocks of %d tokens", files.model_name, kv.num_blocks, kv.block_size)
     pool = ledger(config, kv.num_blocks, loaded.fingerprint)
-    return Drafter(loaded.model, kv, pool, plan, config, least_chance=least_chance, works_ahead=works_ahead, seed=seed)
+    return Drafter(
+        loaded.model, kv, pool, plan, config,
+        least_chance=least_chance, works_ahead=works_ahead, seed=seed, num_ids=num_ids,
+    )  # fmt: skip
