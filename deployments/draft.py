@@ -122,7 +122,7 @@ def build_model(plan: DraftPlan) -> BuiltDraft:
     # Imported here: the driver and the targets read this module too, which need nothing of it.
     from serve_app.engine.speculation.build_drafter import build_drafter
 
-    drafter = build_drafter(files, plan.engine, works_ahead=plan.works_ahead)
+    drafter = build_drafter(files, plan.engine, works_ahead=plan.works_ahead, num_ids=len(mine))
     model = TextMappedDraft(drafter, tokenizer, target) if mine != theirs else drafter
     return BuiltDraft(model, mine, drafter.make_switch, drafter.stats)
 

@@ -29,10 +29,11 @@ def build_drafter(
     least_chance: float = LEAST_CHANCE,
     works_ahead: bool = True,
     seed: int | None = None,
+    num_ids: int | None = None,
 ) -> Drafter:
     """Loads a draft model and its cache. config: of the drafter, sizes and device as an engine's.
 
-    seed: see Drafter. In a process that also runs a target, config.num_threads has to be the target's. Raises
+    seed, num_ids: see Drafter. In a process that also runs a target, config.num_threads has to be the target's. Raises
     ModelFileError for an unusable model, LaunchError for contradictory or impossible options.
     """
     files = resolve(source) if isinstance(source, ModelSource) else source
@@ -57,8 +58,9 @@ def build_drafter(
     log.info("draft model %s: %d KV blocks of %d tokens", files.model_name, kv.num_blocks, kv.block_size)
     pool = ledger(config, kv.num_blocks, loaded.fingerprint)
     drafter = Drafter(
-        loaded.model, kv, pool, plan, config, least_chance=least_chance, works_ahead=works_ahead, seed=seed
-    )
+        loaded.model, kv, pool, plan, config,
+        least_chance=least_chance, works_ahead=works_ahead, seed=seed, num_ids=num_ids,
+    )  # fmt: skip
     # Not `loaded`: that would keep its weights for ever.
     args, fingerprint = loaded.args, loaded.fingerprint
     drafter.make_switch = lambda border: ModelSwitch(

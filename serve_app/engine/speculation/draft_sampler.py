@@ -14,15 +14,21 @@ CANDIDATES = 32
 class DraftSampler:
     """Random numbers of its own: they must not hang together with those by which the target accepts."""
 
-    def __init__(self, seed: int | None = None) -> None:
-        """seed None: a new one."""
+    def __init__(self, seed: int | None = None, num_ids: int | None = None) -> None:
+        """seed None: a new one. num_ids: those beyond are no candidates."""
         self._random = np.random.Generator(np.random.Philox(seed))
+        self._num_ids = num_ids
 
     def draw(
         self, top_ids: NDArray[np.int64], logprobs: NDArray[np.float32], chains: Sequence[SamplingChain]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
         """One token of each row: top_ids and logprobs [S, K], the likeliest first, at temperature 1 and with any scale
         → token ids [S], candidates and their chances [S, K], see SampledTokens. What is no number is no candidate."""
+        if self._num_ids is not None and (is_beyond := top_ids >= self._num_ids).any():
+            # To the end of the row.
+            order = is_beyond.argsort(axis=1, kind="stable")
+            top_ids = np.take_along_axis(np.where(is_beyond, 0, top_ids), order, 1)
+            logprobs = np.take_along_axis(np.where(is_beyond, np.float32("-inf"), logprobs), order, 1)
         chances = chances_of(logprobs, chains)
         cumulated = chances.cumsum(axis=1, dtype=np.float64)
         target = self._random.random(len(chances)) * cumulated[:, -1]

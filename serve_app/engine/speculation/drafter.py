@@ -59,11 +59,12 @@ class Drafter:
         least_chance: float = LEAST_CHANCE,
         works_ahead: bool = True,
         seed: int | None = None,
+        num_ids: int | None = None,
     ) -> None:
         """Owns all it is given. plan: of one group of layers without a window; config.device: a device of torch's.
         least_chance: see LEAST_CHANCE. works_ahead: advance() does more than prompts; not where the target needs the
-        same cores. seed: of what is sampled, None: a new one. Raises LaunchError for an attention backend that cannot
-        run here."""
+        same cores. seed: of what is sampled, None: a new one; num_ids: nothing is sampled beyond, where a model has
+        more rows than its tokenizer has tokens. Raises LaunchError for an attention backend that cannot run here."""
         assert [group.window for group in plan.groups] == [0]
         # A native program has the addresses of the weights only.
         self._model: CausalLM | None = model
@@ -87,7 +88,7 @@ class Drafter:
         self._chunk_tokens = min(config.prefill_chunk_tokens, config.max_batched_tokens)
         self._batch_tokens = config.max_batched_tokens
         self._idle_tokens = min(64, self._chunk_tokens)
-        self._sampler = DraftSampler(seed)
+        self._sampler = DraftSampler(seed, num_ids)
         self._outcomes = Outcomes(pool, kv)
         self._least_chance = least_chance
         self._works_ahead = works_ahead

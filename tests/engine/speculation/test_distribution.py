@@ -33,7 +33,7 @@ MANNERS: dict[str, dict[str, Any]] = {
 }
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 20))]
 Mode = Literal["one-hot", "sampled", "mixed"]
-MODES: tuple[Mode, ...] = ("one-hot", "sampled", "mixed")
+MODES: tuple[Mode, ...] = ("one-hot", "sampled")
 Table = NDArray[np.float32]
 
 
@@ -157,12 +157,12 @@ def test_three_tokens_have_the_targets_law(manner: str, mode: Mode, seed: int) -
     assert p_value(drawn, law(logits, params)) > 1e-3 / (20 * len(MANNERS) * len(MODES))
 
 
-@pytest.mark.parametrize("form", ["torch", "at once"])
+@pytest.mark.parametrize("form", ["host", "torch", "at once"])
 @pytest.mark.parametrize("manner", MANNERS)
-def test_sampled_drafts_on_a_device(manner: str, form: str) -> None:
+def test_both_modes_in_one_batch(manner: str, form: str) -> None:
     logits, params = table(), SamplingParams(**MANNERS[manner])
     drawn, _ = draw(logits, params, 1, 20_000, "mixed", form)
-    assert p_value(drawn, law(logits, params)) > 1e-3 / (2 * len(MANNERS))
+    assert p_value(drawn, law(logits, params)) > 1e-3 / (3 * len(MANNERS))
 
 
 @pytest.mark.parametrize("manner", MANNERS)

@@ -233,6 +233,17 @@ def test_what_is_no_number_is_not_sampled() -> None:
     assert chances.ravel().tolist() == pytest.approx([0.6225, 0.3775, 0, 1, 0, 0], abs=1e-4)
 
 
+def test_what_has_no_token_is_not_sampled() -> None:
+    """A model may have more rows than there are tokens."""
+    ids = np.array([[9, 2, 8, 1], [2, 1, 0, 3], [9, 8, 7, 6]])
+    logprobs = np.array([[-0.1, -1.0, -1.5, -2.0]] * 3, np.float32)
+    chains = [SamplingChain(1.0, 1), SamplingChain(1.0, 1), SamplingChain()]
+    drawn, candidates, chances = DraftSampler(1, 5).draw(ids, logprobs, chains)
+    assert drawn.tolist() == [2, 2, 0]
+    assert candidates.tolist() == [[2, 1, 0, 0], [2, 1, 0, 3], [0] * 4]
+    assert chances.tolist() == [[1, 0, 0, 0]] * 3
+
+
 def test_sequences_that_want_fewer_drop_out(make: Callable[..., Made], greedy: Oracle) -> None:
     made = make()
     prompts = [prompt(1, 9), prompt(2, 30), prompt(3, 3)]
