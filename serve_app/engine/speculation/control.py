@@ -5,6 +5,7 @@ Source: Liu et al., TurboSpec (2024), whose goodput is maximised here for each s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from serve_app.engine.speculation.acceptance import Acceptance, Trials
 from serve_app.engine.speculation.allocation import Allocation, Offer, add_best, add_best_depth
@@ -111,9 +112,9 @@ class SpeculationControl:
         """The draft was not told a sequence of so many tokens: it has to compute them when it is tried."""
         self._state(sequence).num_untold = num_tokens
 
-    def choose(self, wanted: Sequence[tuple[int, int]], num_other_tokens: int) -> list[Choice]:
+    def choose(self, wanted: Sequence[tuple[int, int]], num_other_tokens: int, num_prompts: int = 0) -> list[Choice]:
         """For each (sequence, most tokens that it may get, 0: none) of a step that decodes them, and computes
-        num_other_tokens of prompts beside. Each call is a step."""
+        num_other_tokens of num_prompts prompts beside. Each call is a step."""
         self._step += 1
         if not self._present or not wanted:
             picked = [_PLAIN] * len(wanted)
@@ -122,7 +123,7 @@ class SpeculationControl:
         else:
             plan = self._plan
             if plan is None or self._step >= plan.ends or plan.wanted != wanted or plan.num_others != num_other_tokens:
-                plan = self._plan = self._planned(wanted, num_other_tokens)
+                plan = self._plan = self._planned(wanted, num_other_tokens, num_prompts)
             picked = list(plan.picked)
             if plan.uses_draft:
                 self._draft_paid = self._step
@@ -184,16 +185,19 @@ class SpeculationControl:
             picked.append(Choice(name, num_tokens) if num_tokens else _PLAIN)
         return picked
 
-    def _planned(self, wanted: Sequence[tuple[int, int]], num_others: int) -> "_Plan":
+    def _planned(self, wanted: Sequence[tuple[int, int]], num_others: int, num_prompts: int) -> "_Plan":
         for proposer in self._proposers.values():
             proposer.update()
         states = [self._state(sequence) for sequence, _ in wanted]
         limits = [min(most, self._max_tokens) for _, most in wanted]
         num_tokens = len(states) + num_others
-        longest = num_tokens + sum(limits) + len(states) + 1
+        longest = num_tokens + sum(limits) + len(states) + num_prompts + 1
         # Before any step was noted there is nothing to weigh: all take the same.
         times = self._steps.table(longest) if self._steps.is_known else [1.0] * (longest + 1)
-        plain = Allocation(len(states), num_tokens, times[num_tokens])
+        # The time of prompts is not lost: it is worth what all would decode in it.
+        num_running = len(states) + num_prompts
+        worth = (times[num_tokens] - times[len(states)]) * num_running / times[num_running]
+        plain = Allocation(len(states) + worth, num_tokens, times[num_tokens])
         names, best = self._best(states, limits, plain, times)
         picked = [
             Choice(name, count) if count else _PLAIN for name, count in zip(names, best.count(len(states)), strict=True)
@@ -267,7 +271,7 @@ class SpeculationControl:
         """Replaces choices by tries of one token, of proposers that are due, as far as what was saved up allows."""
         times, states = plan.times, plan.states
         used = {choice.proposer for choice in picked}
-        num_tokens = int(plan.best.num_tokens) + 1
+        num_tokens = ceil(plan.best.num_tokens)
         self._dearest_probe = 0.0
         first = self._next_probed % len(states)
         self._next_probed = first + _LOOKED_AT

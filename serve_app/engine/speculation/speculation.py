@@ -90,7 +90,7 @@ class Speculation:
 
     def choose(self, running: Sequence[Request]) -> bool:
         """Decides for the coming step of these requests; whether anything is to be proposed."""
-        decodes, wanted, num_others = [], [], 0
+        decodes, wanted, num_others, num_prompts = [], [], 0, 0
         for request in running:
             if request.is_paused:
                 continue
@@ -99,11 +99,12 @@ class Speculation:
                 wanted.append((request.sequence, self._room(request)))
             else:
                 num_others += request.num_pending
+                num_prompts += 1
         if not decodes:
             return False
         control = self._control
         control.set_present([name for name, proposer in self._proposers.items() if proposer.is_open])
-        self._chosen = list(zip(decodes, control.choose(wanted, num_others), strict=True))
+        self._chosen = list(zip(decodes, control.choose(wanted, num_others, num_prompts), strict=True))
         if control.may_propose:
             for (_, choice), (_, room) in zip(self._chosen, wanted, strict=True):
                 self._counts.gamma[choice.num_tokens] += room > 0

@@ -248,3 +248,15 @@ def test_a_fixed_number_always_wants_prompts() -> None:
     for _ in range(600):
         control.choose([(0, 4)], 0)
     assert control.wants_prompts("draft")
+
+
+@pytest.mark.parametrize(("per_token_ms", "is_worth_it"), [(5.0, False), (0.05, True)])
+def test_prompts_beside_do_not_make_drafts_look_cheap(per_token_ms: float, is_worth_it: bool) -> None:
+    """Four that decode while 28 prompts are computed: the step is long anyway, but what drafts add delays them all."""
+    control = SpeculationControl(SpeculationOptions(use="draft", max_tokens=4), ["draft"])
+    simulation = Simulation(4, lambda *_: 0.85, lambda n: 0.02 + per_token_ms / 1e3 * n, {"draft": (0.0, 0.001)})
+    control.warm_up(lambda _, num_tokens: simulation.step_seconds(num_tokens), 32)
+    simulation.run(control, 40)
+    chosen = [control.choose([(i, 4) for i in range(4)], 300, 28) for _ in range(20)]
+    mean = sum(choice.num_tokens for choices in chosen for choice in choices) / 80
+    assert (mean > 1) == is_worth_it
