@@ -30,8 +30,10 @@ _FEW_OUTCOMES = 8
 _FEW_TOKENS = 2
 _FEW_SEQUENCES = 4
 _DRAFT = "draft"
-# A draft that was not chosen for so many steps is not told prompts any more: computing them takes time, too.
-_STEPS_WITHOUT_PROMPTS = 256
+# A draft is told prompts while it is chosen for so great a share of the last sequences' steps: computing prompts takes
+# time, too.
+_LEAST_DRAFT_SHARE = 0.1
+_SHARE_MEMORY = 512
 # Tokens of a prompt for which it takes as long as for a drafted one, at least.
 _PROMPT_TOKENS_A_DRAFTED = 4
 
@@ -69,8 +71,7 @@ class SpeculationControl:
         self._budget = 0.0
         self._dearest_probe = 0.0
         self._next_probed = 0
-        # The step in which a draft was last chosen because it pays, and when that was not known yet.
-        self._draft_paid = 0
+        self._draft_share = 1.0
         self._plan: _Plan | None = None
         # Choices that were but tries.
         self.num_probes = 0
@@ -106,7 +107,7 @@ class SpeculationControl:
         if proposer != _DRAFT or self._is_fixed or proposer not in self._proposers:
             return True
         is_new = self._proposers[proposer].overall.num_noted < _FEW_OUTCOMES
-        return is_new or self._step - self._draft_paid <= _STEPS_WITHOUT_PROMPTS
+        return is_new or self._draft_share >= _LEAST_DRAFT_SHARE
 
     def note_untold(self, sequence: int, num_tokens: int) -> None:
         """The draft was not told a sequence of so many tokens: it has to compute them when it is tried."""
@@ -125,8 +126,8 @@ class SpeculationControl:
             if plan is None or self._step >= plan.ends or plan.wanted != wanted or plan.num_others != num_other_tokens:
                 plan = self._plan = self._planned(wanted, num_other_tokens, num_prompts)
             picked = list(plan.picked)
-            if plan.uses_draft:
-                self._draft_paid = self._step
+            share = plan.num_drafted / len(wanted)
+            self._draft_share += (share - self._draft_share) * len(wanted) / (len(wanted) + _SHARE_MEMORY)
             self._probe(plan, picked)
             for state, choice in zip(plan.states, picked, strict=True):
                 state.num_asked = choice.num_tokens
@@ -203,8 +204,8 @@ class SpeculationControl:
             Choice(name, count) if count else _PLAIN for name, count in zip(names, best.count(len(states)), strict=True)
         ]
         ends = self._step + (_STEPS_A_CHOICE if self._step > _NEW_STEPS else 1)
-        uses_draft = any(choice.proposer == _DRAFT for choice in picked)
-        return _Plan(list(wanted), num_others, states, limits, times, best, picked, ends, uses_draft)
+        num_drafted = sum(choice.proposer == _DRAFT for choice in picked)
+        return _Plan(list(wanted), num_others, states, limits, times, best, picked, ends, num_drafted)
 
     def _best(
         self, states: Sequence["_Sequence"], limits: Sequence[int], plain: Allocation, times: Sequence[float]
@@ -286,7 +287,10 @@ class SpeculationControl:
                     continue
                 if name not in self._present:
                     continue
-                seconds = times[num_tokens + 1] - times[num_tokens] + begin.get(name, 0.0)
+                # Or a share of the next tokens': what is flat there may be so for want of a measurement.
+                ahead = min(num_tokens + 4, len(times) - 1)
+                seconds = max(times[num_tokens + 1] - times[num_tokens], (times[ahead] - times[num_tokens]) / 4)
+                seconds += begin.get(name, 0.0)
                 if name == _DRAFT:
                     seconds += told_token * states[i].num_untold
                 if choice.proposer is not None:
@@ -358,7 +362,8 @@ class _Sequence:
 
 @dataclass(slots=True)
 class _Plan:
-    """A choice without tries, and what it was made for. It is made anew at the step `ends`."""
+    """A choice without tries, and what it was made for. It is made anew at the step `ends`. num_drafted: sequences for
+    which the draft is asked."""
 
     wanted: list[tuple[int, int]]
     num_others: int
@@ -368,4 +373,4 @@ class _Plan:
     best: Allocation
     picked: list[Choice]
     ends: int
-    uses_draft: bool
+    num_drafted: int
