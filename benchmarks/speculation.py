@@ -1,6 +1,6 @@
 """What speculative decoding pays: tokens/s with it over tokens/s without, through the actors of one server.
 
-    python -m benchmarks.speculation [--parts payoff,stranger,batch,sweep] [--isq TYPE] [--folder FOLDER]
+    python -m benchmarks.speculation [--parts payoff,stranger,batch,sweep,messaging] [--isq TYPE] [--folder FOLDER]
         [--tokens 64] [--pairs 15] [--rounds 3] [--json FILE]
 
 The target has TinyLlama-1.1B's sizes and random weights in bfloat16; the draft is its first two layers with its head,
@@ -13,7 +13,8 @@ of the target alone.
 
 payoff: one stream, the number of drafted tokens as the server chooses it. stranger: the same with a draft that knows
 nothing of the target. batch: 32 streams. sweep: one stream, by number of drafted tokens and by acceptance, over
-several targets.
+several targets. messaging: what the way to the draft and back costs a step, of a pair so small that its models leave
+caches and cores alone (stories3M and stories260K); the other parts tell it of their pair, too.
 """
 
 import argparse
@@ -47,6 +48,7 @@ SWEEP_CHANGES = (0.5, 0.3, CHANGE, 0.05)
 SWEEP_GAMMAS = (1, 2, 3, 4, 5, 6, 8)
 PROMPT_TOKENS = 32
 BATCH = 32
+SMALL = Path(__file__).parents[1] / "tests" / "data" / "models"
 MOST = 8
 
 
@@ -180,6 +182,17 @@ class _Bench:
                 shutil.rmtree(target)
         return found
 
+    def messaging(self) -> dict[str, Any]:
+        found = {}
+        for streams in (1, BATCH):
+            with _Serving(self._args, SMALL / "stories3M" / "hf", SMALL / "stories260K" / "hf") as server:
+                for _ in range(self._args.rounds):
+                    contents = [body(400, f"Once upon a time, {i}") for i in range(streams)]
+                    server.measure(self._pool, contents)
+                found[streams] = messaging_shares(server)
+            print(f"messaging, {streams} streams: share within 60 us, 100 us and 1 ms: {found[streams]}", flush=True)
+        return found
+
     def _compare(self, server: Server, streams: int, name: str) -> dict[str, Any]:
         """Pairs with and without speculation; the first one is not counted."""
         with_it, without = [], []
@@ -306,7 +319,7 @@ def _step_seconds(model: Path, isq: str | None, threads: int, most: int) -> list
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["payoff", "stranger", "batch", "sweep"]
+    parts = ["payoff", "stranger", "batch", "sweep", "messaging"]
     parser.add_argument("--parts", type=lambda text: text.split(","), default=parts)
     parser.add_argument("--isq", help="type of both models' weights; left out: bfloat16")
     parser.add_argument("--folder", type=Path, help="keeps the models here")
