@@ -70,6 +70,10 @@ class SpeculationControl:
         self._step = 0
         self._budget = 0.0
         self._dearest_probe = 0.0
+        # Of a step with tries: what it would take without, what these were thought to take, and how long they waited.
+        self._without_probes: float | None = None
+        self._probes_charged = 0.0
+        self._probes_waited = 0.0
         self._next_probed = 0
         self._draft_share = 1.0
         self._plan: _Plan | None = None
@@ -139,11 +143,18 @@ class SpeculationControl:
         """A step of the target that decoded num_sequences computed num_tokens in all, drafted ones and prompts' too."""
         if self._steps.note(num_tokens, seconds):
             self._plan = None
+        if self._without_probes is not None:
+            # What tries really took, where that is more than was thought.
+            taken = seconds - self._without_probes + self._probes_waited
+            self._budget -= max(0.0, taken - self._probes_charged)
+            self._without_probes = None
         most = max(_PROBING_SHARE * _SAVED_STEPS * seconds, 1.5 * self._dearest_probe)
         self._budget = min(self._budget + _PROBING_SHARE * seconds, most)
 
     def note_proposal(self, proposer: str, num_sequences: int, depth: int, seconds: float) -> None:
         """The step waited so long for proposals of at most depth tokens for each of num_sequences."""
+        if self._without_probes is not None:
+            self._probes_waited += seconds
         if proposer in self._proposers and self._proposers[proposer].times.note(num_sequences, depth, seconds):
             self._plan = None
 
@@ -273,7 +284,7 @@ class SpeculationControl:
         times, states = plan.times, plan.states
         used = {choice.proposer for choice in picked}
         num_tokens = ceil(plan.best.num_tokens)
-        self._dearest_probe = 0.0
+        self._dearest_probe = charged = 0.0
         first = self._next_probed % len(states)
         self._next_probed = first + _LOOKED_AT
         single = {name: sum(proposer.times.line(1)) for name, proposer in self._proposers.items()}
@@ -300,6 +311,7 @@ class SpeculationControl:
                 if seconds > self._budget:
                     continue
                 self._budget -= seconds
+                charged += seconds
                 self.num_probes += 1
                 begin.pop(name, None)
                 num_tokens += choice.proposer is None
@@ -307,6 +319,9 @@ class SpeculationControl:
                 track.is_probe = True
                 track.next_probe = self._step + track.steps_between
                 break
+        if charged:
+            self._without_probes = plan.best.seconds
+            self._probes_charged, self._probes_waited = charged, 0.0
 
 
 class _Proposer:
