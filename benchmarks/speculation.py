@@ -113,6 +113,7 @@ def main() -> None:
             report[part] = getattr(bench, part)()
             if args.json is not None:
                 args.json.write_text(json.dumps(report, indent=1))
+        bench.close()
 
 
 class _Bench:
@@ -124,6 +125,9 @@ class _Bench:
         self._pool = ProcessPoolExecutor(1)
         self._pool.submit(os.getpid).result()
         self._num_prompts = 0
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
     def payoff(self) -> dict[str, Any]:
         pair = DraftPair(SHAPE, DRAFT_LAYERS, CHANGE)
@@ -153,8 +157,8 @@ class _Bench:
         with _Serving(self._args, self._target(pair), self._draft(pair)) as server:
             return self._compare(server, BATCH, "batch")
 
-    def sweep(self) -> list[dict[str, Any]]:
-        found = []
+    def sweep(self) -> dict[str, Any]:
+        found, all_costs = [], []
         for change in SWEEP_CHANGES:
             pair = DraftPair(SHAPE, DRAFT_LAYERS, change)
             target, draft = self._target(pair), self._draft(pair)
@@ -173,14 +177,22 @@ class _Bench:
             acceptance = median(acceptances)
             plain = rates.pop(0)
             measured = {gamma: paired_ratio(its_rates, plain).median for gamma, its_rates in rates.items()}
-            formula = {gamma: costs.speedup(acceptance, gamma) for gamma in SWEEP_GAMMAS}
-            print(f"change {change}: acceptance {acceptance:.3f}", flush=True)
-            for gamma in SWEEP_GAMMAS:
-                print(f"  {gamma} drafted: {measured[gamma]:.2f}, formula {formula[gamma]:.2f}", flush=True)
-            found.append({"acceptance": acceptance, "measured": measured, "formula": formula, "costs": asdict(costs)})
+            found.append({"acceptance": acceptance, "measured": measured})
+            all_costs.append(costs)
             if change != CHANGE:
                 shutil.rmtree(target)
-        return found
+        # All targets are of one size: what they cost differs by the machine's moods alone.
+        costs = StepCosts(
+            [median(seconds) for seconds in zip(*(costs.verify for costs in all_costs), strict=True)],
+            median(costs.draft for costs in all_costs),
+        )
+        print(f"{costs}\nspeed-up, in brackets the formula's, by number of drafted tokens:", flush=True)
+        for row in found:
+            ratios = (
+                f"{g}: {ratio:.2f} ({costs.speedup(row['acceptance'], g):.2f})" for g, ratio in row["measured"].items()
+            )
+            print(f"acceptance {row['acceptance']:.3f}: {', '.join(ratios)}", flush=True)
+        return {"costs": asdict(costs), "targets": found}
 
     def messaging(self) -> dict[str, Any]:
         found = {}

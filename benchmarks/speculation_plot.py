@@ -17,28 +17,22 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _GAMMAS = (1, 2, 4, 8)
 
 
-def draw(sweep: list[dict[str, Any]], path: Path) -> None:
+def draw(sweep: dict[str, Any], path: Path) -> None:
     """sweep: as the report has it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    rows = sorted(sweep, key=lambda row: -row["acceptance"])
+    costs = StepCosts(**sweep["costs"])
+    rows = sorted(sweep["targets"], key=lambda row: -row["acceptance"])
     for row, colour in zip(rows, _COLOURS, strict=True):
-        costs, acceptance = StepCosts(**row["costs"]), row["acceptance"]
-        numbers = range(len(costs.verify))
+        acceptance, numbers = row["acceptance"], range(len(costs.verify))
         left.plot(numbers, [costs.speedup(acceptance, gamma) for gamma in numbers], color=colour, linewidth=1.2)
         measured = {int(gamma): ratio for gamma, ratio in row["measured"].items()}
         left.plot(list(measured), list(measured.values()), "o", color=colour, label=f"acceptance {acceptance:.2f}")
-    # Costs differ a little from server to server: the line is of the mean ones.
-    all_costs = [StepCosts(**row["costs"]) for row in rows]
-    mean = StepCosts(
-        [sum(times) / len(rows) for times in zip(*(costs.verify for costs in all_costs), strict=True)],
-        sum(costs.draft for costs in all_costs) / len(rows),
-    )
     places = [i / 100 for i in range(101)]
     for gamma, colour in zip(_GAMMAS, _COLOURS, strict=True):
-        right.plot(places, [mean.speedup(place, gamma) for place in places], color=colour, linewidth=1.2)
+        right.plot(places, [costs.speedup(place, gamma) for place in places], color=colour, linewidth=1.2)
         points = [(row["acceptance"], row["measured"][str(gamma)]) for row in rows]
         label = f"{gamma} token{'s' if gamma > 1 else ''} drafted"
         right.plot(*zip(*points, strict=True), "o", color=colour, label=label)
