@@ -35,7 +35,7 @@ _DRAFT = "draft"
 _LEAST_DRAFT_SHARE = 0.1
 _SHARE_MEMORY = 512
 # Tokens of a prompt for which it takes as long as for a drafted one, at least.
-_PROMPT_TOKENS_A_DRAFTED = 4
+_PROMPT_TOKENS_A_DRAFTED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,7 @@ class SpeculationControl:
             picked = list(plan.picked)
             share = plan.num_drafted / len(wanted)
             self._draft_share += (share - self._draft_share) * len(wanted) / (len(wanted) + _SHARE_MEMORY)
+            self._wait_for_worth(plan, picked)
             self._probe(plan, picked)
             for state, choice in zip(plan.states, picked, strict=True):
                 state.num_asked = choice.num_tokens
@@ -216,7 +217,8 @@ class SpeculationControl:
         ]
         ends = self._step + (_STEPS_A_CHOICE if self._step > _NEW_STEPS else 1)
         num_drafted = sum(choice.proposer == _DRAFT for choice in picked)
-        return _Plan(list(wanted), num_others, states, limits, times, best, picked, ends, num_drafted)
+        gained = (best.goodput / plain.goodput - 1) * plain.seconds / max(1, num_drafted)
+        return _Plan(list(wanted), num_others, states, limits, times, best, picked, ends, num_drafted, gained)
 
     def _best(
         self, states: Sequence["_Sequence"], limits: Sequence[int], plain: Allocation, times: Sequence[float]
@@ -279,6 +281,22 @@ class SpeculationControl:
         offers.sort()
         return chosen, offers
 
+    def _wait_for_worth(self, plan: "_Plan", picked: list[Choice]) -> None:
+        """A draft that has not been told a sequence is asked only when it would have gained as much as that takes."""
+        if not plan.num_drafted:
+            return
+        told_token = self._told_token
+        for i, (state, choice) in enumerate(zip(plan.states, picked, strict=True)):
+            if state.num_untold and choice.proposer == _DRAFT:
+                state.forgone += plan.gained
+                if state.forgone < told_token * state.num_untold:
+                    picked[i] = _PLAIN
+
+    @property
+    def _told_token(self) -> float:
+        """Seconds that the draft takes for a token of a sequence that it is told."""
+        return sum(self._proposers[_DRAFT].times.line(1)) / _PROMPT_TOKENS_A_DRAFTED
+
     def _probe(self, plan: "_Plan", picked: list[Choice]) -> None:
         """Replaces choices by tries of one token, of proposers that are due, as far as what was saved up allows."""
         times, states = plan.times, plan.states
@@ -287,9 +305,7 @@ class SpeculationControl:
         self._dearest_probe = charged = 0.0
         first = self._next_probed % len(states)
         self._next_probed = first + _LOOKED_AT
-        single = {name: sum(proposer.times.line(1)) for name, proposer in self._proposers.items()}
-        begin = {name: seconds for name, seconds in single.items() if name not in used}
-        told_token = single.get(_DRAFT, 0.0) / _PROMPT_TOKENS_A_DRAFTED
+        begin = {name: sum(proposer.times.line(1)) for name, proposer in self._proposers.items() if name not in used}
         for k in range(first, first + min(_LOOKED_AT, len(states))):
             i = k % len(states)
             choice = picked[i]
@@ -303,7 +319,7 @@ class SpeculationControl:
                 seconds = max(times[num_tokens + 1] - times[num_tokens], (times[ahead] - times[num_tokens]) / 4)
                 seconds += begin.get(name, 0.0)
                 if name == _DRAFT:
-                    seconds += told_token * states[i].num_untold
+                    seconds += self._told_token * states[i].num_untold
                 if choice.proposer is not None:
                     lost = sum(gain for _, _, gain, _ in states[i].expected(choice))
                     seconds += lost / plan.best.goodput
@@ -369,6 +385,7 @@ class _Sequence:
     tracks: dict[str, _Track]
     num_asked: int = 0
     num_untold: int = 0
+    forgone: float = 0.0
 
     def expected(self, choice: Choice) -> list[tuple[int, float, float, float]]:
         assert choice.proposer is not None
@@ -378,7 +395,7 @@ class _Sequence:
 @dataclass(slots=True)
 class _Plan:
     """A choice without tries, and what it was made for. It is made anew at the step `ends`. num_drafted: sequences for
-    which the draft is asked."""
+    which the draft is asked; gained: for each of them, seconds a step."""
 
     wanted: list[tuple[int, int]]
     num_others: int
@@ -389,3 +406,4 @@ class _Plan:
     picked: list[Choice]
     ends: int
     num_drafted: int
+    gained: float

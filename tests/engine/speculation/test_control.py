@@ -260,3 +260,15 @@ def test_prompts_beside_do_not_make_drafts_look_cheap(per_token_ms: float, is_wo
     chosen = [control.choose([(i, 4) for i in range(4)], 300, 28) for _ in range(20)]
     mean = sum(choice.num_tokens for choices in chosen for choice in choices) / 80
     assert (mean > 1) == is_worth_it
+
+
+def test_what_a_draft_was_not_told_is_told_when_that_has_proved_worth_it() -> None:
+    control = SpeculationControl(SpeculationOptions(use="draft", max_tokens=4), ["draft"])
+    simulation = Simulation(1, lambda *_: 0.9, lambda n: 0.05 + 0.0001 * n, {"draft": (0.0, 0.004)})
+    simulation.run(control, 100)
+    control.forget(0)
+    # Takes 0.5 s, ten steps, and would make a step worth two.
+    control.note_untold(0, 1000)
+    waited = next(n for n in range(100) if control.choose([(0, 4)], 0)[0].num_tokens > 1)
+    assert 3 <= waited <= 15
+    assert control.wants_prompts("draft")
