@@ -69,6 +69,8 @@ class SpeculationControl:
         self._sequences: dict[int, _Sequence] = {}
         self._step = 0
         self._budget = 0.0
+        # Whether the coming step has anything to try: for the others nothing is saved up.
+        self._may_try = False
         self._dearest_probe = 0.0
         # Of a step with tries: what it would take without, what these were thought to take, and how long they waited.
         self._without_probes: float | None = None
@@ -121,6 +123,7 @@ class SpeculationControl:
         """For each (sequence, most tokens that it may get, 0: none) of a step that decodes them, and computes
         num_other_tokens of num_prompts prompts beside. Each call is a step."""
         self._step += 1
+        self._may_try = any(most for _, most in wanted)
         if not self._present or not wanted:
             picked = [_PLAIN] * len(wanted)
         elif self._is_fixed:
@@ -150,7 +153,8 @@ class SpeculationControl:
             self._budget -= max(0.0, taken - self._probes_charged)
             self._without_probes = None
         most = max(_PROBING_SHARE * _SAVED_STEPS * seconds, 1.5 * self._dearest_probe)
-        self._budget = min(self._budget + _PROBING_SHARE * seconds, most)
+        if self._may_try:
+            self._budget = min(self._budget + _PROBING_SHARE * seconds, most)
 
     def note_proposal(self, proposer: str, num_sequences: int, depth: int, seconds: float) -> None:
         """The step waited so long for proposals of at most depth tokens for each of num_sequences."""
