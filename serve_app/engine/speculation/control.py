@@ -133,8 +133,8 @@ class SpeculationControl:
             if plan is None or self._step >= plan.ends or plan.wanted != wanted or plan.num_others != num_other_tokens:
                 plan = self._plan = self._planned(wanted, num_other_tokens, num_prompts)
             picked = list(plan.picked)
-            share = plan.num_drafted / len(wanted)
-            self._draft_share += (share - self._draft_share) * len(wanted) / (len(wanted) + _SHARE_MEMORY)
+            count = sum(limit > 0 for limit in plan.limits)
+            self._draft_share += (plan.num_drafted - self._draft_share * count) / (count + _SHARE_MEMORY)
             self._wait_for_worth(plan, picked)
             self._probe(plan, picked)
             for state, choice in zip(plan.states, picked, strict=True):
