@@ -152,7 +152,9 @@ class Engine:
         assert self._thread is None
         assert not self._live
         if options.use != "off":
-            self._speculation = Speculation(options, draft)
+            self._speculation = Speculation(
+                options, self._scheduler.chunk_tokens, self.config.max_batched_tokens, draft
+            )
             if not options.is_fixed:
                 self._speculation.warm_up(StepTimer(self.parts), self.config.max_seqs)
 

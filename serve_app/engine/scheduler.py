@@ -74,7 +74,7 @@ class Scheduler:
         self._config = config
         self._angles = OneSet() if angles is None else angles
         self._has_windows = self.tables.has_windows
-        self._chunk_tokens = min([config.prefill_chunk_tokens, *(window.chunk_tokens for window in windows)])
+        self.chunk_tokens = min([config.prefill_chunk_tokens, *(window.chunk_tokens for window in windows)])
         self._block_size = config.block_size
         self._free_rows = list(range(config.max_seqs - 1, -1, -1))
         # The free count at which the head of the queue did not fit: not tried again until it changes.
@@ -152,7 +152,7 @@ class Scheduler:
             if not request.draft:
                 continue
             # The last token is drawn from the logits of the one before.
-            most = min(self._chunk_tokens, request.max_total_tokens - request.num_tokens) - 1
+            most = min(self.chunk_tokens, request.max_total_tokens - request.num_tokens) - 1
             num_drafted = min(len(request.draft), room, most)
             if self._angles.are_several and self._angles.is_outgrown(request.angles, request.num_tokens + num_drafted):
                 num_drafted = 0
@@ -185,7 +185,7 @@ class Scheduler:
             pending = request.num_pending
             is_prompt = pending > 1 or len(request.token_ids) == request.num_prompt
             if is_prompt and budget > 0 and not request.is_paused:
-                tokens = min(pending, budget, self._chunk_tokens)
+                tokens = min(pending, budget, self.chunk_tokens)
                 if self._has_windows:
                     if not self._grow(request, tokens, step):
                         continue
@@ -212,7 +212,7 @@ class Scheduler:
             self._blocked_at = -1
             self.waiting.popleft()
             self._start(request)
-            tokens = min(request.num_pending, budget, self._chunk_tokens)
+            tokens = min(request.num_pending, budget, self.chunk_tokens)
             budget -= tokens
             step.admitted.append(request)
             step.prefill.append((request, tokens))

@@ -24,14 +24,18 @@ _WARM_UP_S = 1.0
 class Speculation:
     """Between the engine, what proposes, and the control that decides. All on the stepping thread, but counts."""
 
-    def __init__(self, options: SpeculationOptions, draft: Proposer | None = None) -> None:
-        """draft: the proposer over a draft model, if there is one; its owner closes it."""
+    def __init__(
+        self, options: SpeculationOptions, chunk_tokens: int, batch_tokens: int, draft: Proposer | None = None
+    ) -> None:
+        """chunk_tokens, batch_tokens: most that a step computes of a prompt, and in all. draft: the proposer over a
+        draft model, if there is one; its owner closes it."""
         proposers: list[Proposer] = [] if draft is None else [draft]
         if options.use in ("auto", "suffix"):
             proposers.append(SuffixProposer())
         if options.use in ("auto", "ngram"):
             proposers.append(NgramProposer())
         self._proposers = {proposer.name: proposer for proposer in proposers}
+        self._chunk_tokens, self._batch_tokens = chunk_tokens, batch_tokens
         self._max_tokens = options.max_tokens
         self._is_sampled = options.draft_sampling == "sampled"
         self._control = SpeculationControl(options, list(self._proposers))
@@ -98,10 +102,11 @@ class Speculation:
                 decodes.append(request)
                 wanted.append((request.sequence, self._room(request)))
             else:
-                num_others += request.num_pending
+                num_others += min(request.num_pending, self._chunk_tokens)
                 num_prompts += 1
         if not decodes:
             return False
+        num_others = min(num_others, self._batch_tokens - len(decodes))
         control = self._control
         control.set_present([name for name, proposer in self._proposers.items() if proposer.is_open])
         self._chosen = list(zip(decodes, control.choose(wanted, num_others, num_prompts), strict=True))

@@ -292,3 +292,23 @@ def test_a_chunk_limits_each_request_and_a_batch_all_together() -> None:
         llm.generate([f"{BEGINNINGS[i % 5]} {i}" for i in range(32)], sampling)
     assert (32, 64) in steps
     assert all(num_decodes + num_drafted <= 96 for num_decodes, num_drafted in steps)
+
+
+def test_of_long_prompts_only_what_the_step_computes_is_weighed() -> None:
+    config = EngineConfig(max_seqs=4, block_size=16, prefill_chunk_tokens=16, max_batched_tokens=40)
+    with LLM(str(PAIRS["stories260K"][0]), config=config) as llm:
+        llm.engine.speculate(SpeculationOptions("ngram", 4))
+        assert llm.engine._speculation is not None
+        control, seen = llm.engine._speculation._control, []
+        choose = control.choose
+
+        def record(wanted: Any, num_others: int, num_prompts: int) -> Any:
+            seen.append((num_others, num_prompts))
+            return choose(wanted, num_others, num_prompts)
+
+        control.choose = record  # type: ignore[method-assign, assignment]
+        prompts = [[1] + [300 + i] * length for i, length in enumerate((3, 100, 150, 200))]
+        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
+    # Three chunks of 16 beside one that decodes are more than a step of 40.
+    assert max(seen) == (39, 3)
+    assert (16, 1) in seen
