@@ -265,10 +265,13 @@ class Drafter:
         own = self._ops.own(logits)
         token_ids = self._ops.likeliest(own)
         sampled = [i for i, sequence in enumerate(sequences) if sequence.chain is not None]
-        k = min(CANDIDATES, own.shape[1]) if sampled else 2
+        # The second likeliest are for outcomes, which are foreseen only where there is time to work ahead.
+        k = min(CANDIDATES, own.shape[1]) if sampled else 2 if self._works_ahead else 1
         logprobs, *top = self._ops.logprobs(own, token_ids, k)
         found, chances, *top = self._ops.fetch([token_ids, logprobs, *top]).wait()
-        others = zip(top[0][:, 1].tolist(), np.exp(top[1][:, 1]).tolist(), strict=True)
+        others: list[tuple[int, float] | None] = [None] * len(sequences)
+        if self._works_ahead:
+            others = list(zip(top[0][:, 1].tolist(), np.exp(top[1][:, 1]).tolist(), strict=True))
         rows = zip(sequences, found.tolist(), np.exp(chances).tolist(), others, strict=True)
         for sequence, token_id, chance, other in rows:
             if sequence.chain is None:
