@@ -121,7 +121,11 @@ class Server:
         start = time.perf_counter()
         command = [sys.executable, "-m", "serve_app", "--port", str(self.port), "--log", "warn", *arguments]
         self._process = subprocess.Popen(command)
-        self._wait_ready()
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
         self.start_s = time.perf_counter() - start
         self._root = psutil.Process(self._process.pid)
 
