@@ -7,7 +7,7 @@ from serve_app.engine.speculation.proposer import DraftWish
 
 
 class LocalProposer:
-    """See Proposer. The target waits while the model drafts, however long that takes: for the LLM class and tests."""
+    """See Proposer. The target waits while the model drafts, however long that takes: for who runs an engine himself."""
 
     name = "draft"
     is_open = True

@@ -298,15 +298,15 @@ def test_likely_outcomes_are_drafted_already(make: Callable[..., Made], greedy: 
     assert len(places) > 1
 
 
-def test_outcomes_take_no_blocks_from_others(make: Callable[..., Made]) -> None:
-    made = make(pool_tokens=64)
-    made.ask({0: prompt(1, 40)}, 4)
-    pool = made.drafter.pool
+def test_outcomes_give_their_blocks_to_calls(make: Callable[..., Made], greedy: Oracle) -> None:
+    made, text = make(pool_tokens=96), prompt(2, 60)
+    made.ask({0: prompt(1, 45)}, 4)
     while made.drafter.advance():
         made.check()
-    assert pool.num_free == 0
-    # A call has what they took.
-    made.ask({1: prompt(2, 60)}, 1)
+    assert made.drafter._sequences[0].outcomes
+    assert made.drafter.pool.num_free < 4
+    assert made.ask({1: text}, 4) == greedy([text], 4)
+    assert made.drafter.num_evictions == 1
     assert not made.drafter._sequences[0].outcomes
 
 
