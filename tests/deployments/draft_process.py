@@ -8,8 +8,16 @@ import threading
 import time
 from collections.abc import Hashable, Sequence
 
+import numpy as np
+
 from deployments.draft_channel import DraftThread
-from serve_app.engine.speculation.draft_call import DraftCall, Drafted
+from serve_app.engine.speculation.draft_call import DraftCall, Drafted, SampledTokens
+
+
+def sampled(token_ids: list[int], width: int) -> SampledTokens:
+    """Tokens that were sampled from themselves and those after them, each as likely as its number says."""
+    candidates = np.array(token_ids, np.int32)[:, None] + np.arange(width, dtype=np.int32)
+    return SampledTokens(token_ids, candidates, (np.arange(1, width + 1) / candidates).astype(np.float32))
 
 
 class CountingModel:

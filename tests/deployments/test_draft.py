@@ -3,6 +3,8 @@
 import asyncio
 import json
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ PLAN = DraftPlan(
     EngineConfig(max_seqs=8, block_size=16, device="cpu"),
 )
 OTHER = str(DATA / "tokenizers" / "llama2")
+TOKENS = vocabulary_of(open_tokenizer(MODELS / "stories260K" / "hf"))
 
 
 @pytest.fixture
@@ -47,65 +50,62 @@ def swapped(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+@asynccontextmanager
+async def opened(other_tokenizer: str | None) -> AsyncIterator[RemoteProposer]:
+    """A channel to the draft, which maps text where it has another tokenizer."""
+    plan, maps_text = PLAN, other_tokenizer is not None
+    if maps_text:
+        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=other_tokenizer), maps_text=True)
+    built = build_model(plan)
+    server = DraftServer(built.model, built.vocabulary, "node", maps_text=maps_text)
+    proposer = RemoteProposer(server, "target", "node", TOKENS, 1.0)
+    async with asyncio.timeout(10):
+        while not proposer.has_channel:
+            await asyncio.sleep(0.005)
+    try:
+        yield proposer
+    finally:
+        proposer.close()
+        await asyncio.to_thread(server.stop)
+
+
 @pytest.mark.parametrize("maps_text", [False, True])
 async def test_a_target_gets_the_drafts_continuation_and_is_spared_waiting_for_it(
     maps_text: bool, swapped: str
 ) -> None:
     golden = json.loads((MODELS / "stories40K-draft" / "golden.json").read_text())["cases"][0]
     expected = [1, *golden["draft_greedy_ids"]]
-    plan = PLAN
-    if maps_text:
-        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=swapped), maps_text=True)
-    built = build_model(plan)
-    server = DraftServer(built.model, built.vocabulary, "node", maps_text=maps_text)
-    tokens = vocabulary_of(open_tokenizer(MODELS / "stories260K" / "hf"))
-    proposer = RemoteProposer(server, "target", "node", tokens, 1.0)
-    async with asyncio.timeout(10):
-        while not proposer.has_channel:
-            await asyncio.sleep(0.005)
-    num_drafted = 0
-    for known in range(1, 40, 5):
-        text = expected[:known]
-        [drafted] = await asyncio.to_thread(proposer.propose, [DraftWish(0, text, 1, 4)])
-        if not maps_text:
-            # Up to where the draft is in doubt.
-            assert drafted == expected[known : known + len(drafted)]
-        assert all(0 <= token_id < len(tokens) for token_id in drafted)
-        num_drafted += len(drafted)
-    assert num_drafted > 8
-    assert proposer.counts.num_timeouts == 0
-    await asyncio.to_thread(proposer.forget, 0)
-    proposer.close()
-    await asyncio.to_thread(server.stop)
+    async with opened(swapped if maps_text else None) as proposer:
+        num_drafted = 0
+        for known in range(1, 40, 5):
+            text = expected[:known]
+            [drafted] = await asyncio.to_thread(proposer.propose, [DraftWish(0, text, 1, 4)])
+            if not maps_text:
+                # Up to where the draft is in doubt.
+                assert drafted == expected[known : known + len(drafted)]
+            assert all(0 <= token_id < len(TOKENS) for token_id in drafted)
+            num_drafted += len(drafted)
+        assert num_drafted > 8
+        assert proposer.counts.num_timeouts == 0
+        await asyncio.to_thread(proposer.forget, 0)
 
 
 @pytest.mark.parametrize("maps_text", [False, True])
 async def test_sampled_tokens_come_with_their_chances_but_through_text(maps_text: bool, swapped: str) -> None:
-    plan = PLAN
-    if maps_text:
-        plan = replace(PLAN, source=replace(PLAN.source, tokenizer=swapped), maps_text=True)
-    built = build_model(plan)
-    server = DraftServer(built.model, built.vocabulary, "node", maps_text=maps_text)
-    tokens = vocabulary_of(open_tokenizer(MODELS / "stories260K" / "hf"))
-    proposer = RemoteProposer(server, "target", "node", tokens, 1.0)
-    async with asyncio.timeout(10):
-        while not proposer.has_channel:
-            await asyncio.sleep(0.005)
-    text = [1]
-    for _ in range(5):
-        wishes = [DraftWish(0, text, 1, 4, SamplingChain(1.0)), DraftWish(1, [*text, 300], 1, 4)]
-        drafted, greedy = await asyncio.to_thread(proposer.propose, wishes)
-        assert isinstance(greedy, list)
-        assert isinstance(drafted, SampledTokens) != maps_text
-        if isinstance(drafted, SampledTokens):
-            assert (len(drafted), drafted.candidates.shape) == (4, (4, CANDIDATES))
-            assert drafted.chances.sum(axis=1) == pytest.approx(1, abs=1e-6)
-            named = drafted.candidates == np.array(list(drafted))[:, None]
-            assert (drafted.chances[named] > 0).tolist() == [True] * 4
-        await asyncio.to_thread(proposer.forget, 1)
-        text = [*text, *drafted[:2], 301]
-    proposer.close()
-    await asyncio.to_thread(server.stop)
+    async with opened(swapped if maps_text else None) as proposer:
+        text = [1]
+        for _ in range(5):
+            wishes = [DraftWish(0, text, 1, 4, SamplingChain(1.0)), DraftWish(1, [*text, 300], 1, 4)]
+            drafted, greedy = await asyncio.to_thread(proposer.propose, wishes)
+            assert isinstance(greedy, list)
+            assert isinstance(drafted, SampledTokens) != maps_text
+            if isinstance(drafted, SampledTokens):
+                assert (len(drafted), drafted.candidates.shape) == (4, (4, CANDIDATES))
+                assert drafted.chances.sum(axis=1) == pytest.approx(1, abs=1e-6)
+                named = drafted.candidates == np.array(list(drafted))[:, None]
+                assert (drafted.chances[named] > 0).tolist() == [True] * 4
+            await asyncio.to_thread(proposer.forget, 1)
+            text = [*text, *drafted[:2], 301]
 
 
 def test_another_tokenizer_is_refused_with_the_first_id_that_differs() -> None:

@@ -7,7 +7,7 @@ from serve_app.engine.speculation.proposer import DraftWish
 
 
 class LocalProposer:
-    """See Proposer. The target waits while the model drafts, however long that takes: for who runs an engine himself."""
+    """See Proposer. The target waits while the model drafts, however long that takes: for engines run directly."""
 
     name = "draft"
     is_open = True
