@@ -72,9 +72,18 @@ class StepTimes:
         self._is_stale |= self._num_noted % _STEPS_A_TABLE == 0 or self._num_noted < 64
         if self._num_noted % _STEPS_A_HALVING == 0:
             halves = [weight / 2 for weight in self._weights]
+            half_as_many = self._known_half(bucket)
             self._weights = [half if half >= 1 or i == bucket else 0.0 for i, half in enumerate(halves)]
+            if half_as_many is not None:
+                self._weights[half_as_many] = max(1.0, halves[half_as_many])
             self._is_stale = True
         return not weight or self._num_strange[bucket] > 0
+
+    def _known_half(self, bucket: int) -> int | None:
+        """The largest known bucket of at most half as many tokens. The slope from there on says what more
+        tokens cost; without it they would seem to cost nothing."""
+        halves = (i for i in range(bucket, -1, -1) if 2 * _BUCKETS[i] <= _BUCKETS[bucket] and self._weights[i])
+        return next(halves, None)
 
     def table(self, num_tokens: int) -> list[float]:
         """Seconds by number of tokens, 0 to num_tokens at least; never falling. Only once any step was noted."""

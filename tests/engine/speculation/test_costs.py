@@ -104,3 +104,13 @@ def test_one_late_answer_counts_little_and_two_are_believed() -> None:
     times.note(1, 1, 1.0)
     times.note(1, 1, 1.0)
     assert sum(times.line(1)) == pytest.approx(1.0)
+
+
+def test_tokens_beyond_never_seem_free_for_having_been_forgotten() -> None:
+    times = StepTimes()
+    for num_tokens in (16, 32, 64):
+        times.warm_up(num_tokens, num_tokens / 100)
+    for _ in range(2000):
+        times.note(32, 0.32)
+    table = times.table(64)
+    assert table[40] - table[32] == pytest.approx(0.08, rel=0.1)
