@@ -20,8 +20,14 @@ _MOST_STEPS_BETWEEN = 32
 _LOOKED_AT = 8
 # What may be saved up for: tries worth this many steps' share, or one that is dearer.
 _SAVED_STEPS = 100
-# A choice must promise this much more than none: what is measured is not exact.
+# A choice must promise this much more than none, and what such choices took too long lately: what is measured is not
+# exact.
 _LEAST_GAIN = 1.02
+# How much slower than promised steps with proposals are, by their last few: no one step counts for more than this. With
+# so many plain steps half of it is forgotten.
+_EXCESS_MEMORY = 4
+_MOST_EXCESS = 1.2
+_EXCESS_HALVING = 256
 # A choice is kept so long while all is as it was, but while the control is new.
 _STEPS_A_CHOICE = 4
 _NEW_STEPS = 64
@@ -77,6 +83,11 @@ class SpeculationControl:
         self._probes_charged = 0.0
         self._probes_waited = 0.0
         self._next_probed = 0
+        # What steps with proposals took, by what they were thought to take.
+        self._excess = 1.0
+        # Of a step that does just what was planned: its plan, and how long it has waited for proposals.
+        self._followed: _Plan | None = None
+        self._waited = 0.0
         self._draft_share = 1.0
         self._plan: _Plan | None = None
         # Choices that were but tries.
@@ -133,10 +144,13 @@ class SpeculationControl:
             if plan is None or self._step >= plan.ends or plan.wanted != wanted or plan.num_others != num_other_tokens:
                 plan = self._plan = self._planned(wanted, num_other_tokens, num_prompts)
             picked = list(plan.picked)
-            count = sum(limit > 0 for limit in plan.limits)
-            self._draft_share += (plan.num_drafted - self._draft_share * count) / (count + _SHARE_MEMORY)
             self._wait_for_worth(plan, picked)
+            count = sum(limit > 0 for limit in plan.limits)
+            num_drafted = plan.num_drafted and sum(choice.proposer == _DRAFT for choice in picked)
+            self._draft_share += (num_drafted - self._draft_share * count) / (count + _SHARE_MEMORY)
             self._probe(plan, picked)
+            self._followed = plan if plan.best.num_offers and picked == plan.picked else None
+            self._waited = 0.0
             for state, choice in zip(plan.states, picked, strict=True):
                 state.num_asked = choice.num_tokens
                 if choice.proposer == _DRAFT:
@@ -145,6 +159,7 @@ class SpeculationControl:
 
     def note_step(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
         """A step of the target that decoded num_sequences computed num_tokens in all, drafted ones and prompts' too."""
+        self._note_excess(num_tokens, seconds)
         if self._steps.note(num_tokens, seconds):
             self._plan = None
         if self._without_probes is not None:
@@ -158,6 +173,7 @@ class SpeculationControl:
 
     def note_proposal(self, proposer: str, num_sequences: int, depth: int, seconds: float) -> None:
         """The step waited so long for proposals of at most depth tokens for each of num_sequences."""
+        self._waited += seconds
         if self._without_probes is not None:
             self._probes_waited += seconds
         if proposer in self._proposers and self._proposers[proposer].times.note(num_sequences, depth, seconds):
@@ -183,6 +199,16 @@ class SpeculationControl:
     def forget(self, sequence: int) -> None:
         """The sequence ended."""
         self._sequences.pop(sequence, None)
+
+    def _note_excess(self, num_tokens: int, seconds: float) -> None:
+        """The choice that looks best does so by mistake, perhaps: what it takes then is held against the next ones."""
+        plan, self._followed = self._followed, None
+        if plan is None or num_tokens >= len(plan.times):
+            self._excess **= 0.5 ** (1 / _EXCESS_HALVING)
+            return
+        expected = plan.best.seconds + plan.times[num_tokens] - plan.times[round(plan.best.num_tokens)]
+        ratio = min(max((seconds + self._waited) / expected, 1 / _MOST_EXCESS), _MOST_EXCESS)
+        self._excess *= (ratio / self._excess) ** (1 / _EXCESS_MEMORY)
 
     def _state(self, sequence: int) -> "_Sequence":
         state = self._sequences.get(sequence)
@@ -229,7 +255,7 @@ class SpeculationControl:
     ) -> tuple[list[str], Allocation]:
         """Who would propose for each sequence, and which of these offers to take."""
         names, best = [""] * len(states), plain
-        at_least = plain.goodput * _LEAST_GAIN
+        at_least = plain.goodput * max(_LEAST_GAIN, self._excess)
         lone = [name for name in self._present if name != _DRAFT]
         if lone:
             lone_names, offers = self._offers(states, limits, lone, plain, times)
