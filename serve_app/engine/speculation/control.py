@@ -312,15 +312,20 @@ class SpeculationControl:
         return chosen, offers
 
     def _wait_for_worth(self, plan: "_Plan", picked: list[Choice]) -> None:
-        """A draft that has not been told a sequence is asked only when it would have gained as much as that takes."""
+        """A draft that has not been told a sequence is asked only when it would have gained as much as that takes. What
+        is left of a choice is as good only while that is most of it: it was made for all of them together."""
         if not plan.num_drafted:
             return
         told_token = self._told_token
+        num_left = plan.num_drafted
         for i, (state, choice) in enumerate(zip(plan.states, picked, strict=True)):
             if state.num_untold and choice.proposer == _DRAFT:
                 state.forgone += plan.gained
                 if state.forgone < told_token * state.num_untold:
                     picked[i] = _PLAIN
+                    num_left -= 1
+        if 2 * num_left < plan.num_drafted:
+            picked[:] = [_PLAIN if choice.proposer == _DRAFT else choice for choice in picked]
 
     @property
     def _told_token(self) -> float:

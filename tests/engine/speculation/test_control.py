@@ -309,3 +309,17 @@ def test_a_draft_that_only_would_be_asked_is_told_no_prompts() -> None:
             assert sum(choice.num_tokens for choice in control.choose(sequences, 0)) <= 4
             control.note_step(4, 4, 0.05)
     assert not control.wants_prompts("draft")
+
+
+@pytest.mark.parametrize(("num_untold", "is_asked"), [(3, True), (13, False)])
+def test_what_is_left_of_a_choice_is_worth_it_only_as_most_of_it(num_untold: int, is_asked: bool) -> None:
+    """The draft takes as long for three sequences as for sixteen."""
+    control = SpeculationControl(SpeculationOptions(use="draft", max_tokens=4), ["draft"])
+    simulation = Simulation(16, lambda *_: 0.9, lambda n: 0.05 + 0.0001 * n, {"draft": (0.0, 0.004)})
+    simulation.run(control, 100)
+    for sequence in range(num_untold):
+        control.forget(sequence)
+        control.note_untold(sequence, 10_000)
+    chosen = control.choose([(i, 4) for i in range(16)], 0)
+    drafted = sum(choice.num_tokens > 1 for choice in chosen)
+    assert drafted == (16 - num_untold if is_asked else 0)
