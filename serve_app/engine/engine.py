@@ -63,6 +63,8 @@ class Engine:
         self.is_failed = False
         self._scheduler = parts.scheduler
         self._on_deltas = on_deltas
+        # What the last step brought: handed on while a draft works on the next one, or before it.
+        self._brought: list[TokenDelta] = []
         self._inbox: deque[Callable[[list[TokenDelta]], None]] = deque()
         # Requests put into the inbox, and taken out of it: each counted on one side only, so neither count is lost.
         self._num_sent = self._num_taken = 0
@@ -194,12 +196,18 @@ class Engine:
     def _run(self) -> None:
         while not self._is_stopping:
             deltas = self.step()
-            if deltas:
-                self._on_deltas(deltas)
+            self._brought += deltas
             if self._is_idle and not self._inbox:
+                self._hand_on()
                 # A waiting request may expire; nothing else happens by itself.
                 self._wake.wait(EXPIRY_CHECK_S if self._scheduler.waiting else None)
                 self._wake.clear()
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        if self._brought:
+            deltas, self._brought = self._brought, []
+            self._on_deltas(deltas)
 
     @property
     def has_requests(self) -> bool:
@@ -214,12 +222,14 @@ class Engine:
         is_launched = False
         try:
             if self.border.may_be_crossed():
+                self._hand_on()
                 self._collect(deltas)
                 self.border.cross()
             if self._speculation is not None and self._speculation.choose(self._scheduler.running):
                 # What goes on from tokens that are not known cannot be proposed.
                 self._collect(deltas)
-                self._speculation.propose()
+                self._speculation.propose(self._hand_on)
+            self._hand_on()
             is_launched = self._launch()
             # What a step with drafts draws must be known before anything comes after it.
             leaves = is_launched and self.parts.runner.overlaps and not self._under_way[-1].schedule.is_drafted

@@ -1,9 +1,9 @@
 """A draft model in the target's own process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from serve_app.engine.speculation.draft_call import Draft, DraftCall, DraftModel
-from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.engine.speculation.proposer import DraftWish, no_work
 
 
 class LocalProposer:
@@ -22,7 +22,7 @@ class LocalProposer:
     def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:
         """See Proposer. The first call computes the prompt."""
 
-    def propose(self, wishes: Sequence[DraftWish]) -> list[Draft]:
+    def propose(self, wishes: Sequence[DraftWish], meanwhile: Callable[[], None] = no_work) -> list[Draft]:
         """See Proposer."""
         answers = self._drafter.propose([self._call(wish) for wish in wishes])
         unknown = [i for i, drafted in enumerate(answers) if drafted is None]

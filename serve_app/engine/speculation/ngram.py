@@ -4,9 +4,9 @@ Source: Saxena, Prompt Lookup Decoding (2023). The longest n-gram that ends the 
 looked for, and what followed its latest occurrence is proposed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.engine.speculation.proposer import DraftWish, no_work
 
 _BITS = 32
 
@@ -31,7 +31,7 @@ class NgramProposer:
         """See Proposer."""
         self._index(sequence).extend(token_ids)
 
-    def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
+    def propose(self, wishes: Sequence[DraftWish], meanwhile: Callable[[], None] = no_work) -> list[list[int]]:
         """See Proposer."""
         return [self._propose(wish) for wish in wishes]
 

@@ -1,10 +1,14 @@
 """What proposes the tokens that a target is likely to draw next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.engine.speculation.draft_call import Draft, SamplingChain
+
+
+def no_work() -> None:
+    """Nothing."""
 
 
 @dataclass(slots=True)
@@ -49,8 +53,9 @@ class Proposer(Protocol):
         scope: nothing that it says may be seen from sequences of another one (the salt of a tenant's cache).
         """
 
-    def propose(self, wishes: Sequence[DraftWish]) -> Sequence[Draft]:
-        """For each wish at most max_tokens token ids that may follow, possibly none."""
+    def propose(self, wishes: Sequence[DraftWish], meanwhile: Callable[[], None] = no_work) -> Sequence[Draft]:
+        """For each wish at most max_tokens token ids that may follow, possibly none. meanwhile: what else is to be done
+        in any case; a proposer that waits for another process calls it once it has asked that."""
 
     def forget(self, sequence: int, token_ids: Sequence[int] = ()) -> None:
         """The sequence ended, token_ids are all of it; there may never have been a wish for it."""

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from serve_app.engine.request import Request, RequestState
@@ -11,7 +11,7 @@ from serve_app.engine.scheduler import Schedule
 from serve_app.engine.speculation.control import Choice, SpeculationControl
 from serve_app.engine.speculation.draft_call import SamplingChain
 from serve_app.engine.speculation.ngram import NgramProposer
-from serve_app.engine.speculation.proposer import DraftWish, Proposer
+from serve_app.engine.speculation.proposer import DraftWish, Proposer, no_work
 from serve_app.engine.speculation.step_timer import StepTimer
 from serve_app.engine.speculation.suffix import SuffixProposer
 from serve_app.engine.stats import SpeculationCounts
@@ -115,8 +115,9 @@ class Speculation:
                 self._counts.gamma[choice.num_tokens] += room > 0
         return any(choice.num_tokens for _, choice in self._chosen)
 
-    def propose(self) -> None:
-        """Gives the requests the drafts that were decided on; every token that was drawn is known."""
+    def propose(self, meanwhile: Callable[[], None] = no_work) -> None:
+        """Gives the requests the drafts that were decided on; every token that was drawn is known. meanwhile: what may
+        be done while a draft works, see Proposer; it is not counted in what the step waits."""
         asked: defaultdict[str, list[tuple[Request, DraftWish]]] = defaultdict(list)
         for request, choice in self._chosen:
             # It may have ended since, or have come nearer to its end.
@@ -128,9 +129,10 @@ class Speculation:
             )
             asked[choice.proposer].append((request, wish))
         for name, pairs in asked.items():
+            timed = _Timed(meanwhile)
             began_s = time.perf_counter()
-            drafts = self._proposers[name].propose([wish for _, wish in pairs])
-            seconds = time.perf_counter() - began_s
+            drafts = self._proposers[name].propose([wish for _, wish in pairs], timed)
+            seconds = time.perf_counter() - began_s - timed.seconds
             self._counts.draft_seconds += seconds
             self._counts.draft_waits += 1
             self._control.note_proposal(name, len(pairs), max(wish.max_tokens for _, wish in pairs), seconds)
@@ -175,3 +177,16 @@ class Speculation:
             return 0
         most = self._max_tokens if asked.max_tokens is None else min(self._max_tokens, asked.max_tokens)
         return max(0, min(most, request.max_total_tokens - request.num_tokens - 1))
+
+
+class _Timed:
+    """An action, and how long it took so far."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self.seconds = 0.0
+
+    def __call__(self) -> None:
+        began_s = time.perf_counter()
+        self._action()
+        self.seconds += time.perf_counter() - began_s

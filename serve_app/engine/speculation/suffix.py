@@ -4,9 +4,9 @@ Source: Oliaro et al., SuffixDecoding (2024), whose two trees, of a request and 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.engine.speculation.proposer import DraftWish, no_work
 from serve_app.engine.speculation.suffix_trie import SuffixTrie, Text
 
 # Tokens that enter the index in one call, one to two milliseconds of work: a long prompt enters it over several steps.
@@ -52,7 +52,7 @@ class SuffixProposer:
         self._behind.append((text, False))
         self._catch_up(_TOKENS_PER_CALL)
 
-    def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
+    def propose(self, wishes: Sequence[DraftWish], meanwhile: Callable[[], None] = no_work) -> list[list[int]]:
         """See Proposer."""
         left = _TOKENS_PER_CALL
         texts = []

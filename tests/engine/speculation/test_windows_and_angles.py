@@ -1,6 +1,6 @@
 """Drafts over blocks that are given up, and up to the length where a rope changes its angles."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 from family_cases import CASES, hf_model
 from tiny_llama import DictSource
 
-from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.engine.speculation.proposer import DraftWish, no_work
 from serve_app.models.registry import find_family
 from serve_app.options import EngineConfig, SpeculationOptions
 from tests.engine.test_angle_sets import ROPES
@@ -36,7 +36,7 @@ class Oracle:
     def admit(self, sequence: int, token_ids: Sequence[int], scope: bytes = b"") -> None:
         """Knows all already."""
 
-    def propose(self, wishes: Sequence[DraftWish]) -> list[list[int]]:
+    def propose(self, wishes: Sequence[DraftWish], meanwhile: Callable[[], None] = no_work) -> list[list[int]]:
         return [self._propose(list(wish.token_ids), wish.max_tokens) for wish in wishes]
 
     def _propose(self, known: list[int], most: int) -> list[int]:
