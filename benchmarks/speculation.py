@@ -14,7 +14,8 @@ of the target alone.
 payoff: one stream, the number of drafted tokens as the server chooses it. stranger: the same with a draft that knows
 nothing of the target. batch: 32 streams. sweep: one stream, by number of drafted tokens and by acceptance, over
 several targets. messaging: what the way to the draft and back costs a step, of a pair so small that its models leave
-caches and cores alone (stories3M and stories260K); the other parts tell it of their pair, too.
+caches and cores alone (stories3M and stories260K), which ask at every step; with as many threads as otherwise, where
+both models need the same cores, and with one, where each may have one of two. The other parts tell it of theirs, too.
 """
 
 import argparse
@@ -196,13 +197,18 @@ class _Bench:
 
     def messaging(self) -> dict[str, Any]:
         found = {}
-        for streams in (1, BATCH):
-            with _Serving(self._args, SMALL / "stories3M" / "hf", SMALL / "stories260K" / "hf") as server:
-                for _ in range(self._args.rounds):
-                    contents = [body(400, f"Once upon a time, {i}") for i in range(streams)]
-                    server.measure(self._pool, contents)
-                found[streams] = messaging_shares(server)
-            print(f"messaging, {streams} streams: share within 60 us, 100 us and 1 ms: {found[streams]}", flush=True)
+        for threads in sorted({1, self._args.threads}):
+            args = argparse.Namespace(**{**vars(self._args), "threads": threads})
+            for streams in (1, BATCH):
+                pair = SMALL / "stories3M" / "hf", SMALL / "stories260K" / "hf"
+                with _Serving(args, *pair, "--fixed-draft-tokens") as server:
+                    for _ in range(args.rounds):
+                        contents = [body(400, f"Once upon a time, {i}") for i in range(streams)]
+                        server.measure(self._pool, contents)
+                    shares = messaging_shares(server)
+                name = f"messaging, {threads} threads, {streams} streams"
+                found[name] = shares
+                print(f"{name}: share within 60 us, 100 us and 1 ms: {shares}", flush=True)
         return found
 
     def _compare(self, server: Server, streams: int, name: str) -> dict[str, Any]:

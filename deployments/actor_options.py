@@ -124,12 +124,22 @@ def target_engine(config: AppConfig, *, is_private: bool) -> EngineConfig:
     if config.speculation.draft is None:
         return engine
     if not wants_gpu(engine.device, is_private=is_private):
-        # The draft computes between the target's steps, on the same cores.
-        return replace(engine, shares_cores=True)
+        # The draft computes between the target's steps, on the same cores, unless it has others.
+        shares_cores = shares_cores or not draft_has_cores(config, is_private=is_private)
+        return replace(engine, shares_cores=shares_cores)
     is_sized = any(size is not None for size in (engine.pool_mb, engine.pool_fraction, engine.pool_tokens))
     if draft_shares_gpu(config, is_private=is_private) and not is_sized:
         return replace(engine, pool_fraction=_POOL_BESIDE_DRAFT)
     return engine
+
+
+def draft_has_cores(config: AppConfig, *, is_private: bool) -> bool:
+    """Whether the machine that asks has cores for a draft model on which no target computes: as many as a target takes
+    where models compute on the CPU, else a few for threads that wait for one another."""
+    num_targets = _most_targets(config) if is_private else 1
+    if wants_gpu(config.engine.device, is_private=is_private):
+        return num_physical_cores() >= 4 * num_targets
+    return num_physical_cores() >= (num_targets + 1) * target_threads(config, is_private=is_private)
 
 
 def check_gpus(config: AppConfig) -> None:

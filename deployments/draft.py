@@ -47,16 +47,17 @@ class DraftServer:
         stats: Callable[[], DraftStats] | None = None,
         replica_id: str = "draft",
         wish: Wish = NO_WISH,
+        spins: bool = False,
     ) -> None:
         """Owns the model. vocabulary: what the draft's ids mean. directory: for the socket, see DraftThread.
         make_switch: None where the weights cannot be changed. stats: what the model has done. wish: the type that it
-        was loaded for."""
+        was loaded for. spins: see Waiting."""
         self._vocabulary = list(vocabulary)
         self._digest = vocabulary_digest(vocabulary)
         self._node_id = node_id
         self._maps_text = maps_text
         self._stats = stats
-        self._thread = DraftThread(model, directory)
+        self._thread = DraftThread(model, directory, spins=spins)
         # One that is alone sees every job from its beginning.
         self._switch = ReplicaSwitch(None if make_switch is None else make_switch(self._thread), replica_id, wish)
         self._is_stopped = False
@@ -150,6 +151,7 @@ class Draft(DraftServer):
             stats=built.stats,
             replica_id=serve.get_replica_context().replica_id.unique_id,
             wish=wish,
+            spins=plan.spins,
         )
         log.info("the draft model is ready after %.1f s", time.monotonic() - started_s)
 

@@ -3,7 +3,6 @@
 import logging
 import os
 import queue
-import select
 import socket
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from deployments.draft_messages import (
     pack_answer,
     unpack,
 )
+from deployments.waiting import MOST_SPIN_S, Waiting
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
 from serve_app.errors import Unavailable
 
@@ -41,8 +41,9 @@ class DraftThread:
     socket.
     """
 
-    def __init__(self, model: DraftModel, directory: str | None = None) -> None:
-        """Owns the model. directory: where its socket lies, with others' files; None: a new one of its own."""
+    def __init__(self, model: DraftModel, directory: str | None = None, *, spins: bool = False) -> None:
+        """Owns the model. directory: where its socket lies, with others' files; None: a new one of its own. spins: see
+        Waiting."""
         self._model = model
         self.num_failures = 0
         self._own_directory = None if directory else tempfile.TemporaryDirectory(prefix="sirocco-draft-")
@@ -54,9 +55,15 @@ class DraftThread:
         os.chmod(self.path, 0o600)
         self._listener.listen(16)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poll = select.poll()
+        self._waiting = Waiting(spins=spins)
         for fd in (self._listener.fileno(), self._wake):
-            self._poll.register(fd, select.POLLIN)
+            self._waiting.add(fd)
+        # Since when no target was answered.
+        self._quiet_since_s = 0.0
+        # The last packet, where it was one of calls.
+        self._last_calls: memoryview | None = None
+        # The last forward that nobody waited for: questions may have been on their way meanwhile.
+        self._ahead_s = 0.0, 0.0
         self._sockets: dict[int, _Target] = {}
         self._num_accepted = 0
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -135,15 +142,29 @@ class DraftThread:
     def _run(self) -> None:
         is_busy = False
         while not self._is_stopping:
-            events = self._poll.poll(0 if is_busy else None)
-            for fd, _ in events:
+            readable = self._wait(is_busy)
+            for fd in readable:
                 if fd == self._wake:
                     self._take_posted()
                 elif fd in self._sockets:
                     self._receive(self._sockets[fd])
                 elif not self._is_stopping:
                     self._accept()
-            is_busy = bool(events) or self._advance()
+            is_busy = bool(readable) or self._advance()
+
+    def _wait(self, is_busy: bool) -> list[int]:
+        if is_busy:
+            return self._waiting.wait(0.0, 0.0)
+        self._rehearse()
+        spin_s = self._quiet_since_s + MOST_SPIN_S - time.monotonic()
+        return self._waiting.wait(None, spin_s)
+
+    def _rehearse(self) -> None:
+        """See ChannelLink: takes the last calls and packs an answer once more, for nobody."""
+        if self._waiting.spins and self._last_calls is not None:
+            message = unpack(self._last_calls)
+            calls = calls_of(message, 0)
+            pack_answer(0, 0.0, message.rows, [[0] * call.max_tokens for call in calls])
 
     def _stop(self) -> None:
         self._is_stopping = True
@@ -175,10 +196,10 @@ class DraftThread:
         connection.setblocking(False)
         self._num_accepted += 1
         self._sockets[connection.fileno()] = _Target(self._num_accepted, connection)
-        self._poll.register(connection, select.POLLIN)
+        self._waiting.add(connection.fileno())
 
     def _drop(self, target: "_Target") -> None:
-        self._poll.unregister(target.connection)
+        self._waiting.remove(target.connection.fileno())
         del self._sockets[target.connection.fileno()]
         target.connection.close()
         for sequence in target.sequences:
@@ -186,10 +207,14 @@ class DraftThread:
 
     def _receive(self, target: "_Target") -> None:
         try:
+            self._last_calls = None
             size = target.connection.recv_into(self._buffer)
             if not size:
                 raise ConnectionResetError
-            self._take(target, unpack(memoryview(self._buffer)[:size]))
+            packet = memoryview(self._buffer)[:size]
+            message = unpack(packet)
+            self._take(target, message)
+            self._last_calls = packet if message.kind == PROPOSE else None
         except BlockingIOError:
             return
         except (OSError, BadMessage) as error:
@@ -197,21 +222,22 @@ class DraftThread:
             self._drop(target)
 
     def _take(self, target: "_Target", message: Message) -> None:
-        number, numbers = target.number, message.numbers
+        number, rows = target.number, message.rows
         if message.kind in (PROPOSE, SAMPLE):
             until_s = time.monotonic() + message.seconds
-            target.sequences.update(numbers[::4])
+            target.sequences.update([row[0] for row in rows])
             calls = calls_of(message, number)
             began_s = time.monotonic()
             answers = self._propose(calls, until_s)
-            work_s = time.monotonic() - began_s
-            target.connection.send(pack_answer(message.epoch, work_s, numbers, answers))
-        elif message.kind == FEED:
-            sequence, base = numbers[:2]
+            work_s = time.monotonic() - began_s + self._delay_s(message.sent_s)
+            target.connection.send(pack_answer(message.epoch, work_s, rows, answers))
+            self._quiet_since_s = time.monotonic()
+        elif message.kind == FEED and len(rows) == 1:
+            sequence, base, *_ = rows[0]
             target.sequences.add(sequence)
             self._model.feed((number, sequence), message.token_ids, base)
         elif message.kind == FORGET:
-            for sequence in numbers[::4]:
+            for sequence, *_ in rows:
                 target.sequences.discard(sequence)
                 self._model.forget((number, sequence))
         else:
@@ -230,12 +256,20 @@ class DraftThread:
         return answers
 
     def _advance(self) -> bool:
+        began_s = time.monotonic()
         try:
             return self._model.advance()
         except Exception:  # nobody waits for it: the next call tells whether the model still works
             log.exception("drafting ahead failed")
             self.num_failures += 1
             return False
+        finally:
+            self._ahead_s = began_s, time.monotonic()
+
+    def _delay_s(self, sent_s: float) -> float:
+        """For how long a message waited for a forward that had begun."""
+        began_s, ended_s = self._ahead_s
+        return max(0.0, ended_s - max(began_s, sent_s))
 
 
 class _Target:

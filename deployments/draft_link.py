@@ -4,7 +4,6 @@ import asyncio
 import concurrent.futures
 import select
 import socket
-import struct
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Protocol
@@ -20,17 +19,14 @@ from deployments.draft_messages import (
     pack_propose,
     unpack,
 )
+from deployments.waiting import Waiting
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
-from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.engine.speculation.proposer import DraftWish, no_work
 
 SILENCE_S = 2.0
 """A draft that owes an answer for so long is not asked any more: the way to it is opened anew."""
 LIMIT_SHARE = 0.8
 """Of the time until the deadline the draft may use so much; the rest is for the way."""
-
-# An answer that comes so soon finds this core awake: waking it would take longer than the exchange itself.
-_SPIN_S = 60e-6
-_TIMEVAL = struct.Struct("@ll")
 
 
 class LinkLost(Exception):
@@ -40,9 +36,11 @@ class LinkLost(Exception):
 class DraftLink(Protocol):
     """One life of a way to one draft replica. All calls on one thread; they raise nothing but LinkLost."""
 
-    def ask(self, wishes: Sequence[DraftWish], until_s: float) -> list[Drafted] | None:
+    def ask(
+        self, wishes: Sequence[DraftWish], until_s: float, meanwhile: Callable[[], None] = no_work
+    ) -> list[Drafted] | None:
         """The answers, if they come until then (time.monotonic()). None: they do not; while an earlier one is owed
-        nothing is asked, and this returns at once."""
+        nothing is asked, and this returns at once. meanwhile: see Proposer."""
         ...
 
     @property
@@ -69,37 +67,35 @@ class DraftLink(Protocol):
 
 
 class Told:
-    """How many tokens of each sequence the draft was told."""
+    """How many tokens of each sequence the draft was told: those that are not in counts, none."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
+        self.counts: dict[Hashable, int] = {}
 
     def __getitem__(self, sequence: int) -> int:
-        return self._counts.get(sequence, 0)
+        return self.counts.get(sequence, 0)
 
     def __setitem__(self, sequence: int, count: int) -> None:
-        self._counts[sequence] = count
+        self.counts[sequence] = count
 
     def forget(self, sequence: int) -> bool:
         """Whether anything was told."""
-        return self._counts.pop(sequence, None) is not None
+        return self.counts.pop(sequence, None) is not None
 
-    def check(self, calls: Sequence[DraftCall], answers: Sequence[Drafted]) -> list[int]:
-        """What the draft does not know, by its answers, is to be told from its beginning, next time; returns which."""
-        unknown = []
-        for call, drafted in zip(calls, answers, strict=True):
-            if drafted is None:
-                assert isinstance(call.sequence, int)
-                self.forget(call.sequence)
-                unknown.append(call.sequence)
+    def check(self, asked: Sequence[Hashable], answers: Sequence[Drafted]) -> list[Hashable]:
+        """Sequences that the draft does not know, by its answers, are to be told from their beginning, next time;
+        returns which."""
+        unknown = [sequence for sequence, drafted in zip(asked, answers, strict=True) if drafted is None]
+        for sequence in unknown:
+            self.counts.pop(sequence, None)
         return unknown
 
 
 class ChannelLink:
     """See DraftLink: a Unix socket of packets, see draft_messages."""
 
-    def __init__(self, path: str) -> None:
-        """Connects at once, or raises OSError."""
+    def __init__(self, path: str, *, spins: bool = False) -> None:
+        """Connects at once, or raises OSError. spins: see Waiting."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.setblocking(False)
@@ -108,6 +104,8 @@ class ChannelLink:
         except BaseException:
             self._socket.close()
             raise
+        self._waiting = Waiting(spins=spins)
+        self._waiting.add(self._socket.fileno())
         self._writable = select.poll()
         self._writable.register(self._socket, select.POLLOUT)
         self._buffer = bytearray(MOST_BYTES)
@@ -115,6 +113,9 @@ class ChannelLink:
         self._ended: list[int] = []
         self._epoch = self._answered = 0
         self._asked_s = 0.0
+        # What was received last, and what it answers; no wishes, where it is no answer in time.
+        self._packet = memoryview(self._buffer)
+        self._answered_wishes: Sequence[DraftWish] = ()
         self.work_s: float | None = None
 
     @property
@@ -122,37 +123,54 @@ class ChannelLink:
         """See DraftLink."""
         return self._answered != self._epoch
 
-    def ask(self, wishes: Sequence[DraftWish], until_s: float) -> list[Drafted] | None:
+    def ask(
+        self, wishes: Sequence[DraftWish], until_s: float, meanwhile: Callable[[], None] = no_work
+    ) -> list[Drafted] | None:
         """See DraftLink."""
         if self.is_owed and self._receive(0.0) is None:
             if time.monotonic() - self._asked_s > SILENCE_S:
                 raise LinkLost("no answer")
             return None
-        calls, room = [], MOST_IDS
+        told, room = self._told.counts, MOST_IDS
+        numbers: list[int] = []
+        ids: list[int] = []
         for wish in wishes:
-            base = self._told[wish.sequence]
-            if len(wish.token_ids) - base > room:
-                if not self._feed(wish.sequence, wish.token_ids, until_s):
+            sequence, known = wish.sequence, len(wish.token_ids)
+            base = told.get(sequence, 0)
+            if known - base > room:
+                if not self._feed(sequence, wish.token_ids, until_s):
                     return None
-                base = len(wish.token_ids)
-            new = list(wish.token_ids[base:])
-            room -= len(new)
-            calls.append(DraftCall(wish.sequence, base, new, wish.max_tokens, wish.chain))
+                base = known
+            room -= known - base
+            numbers += (sequence, base, known - base, wish.max_tokens)
+            ids += wish.token_ids[base:]
         self._epoch += 1
-        self._asked_s = time.monotonic()
-        limit_s = max(0.0, until_s - self._asked_s) * LIMIT_SHARE
-        if not self._send(pack_propose(self._epoch, limit_s, calls), until_s):
+        self._asked_s = asked_s = time.monotonic()
+        limit_s = max(0.0, until_s - asked_s) * LIMIT_SHARE
+        chains = [wish.chain for wish in wishes]
+        if not self._send(pack_propose(self._epoch, limit_s, asked_s, numbers, ids, chains), until_s):
             self._answered = self._epoch
             return None
         for wish in wishes:
-            self._told[wish.sequence] = len(wish.token_ids)
+            told[wish.sequence] = len(wish.token_ids)
+        if not (self._waiting.spins and self._waiting.look()):
+            meanwhile()
+            self._rehearse()
         message = self._receive(until_s)
         if message is None:
             return None
-        answers = answers_of(message, calls)
-        self._told.check(calls, answers)
+        answers = answers_of(message, wishes)
+        self._answered_wishes = wishes
+        if None in answers:
+            self._told.check([wish.sequence for wish in wishes], answers)
         self.work_s = message.seconds
         return answers
+
+    def _rehearse(self) -> None:
+        """Reads the last answer once more, while nothing else is to be done: the next one then finds the code for it in
+        this core's cache, from where the model's weights drive it out in every step."""
+        if self._waiting.spins and self._answered_wishes:
+            answers_of(unpack(self._packet), self._answered_wishes)
 
     def tell(self, sequence: int, token_ids: Sequence[int]) -> None:
         """See DraftLink."""
@@ -198,23 +216,16 @@ class ChannelLink:
 
     def _receive(self, until_s: float) -> Message | None:
         """The answer to the last call; earlier ones are dropped. None: it does not come until then."""
+        self._answered_wishes = ()
         while True:
-            wait_us = int((until_s - time.monotonic()) * 1e6)
-            flags: int = socket.MSG_DONTWAIT
-            is_fresh = time.monotonic() - self._asked_s < _SPIN_S
-            if wait_us > 0 and not is_fresh:
-                # Half the time of a poll and a receive.
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(*divmod(wait_us, 10**6)))
-                flags = 0
             try:
-                size = self._socket.recv_into(self._buffer, 0, flags)
+                if not self._waiting.wait(until_s - time.monotonic()):
+                    return None
+                size = self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
                 if not size:
                     raise LinkLost("the draft has ended")
-                message = unpack(memoryview(self._buffer)[:size])
-            except BlockingIOError:
-                if wait_us > 0 and is_fresh:
-                    continue
-                return None
+                self._packet = memoryview(self._buffer)[:size]
+                message = unpack(self._packet)
             except (OSError, BadMessage) as error:
                 raise LinkLost(str(error)) from error
             if message.epoch == self._epoch:
@@ -241,7 +252,7 @@ class CallLink:
         self._loop = loop
         self._told = Told()
         # What the draft was told beyond that, without being sure.
-        self._guesses: dict[int, list[int]] = {}
+        self._guesses: dict[Hashable, list[int]] = {}
         self._ended: list[int] = []
         self._calls: list[DraftCall] = []
         self._under_way: concurrent.futures.Future[list[Drafted]] | None = None
@@ -254,8 +265,12 @@ class CallLink:
         """See DraftLink."""
         return self._is_late
 
-    def ask(self, wishes: Sequence[DraftWish], until_s: float) -> list[Drafted] | None:
+    def ask(
+        self, wishes: Sequence[DraftWish], until_s: float, meanwhile: Callable[[], None] = no_work
+    ) -> list[Drafted] | None:
         """See DraftLink."""
+        # The loop that calls has all of the interpreter while this thread waits.
+        meanwhile()
         limit_s = max(0.0, until_s - time.monotonic()) * LIMIT_SHARE
         early = self._early(until_s)
         if early is None:
@@ -356,6 +371,6 @@ class CallLink:
         except Exception as error:
             raise LinkLost(str(error)) from error
         self._under_way, self._is_late = None, False
-        for sequence in self._told.check(self._calls, answers):
+        for sequence in self._told.check([call.sequence for call in self._calls], answers):
             self._guesses.pop(sequence, None)
         return answers

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from deployments.actor_options import draft_shares_gpu, target_engine, target_threads
+from deployments.actor_options import draft_has_cores, draft_shares_gpu, target_engine
 from serve_app.config import AppConfig
-from serve_app.cpu_info import num_physical_cores
 from serve_app.gpu_info import wants_gpu
 from serve_app.options import EngineConfig, ModelSource
 
@@ -16,13 +15,14 @@ _TOKENS_PER_REQUEST = 2048
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
     """source: the draft model; target: whose tokens it proposes. engine: sizes and device of its cache and forward.
-    maps_text: the two have different vocabularies. works_ahead: see Drafter."""
+    maps_text: the two have different vocabularies. works_ahead: see Drafter; spins: see Waiting."""
 
     source: ModelSource
     target: ModelSource
     engine: EngineConfig
     maps_text: bool = False
     works_ahead: bool = True
+    spins: bool = False
 
 
 def draft_plan(config: AppConfig, *, is_private: bool) -> DraftPlan:
@@ -34,16 +34,15 @@ def draft_plan(config: AppConfig, *, is_private: bool) -> DraftPlan:
     assert config.speculation.draft is not None
     target = target_engine(config, is_private=is_private)
     engine = replace(target, pool_mb=None, pool_fraction=None, pool_tokens=None)
-    num_threads = target_threads(config, is_private=is_private)
+    works_ahead = has_cores = draft_has_cores(config, is_private=is_private)
     if wants_gpu(engine.device, is_private=is_private):
         engine = replace(engine, pool_tokens=config.engine.max_seqs * _TOKENS_PER_REQUEST)
         works_ahead = not draft_shares_gpu(config, is_private=is_private)
-    else:
-        works_ahead = num_physical_cores() >= 2 * num_threads
     return DraftPlan(
         config.speculation.draft.to_source(),
         config.model.to_source(),
         engine,
         config.speculation.maps_text,
         works_ahead,
+        has_cores,
     )

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from deployments.draft_link import CallLink, ChannelLink, DraftLink, LinkLost
 from serve_app.engine.speculation.draft_call import Draft, DraftCall, Drafted, SampledTokens
-from serve_app.engine.speculation.proposer import DraftWish
+from serve_app.engine.speculation.proposer import DraftWish, no_work
 from serve_app.metrics import EXCHANGE_S
 from serve_app.text.vocabulary_digest import first_difference, vocabulary_digest
 
@@ -91,9 +91,11 @@ class RemoteProposer:
         node_id: str,
         vocabulary: Sequence[bytes],
         deadline_s: float,
+        *,
+        spins: bool = False,
     ) -> None:
         """client: a name that no other target has, in this life. vocabulary: the target's; proposals end before an id
-        beyond. deadline_s: how long a step waits at most."""
+        beyond. deadline_s: how long a step waits at most. spins: see Waiting."""
         self.counts = DraftCounts()
         self.refusal: str | None = None
         self._draft = draft
@@ -101,6 +103,7 @@ class RemoteProposer:
         self._node_id = node_id
         self._vocabulary = vocabulary
         self._deadline_s = deadline_s
+        self._spins = spins
         self._loop = asyncio.get_running_loop()
         self._link: DraftLink | None = None
         self._is_closed = False
@@ -133,9 +136,9 @@ class RemoteProposer:
             except LinkLost as error:
                 self._lose(link, error)
 
-    def propose(self, wishes: Sequence[DraftWish]) -> list[Draft]:
+    def propose(self, wishes: Sequence[DraftWish], meanwhile: Callable[[], None] = no_work) -> list[Draft]:
         """See Proposer."""
-        answers = self._ask(wishes) if wishes else None
+        answers = self._ask(wishes, meanwhile) if wishes else None
         if answers is None:
             return [[] for _ in wishes]
         return [self._usable(drafted, wish) for drafted, wish in zip(answers, wishes, strict=True)]
@@ -157,14 +160,14 @@ class RemoteProposer:
         if link is not None:
             link.close()
 
-    def _ask(self, wishes: Sequence[DraftWish]) -> list[Drafted] | None:
+    def _ask(self, wishes: Sequence[DraftWish], meanwhile: Callable[[], None]) -> list[Drafted] | None:
         link = self._link
         if link is None:
             return None
         began_s = time.monotonic()
         was_owed = link.is_owed
         try:
-            answers = link.ask(wishes, began_s + self._deadline_s)
+            answers = link.ask(wishes, began_s + self._deadline_s, meanwhile)
         except LinkLost as error:
             self._lose(link, error)
             return None
@@ -230,7 +233,7 @@ class RemoteProposer:
         if offer.node_id == self._node_id:
             # Not seen from here: another container. One that refuses is dead, and another will be there soon.
             with contextlib.suppress(FileNotFoundError, PermissionError):
-                link = ChannelLink(offer.path)
+                link = ChannelLink(offer.path, spins=self._spins)
                 log.info("a channel to the draft in process %d is open", offer.pid)
                 return link
             log.warning("the draft's socket %s cannot be reached: it is asked by calls, which are slower", offer.path)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.actor_options import TARGET, target_engine
+from deployments.actor_options import TARGET, draft_has_cores, target_engine
 from deployments.handle_draft import HandleDraft
 from deployments.handle_stream import HandleStreams
 from deployments.pump_sender import TokenSender
@@ -98,7 +98,7 @@ class TargetServer:
         pause, resume = self._engine.pause, self._engine.resume
         self._sender = TokenSender(replica_id, node_id, loop, pause=pause, resume=resume)
         self._handle_streams = HandleStreams(loop, pause=pause, resume=resume)
-        self.draft = None if draft is None else _remote_proposer(config, replica_id, node_id, draft)
+        self.draft = None if draft is None else _remote_proposer(config, replica_id, node_id, draft, is_private)
         self._engine.speculate(config.speculation.to_options(), self.draft)
         self._switch = ReplicaSwitch(self._engine.switch, replica_id, wish, ask_wish)
         if ask_wish is not None:
@@ -200,10 +200,13 @@ class TargetServer:
         self._handle_streams.publish(deltas)
 
 
-def _remote_proposer(config: AppConfig, replica_id: str, node_id: str, draft: DraftReplica) -> RemoteProposer:
+def _remote_proposer(
+    config: AppConfig, replica_id: str, node_id: str, draft: DraftReplica, is_private: bool
+) -> RemoteProposer:
     tokenizer = open_tokenizer(resolve(config.model.to_source()).tokenizer_source, encodes=False)
     deadline_s = config.speculation.deadline_ms / 1000
-    return RemoteProposer(draft, replica_id, node_id, vocabulary_of(tokenizer), deadline_s)
+    spins = draft_has_cores(config, is_private=is_private)
+    return RemoteProposer(draft, replica_id, node_id, vocabulary_of(tokenizer), deadline_s, spins=spins)
 
 
 def _engine_builder() -> EngineBuilder:

@@ -1,6 +1,6 @@
 """A draft replica's process without Ray: a model that counts, and the real thread behind a real socket.
 
-Takes the socket's folder and the model's class; prints the socket's path, then waits to be killed.
+Takes the socket's folder, the model's class, and whether it spins; prints the socket's path, then waits to be killed.
 """
 
 import sys
@@ -62,6 +62,14 @@ class EmptyModel(CountingModel):
         return list(range(call.max_tokens))
 
 
+class BusyModel(CountingModel):
+    """Always has something to do that nobody waits for."""
+
+    def advance(self) -> bool:
+        time.sleep(0.02)
+        return True
+
+
 def expected(text: Sequence[int], max_tokens: int) -> list[int]:
     """What CountingModel proposes: each token follows from all before it, drafted ones included."""
     total, drafted = sum(text), []
@@ -73,7 +81,8 @@ def expected(text: Sequence[int], max_tokens: int) -> list[int]:
 
 if __name__ == "__main__":
     sys.setswitchinterval(0.0005)
-    thread = DraftThread({"counting": CountingModel, "empty": EmptyModel}[sys.argv[2]](), sys.argv[1])
+    model = {"counting": CountingModel, "empty": EmptyModel, "busy": BusyModel}[sys.argv[2]]()
+    thread = DraftThread(model, sys.argv[1], spins=sys.argv[3] == "True")
     thread.start()
     print(thread.path, flush=True)
     threading.Event().wait()

@@ -119,15 +119,13 @@ def test_nothing_of_a_draft_is_left_to_serves_defaults(is_private):
 
 @pytest.mark.parametrize(("cores", "threads", "works_ahead"), [(8, 0, False), (8, 4, True), (8, 5, False)])
 def test_a_draft_on_the_cpu_computes_between_its_targets_steps(monkeypatch, cores, threads, works_ahead):
-    for module in (actor_options, draft_plan):
-        monkeypatch.setattr(module, "num_physical_cores", lambda: cores)
+    monkeypatch.setattr(actor_options, "num_physical_cores", lambda: cores)
     config = DRAFTED.model_copy(update={"engine": EngineSettings(device="cpu", num_threads=threads, pool_mb=100)})
     target, plan = target_engine(config, is_private=True), draft_plan.draft_plan(config, is_private=True)
-    assert target.shares_cores
-    assert plan.engine.shares_cores
+    assert target.shares_cores == plan.engine.shares_cores == (not works_ahead)
     assert plan.engine.num_threads == target.num_threads == (threads or cores)
     assert (target.pool_mb, plan.engine.pool_mb) == (100, None)
-    assert plan.works_ahead == works_ahead
+    assert plan.works_ahead == plan.spins == works_ahead
     assert (plan.source.model, plan.target.model) == ("draft", None)
 
 

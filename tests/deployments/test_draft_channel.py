@@ -19,6 +19,7 @@ from deployments.draft_channel import DraftThread
 from deployments.draft_link import ChannelLink, LinkLost
 from deployments.draft_messages import (
     MOST_IDS,
+    Row,
     pack_answer,
     unpack,
 )
@@ -35,15 +36,14 @@ VOCABULARY = [b"%d" % i for i in range(600)]
 class DraftProcess:
     """A draft that can be killed and started again, asked as a Serve handle would be."""
 
-    def __init__(self, directory: Path, model: str = "counting") -> None:
-        self._directory = directory
-        self._model = model
+    def __init__(self, directory: Path, model: str = "counting", *, spins: bool = False) -> None:
+        self._arguments = [str(directory), model, str(spins)]
         self._process: subprocess.Popen[str] | None = None
         self.path = ""
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.deployments.draft_process", str(self._directory), self._model]
+        command = [sys.executable, "-m", "tests.deployments.draft_process", *self._arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.path = self._process.stdout.readline().strip()
@@ -71,9 +71,15 @@ class DraftProcess:
         raise AssertionError("there is a channel")
 
 
+@pytest.fixture(params=[False, True], ids=["sleeps", "spins"])
+def spins(request: pytest.FixtureRequest) -> bool:
+    """Whether both ends of a channel wait by looking again and again."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def draft(tmp_path: Path) -> Iterator[DraftProcess]:
-    process = DraftProcess(tmp_path)
+def draft(tmp_path: Path, spins: bool) -> Iterator[DraftProcess]:
+    process = DraftProcess(tmp_path, spins=spins)
     yield process
     process.kill()
 
@@ -82,11 +88,11 @@ Make = Callable[..., RemoteProposer]
 
 
 @pytest.fixture
-async def make() -> AsyncIterator[Make]:
+async def make(spins: bool) -> AsyncIterator[Make]:
     made: list[RemoteProposer] = []
 
     def one(draft: object, node_id: str = "node", deadline_s: float = DEADLINE_S) -> RemoteProposer:
-        made.append(RemoteProposer(draft, "target", node_id, VOCABULARY, deadline_s))  # type: ignore[arg-type]
+        made.append(RemoteProposer(draft, "target", node_id, VOCABULARY, deadline_s, spins=spins))  # type: ignore[arg-type]
         return made[-1]
 
     yield one
@@ -135,6 +141,24 @@ async def test_deltas_reach_the_draft_whole(draft: DraftProcess, make: Make) -> 
     counts = proposer.counts
     assert 30 <= sum(counts.exchanges.counts) == sum(counts.messaging.counts)
     assert 0 < counts.messaging.total_s < counts.exchanges.total_s
+
+
+async def test_waiting_for_what_the_draft_had_begun_is_not_messaging(tmp_path: Path, spins: bool, make: Make) -> None:
+    draft = DraftProcess(tmp_path, "busy", spins=spins)
+    try:
+        proposer = make(draft, deadline_s=1.0)
+        await until_open(proposer)
+        text = [1]
+        for _ in range(30):
+            await ask(proposer, wish(0, text))
+            text = [*text, 5]
+            await asyncio.sleep(0.005)
+    finally:
+        draft.kill()
+    counts = proposer.counts
+    assert sum(counts.messaging.counts) == sum(counts.exchanges.counts) == 30
+    assert counts.exchanges.total_s > 30 * 0.003
+    assert counts.messaging.total_s < counts.exchanges.total_s / 3
 
 
 async def test_long_prompts(draft: DraftProcess, make: Make) -> None:
@@ -388,12 +412,12 @@ async def test_answers_of_earlier_calls_are_dropped(tmp_path: Path) -> None:
     link = ChannelLink(str(tmp_path / "socket"))
     connection, _ = listener.accept()
 
-    def serve(*answers: tuple[int, list[int], list[int]]) -> None:
+    def serve(*answers: tuple[int, Row, list[int]]) -> None:
         message = unpack(memoryview(connection.recv(1 << 17)))
         for shift, answered, drafted in answers:
-            connection.send(pack_answer(message.epoch + shift, 0.0, answered, [drafted]))
+            connection.send(pack_answer(message.epoch + shift, 0.0, [answered], [drafted]))
 
-    serving = asyncio.create_task(asyncio.to_thread(serve, (-1, [3, 0, 2, 4], [8]), (0, [3, 0, 2, 4], [9])))
+    serving = asyncio.create_task(asyncio.to_thread(serve, (-1, (3, 0, 2, 4), [8]), (0, (3, 0, 2, 4), [9])))
     assert await asyncio.to_thread(link.ask, [wish(3, [1, 2])], time.monotonic() + 5) == [[9]]
     await serving
     # Of the right epoch, for another length of the text.

@@ -90,14 +90,16 @@ void bind_sampling(nb::module_& m);
 void bind_packed(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_quantize(nb::module_& m);
+void bind_waiting(nb::module_& m);
 
 NB_MODULE(_native, m) {
-    m.attr("ABI") = 3;
+    m.attr("ABI") = 4;
     take_iq_grids();
     bind_probe(m);
     bind_packed(m);
     bind_program(m);
     bind_quantize(m);
+    bind_waiting(m);
     m.def("instruction_sets", instruction_sets);
     m.def("instruction_set", [] { return std::string(current_kernels().name); });
     m.def("use_instruction_set", use_instruction_set);
