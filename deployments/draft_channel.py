@@ -164,7 +164,7 @@ class DraftThread:
         if self._waiting.spins and self._last_calls is not None:
             message = unpack(self._last_calls)
             calls = calls_of(message, 0)
-            pack_answer(0, 0.0, message.rows, [[0] * call.max_tokens for call in calls])
+            pack_answer(0, 0.0, message.rows, [[0]] * len(calls))
 
     def _stop(self) -> None:
         self._is_stopping = True
