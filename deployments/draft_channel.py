@@ -24,8 +24,8 @@ from deployments.draft_messages import (
     pack_answer,
     unpack,
 )
-from deployments.waiting import MOST_SPIN_S, Waiting
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
+from serve_app.engine.speculation.waiting import MOST_SPIN_S, Waiting
 from serve_app.errors import Unavailable
 
 log = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from deployments.draft_messages import (
     pack_propose,
     unpack,
 )
-from deployments.waiting import Waiting
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
 from serve_app.engine.speculation.proposer import DraftWish, no_work
+from serve_app.engine.speculation.waiting import Waiting
 
 SILENCE_S = 2.0
 """A draft that owes an answer for so long is not asked any more: the way to it is opened anew."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deployments.waiting import LOOK_S, Waiting
+from serve_app.engine.speculation.waiting import LOOK_S, Waiting
 
 
 @pytest.fixture
