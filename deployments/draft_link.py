@@ -153,7 +153,7 @@ class ChannelLink:
             return None
         for wish in wishes:
             told[wish.sequence] = len(wish.token_ids)
-        if not (self._waiting.spins and self._waiting.look()):
+        if not self._waiting.look():
             meanwhile()
             self._rehearse()
         message = self._receive(until_s)

@@ -42,12 +42,12 @@ class Waiting:
         self._descriptors.remove(descriptor)
         self._poll.unregister(descriptor)
 
-    def look(self, seconds: float = LOOK_S) -> list[int]:
-        """Which can be read, as soon as any can, [] after so many seconds; meanwhile no other thread of Python's works.
-        Where nobody spins: which can be read now."""
+    def look(self) -> list[int]:
+        """Which can be read, as soon as any can, [] after LOOK_S; meanwhile no other thread of Python's works. Where
+        nobody spins: which can be read now."""
         if self._native is None:
             return self._sleep(0)
-        nanoseconds = int(seconds * 1e9)
+        nanoseconds = int(LOOK_S * 1e9)
         ready: list[int] = self._native.wait_readable(self._descriptors, nanoseconds, nanoseconds, True)
         return ready
 
