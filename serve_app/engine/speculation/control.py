@@ -78,15 +78,15 @@ class SpeculationControl:
         # Whether the coming step has anything to try: for the others nothing is saved up.
         self._may_try = False
         self._dearest_probe = 0.0
-        # Of a step with tries: what it would take without, what these were thought to take, and how long they waited.
+        # Of a step with tries: what it would take without, and what these were thought to take.
         self._without_probes: float | None = None
         self._probes_charged = 0.0
-        self._probes_waited = 0.0
         self._next_probed = 0
         # What steps with proposals took, by what they were thought to take.
         self._excess = 1.0
-        # Of a step that does just what was planned: its plan, and how long it has waited for proposals.
+        # The plan of a step that does just what was planned.
         self._followed: _Plan | None = None
+        # How long the step has waited for proposals.
         self._waited = 0.0
         self._draft_share = 1.0
         self._plan: _Plan | None = None
@@ -134,6 +134,7 @@ class SpeculationControl:
         """For each (sequence, most tokens that it may get, 0: none) of a step that decodes them, and computes
         num_other_tokens of num_prompts prompts beside. Each call is a step."""
         self._step += 1
+        self._waited = 0.0
         self._may_try = any(most for _, most in wanted)
         if not self._present or not wanted:
             picked = [_PLAIN] * len(wanted)
@@ -150,7 +151,6 @@ class SpeculationControl:
             self._draft_share += (num_drafted - self._draft_share * count) / (count + _SHARE_MEMORY)
             self._probe(plan, picked)
             self._followed = plan if plan.best.num_offers and picked == plan.picked else None
-            self._waited = 0.0
             for state, choice in zip(plan.states, picked, strict=True):
                 state.num_asked = choice.num_tokens
                 if choice.proposer == _DRAFT:
@@ -164,7 +164,7 @@ class SpeculationControl:
             self._plan = None
         if self._without_probes is not None:
             # What tries really took, where that is more than was thought.
-            taken = seconds - self._without_probes + self._probes_waited
+            taken = seconds - self._without_probes + self._waited
             self._budget -= max(0.0, taken - self._probes_charged)
             self._without_probes = None
         most = max(_PROBING_SHARE * _SAVED_STEPS * seconds, 1.5 * self._dearest_probe)
@@ -174,8 +174,6 @@ class SpeculationControl:
     def note_proposal(self, proposer: str, num_sequences: int, depth: int, seconds: float) -> None:
         """The step waited so long for proposals of at most depth tokens for each of num_sequences."""
         self._waited += seconds
-        if self._without_probes is not None:
-            self._probes_waited += seconds
         if proposer in self._proposers and self._proposers[proposer].times.note(num_sequences, depth, seconds):
             self._plan = None
 
@@ -372,7 +370,7 @@ class SpeculationControl:
                 break
         if charged:
             self._without_probes = plan.best.seconds
-            self._probes_charged, self._probes_waited = charged, 0.0
+            self._probes_charged = charged
 
 
 class _Proposer:
