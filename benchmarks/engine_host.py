@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import msgpack
-
 from benchmarks.null_engine import null_engine
 from deployments.token_pump import pack_tokens
 from serve_app.engine.engine import Engine
@@ -40,11 +38,10 @@ def make_engine(batch: int, steps: int) -> Engine:
 def measure(batch: int, steps: int) -> list[float]:
     """Seconds of each step: engine step and pump message."""
     engine = make_engine(batch, steps)
-    packer = msgpack.Packer()
     times = []
     for sequence in range(steps):
         start = time.perf_counter()
-        pack_tokens(packer, 1, sequence, engine.step())
+        pack_tokens(1, sequence, engine.step())
         times.append(time.perf_counter() - start)
     engine.abort_all()
     engine.stop()

@@ -49,6 +49,7 @@ SWEEP_CHANGES = (0.5, 0.3, CHANGE, 0.05)
 SWEEP_GAMMAS = (1, 2, 3, 4, 5, 6, 8)
 PROMPT_TOKENS = 32
 BATCH = 32
+MESSAGES = 2000
 SMALL = Path(__file__).parents[1] / "tests" / "data" / "models"
 MOST = 8
 
@@ -97,11 +98,18 @@ class Speculated:
         return sum(self.by_position[:gamma]) / reached
 
 
-def messaging_shares(server: Server) -> list[float]:
-    """Of the exchanges with the draft since the server's start, those whose way took up to 60 us, 100 us and 1 ms."""
+def messaging_counts(server: Server) -> list[float]:
+    """Of the exchanges with the draft since the server's start, those whose way took up to 60 us, 100 us, 1 ms, and
+    all."""
     name, found = "sirocco_speculation_messaging_seconds", server.metrics()
-    within = (found[f'{name}_bucket{{le="{bound}"}}'] for bound in ("6e-05", "0.0001", "0.001"))
-    return [round(count / found[f"{name}_count"], 3) for count in within]
+    within = [found.get(f'{name}_bucket{{le="{bound}"}}', 0.0) for bound in ("6e-05", "0.0001", "0.001")]
+    return [*within, found.get(f"{name}_count", 0.0)]
+
+
+def messaging_shares(server: Server, before: Sequence[float]) -> list[float]:
+    """The same since messaging_counts(server) was that, as shares of all."""
+    *within, count = (now - then for now, then in zip(messaging_counts(server), before, strict=True))
+    return [round(number / count, 4) for number in within]
 
 
 def main() -> None:
@@ -201,11 +209,13 @@ class _Bench:
             args = argparse.Namespace(**{**vars(self._args), "threads": threads})
             for streams in (1, BATCH):
                 pair = SMALL / "stories3M" / "hf", SMALL / "stories260K" / "hf"
+                contents = [body(400, f"Once upon a time, {i}") for i in range(streams)]
                 with _Serving(args, *pair, "--fixed-draft-tokens") as server:
-                    for _ in range(args.rounds):
-                        contents = [body(400, f"Once upon a time, {i}") for i in range(streams)]
+                    server.measure(self._pool, contents)
+                    before = messaging_counts(server)
+                    while messaging_counts(server)[-1] - before[-1] < MESSAGES:
                         server.measure(self._pool, contents)
-                    shares = messaging_shares(server)
+                    shares = messaging_shares(server, before)
                 name = f"messaging, {threads} threads, {streams} streams"
                 found[name] = shares
                 print(f"{name}: share within 60 us, 100 us and 1 ms: {shares}", flush=True)
@@ -214,7 +224,7 @@ class _Bench:
     def _compare(self, server: Server, streams: int, name: str) -> dict[str, Any]:
         """Pairs with and without speculation; the first one is not counted."""
         with_it, without = [], []
-        before = Speculated.of(server)
+        before, messages = Speculated.of(server), messaging_counts(server)
         for number in range(-1, self._args.pairs):
             prompts = self._prompts(streams)
             fields = [{"enabled": True}, {"enabled": False}]
@@ -226,10 +236,10 @@ class _Bench:
                 without.append(rates[False])
                 print(f"{name}: {rates[True]:.2f} of {rates[False]:.2f} tok/s", flush=True)
             else:
-                before = Speculated.of(server)
+                before, messages = Speculated.of(server), messaging_counts(server)
         ratio = paired_ratio(with_it, without)
         counts = Speculated.of(server) - before
-        messaging = messaging_shares(server)
+        messaging = messaging_shares(server, messages)
         print(
             f"{name}: {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], {ratio.count} pairs; "
             f"{counts.drafted:.0f} drafted in {counts.proposals:.0f} proposals, {sum(counts.by_position):.0f} right\n"

@@ -13,19 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from deployments.draft_messages import (
-    FEED,
-    FORGET,
     MOST_BYTES,
-    PROPOSE,
-    SAMPLE,
     BadMessage,
-    Message,
-    calls_of,
-    pack_answer,
-    unpack,
+    Calls,
+    Feed,
+    Forget,
+    Ring,
+    answers_to,
+    draft_calls,
+    pack,
+    read_by_draft,
 )
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
-from serve_app.engine.speculation.waiting import MOST_SPIN_S, Waiting
+from serve_app.engine.speculation.waiting import MOST_SPIN_S, Mailbox, Waiting
 from serve_app.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,6 @@ class DraftThread:
             self._waiting.add(fd)
         # Since when no target was answered.
         self._quiet_since_s = 0.0
-        # The last packet, where it was one of calls.
-        self._last_calls: memoryview | None = None
         # The last forward that nobody waited for: questions may have been on their way meanwhile.
         self._ahead_s = 0.0, 0.0
         self._sockets: dict[int, _Target] = {}
@@ -155,16 +153,8 @@ class DraftThread:
     def _wait(self, is_busy: bool) -> list[int]:
         if is_busy:
             return self._waiting.wait(0.0, 0.0)
-        self._rehearse()
         spin_s = self._quiet_since_s + MOST_SPIN_S - time.monotonic()
         return self._waiting.wait(None, spin_s)
-
-    def _rehearse(self) -> None:
-        """See ChannelLink: takes the last calls and packs an answer once more, for nobody."""
-        if self._waiting.spins and self._last_calls is not None:
-            message = unpack(self._last_calls)
-            calls = calls_of(message, 0)
-            pack_answer(0, 0.0, message.rows, [[0]] * len(calls))
 
     def _stop(self) -> None:
         self._is_stopping = True
@@ -207,41 +197,50 @@ class DraftThread:
 
     def _receive(self, target: "_Target") -> None:
         try:
-            self._last_calls = None
-            size = target.connection.recv_into(self._buffer)
-            if not size:
-                raise ConnectionResetError
-            packet = memoryview(self._buffer)[:size]
-            message = unpack(packet)
-            self._take(target, message)
-            self._last_calls = packet if message.kind == PROPOSE else None
+            posted = None if target.mailbox is None else target.mailbox.take(target.num_packets)
+            message = read_by_draft(self._packet(target) if posted is None else posted)
+            if isinstance(message, Calls):
+                self._answer(target, message, is_posted=posted is not None)
+            elif isinstance(message, Feed):
+                target.sequences.add(message.sequence)
+                self._model.feed((target.number, message.sequence), message.token_ids, message.base)
+            elif isinstance(message, Forget):
+                for sequence in message.sequences:
+                    target.sequences.discard(sequence)
+                    self._model.forget((target.number, sequence))
         except BlockingIOError:
             return
-        except (OSError, BadMessage) as error:
+        except (OSError, ValueError, BadMessage) as error:
             log.debug("the channel to a target ends: %r", error)
             self._drop(target)
 
-    def _take(self, target: "_Target", message: Message) -> None:
-        number, rows = target.number, message.rows
-        if message.kind in (PROPOSE, SAMPLE):
-            until_s = time.monotonic() + message.seconds
-            target.sequences.update([row[0] for row in rows])
-            calls = calls_of(message, number)
-            began_s = time.monotonic()
-            answers = self._propose(calls, until_s)
-            work_s = time.monotonic() - began_s + self._delay_s(message.sent_s)
-            target.connection.send(pack_answer(message.epoch, work_s, rows, answers))
-            self._quiet_since_s = time.monotonic()
-        elif message.kind == FEED and len(rows) == 1:
-            sequence, base, *_ = rows[0]
-            target.sequences.add(sequence)
-            self._model.feed((number, sequence), message.token_ids, base)
-        elif message.kind == FORGET:
-            for sequence, *_ in rows:
-                target.sequences.discard(sequence)
-                self._model.forget((number, sequence))
+    def _packet(self, target: "_Target") -> memoryview:
+        connection = target.connection
+        if target.num_packets:
+            size = connection.recv_into(self._buffer)
         else:
-            raise BadMessage(f"kind {message.kind}")
+            # Its first one may come with memory for a mailbox.
+            first, memories, *_ = socket.recv_fds(connection, MOST_BYTES, 1)
+            size = len(first)
+            self._buffer[:size] = first
+            for memory in memories:
+                try:
+                    target.mailbox = self._waiting.open_mailbox(memory, connection.fileno(), is_first=False)
+                finally:
+                    os.close(memory)
+        if not size:
+            raise ConnectionResetError
+        target.num_packets += 1
+        return memoryview(self._buffer)[:size]
+
+    def _answer(self, target: "_Target", message: Calls, *, is_posted: bool) -> None:
+        calls = draft_calls(message.calls, target.number)
+        began_s = time.monotonic()
+        drafts = self._propose(calls, began_s + message.limit_s)
+        work_s = time.monotonic() - began_s + self._delay_s(message.sent_s)
+        target.sequences.update([call.sequence for call in message.calls])
+        target.send(pack(answers_to(message.calls, message.epoch, work_s, drafts)), is_posted)
+        self._quiet_since_s = time.monotonic()
 
     def _propose(self, calls: Sequence[DraftCall], until_s: float) -> list[Drafted]:
         try:
@@ -273,9 +272,18 @@ class DraftThread:
 
 
 class _Target:
-    """A socket to a target, and the sequences that came through it."""
+    """A socket to a target, the sequences that came through it, and the mailbox beside it, if there is one."""
 
     def __init__(self, number: int, connection: socket.socket) -> None:
         self.number = number
         self.connection = connection
         self.sequences: set[int] = set()
+        self.mailbox: Mailbox | None = None
+        self.num_packets = 0
+
+    def send(self, answer: bytes, is_posted: bool) -> None:
+        """By the way on which the calls came."""
+        if not is_posted or self.mailbox is None:
+            self.connection.send(answer)
+        elif self.mailbox.post(answer, 0):
+            self.connection.send(pack(Ring()))

@@ -2,6 +2,8 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+import os
 import select
 import socket
 import time
@@ -11,17 +13,22 @@ from typing import Protocol
 from deployments.draft_messages import (
     MOST_BYTES,
     MOST_IDS,
+    Answers,
     BadMessage,
-    Message,
-    answers_of,
-    pack_feed,
-    pack_forget,
-    pack_propose,
-    unpack,
+    Call,
+    Calls,
+    Feed,
+    Forget,
+    OfferMailbox,
+    Ring,
+    call_of,
+    drafts_of,
+    pack,
+    read_by_target,
 )
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
 from serve_app.engine.speculation.proposer import DraftWish, no_work
-from serve_app.engine.speculation.waiting import Waiting
+from serve_app.engine.speculation.waiting import LOOK_S, Mailbox, Waiting, mailbox_memory
 
 SILENCE_S = 2.0
 """A draft that owes an answer for so long is not asked any more: the way to it is opened anew."""
@@ -66,29 +73,17 @@ class DraftLink(Protocol):
         ...
 
 
-class Told:
-    """How many tokens of each sequence the draft was told: those that are not in counts, none."""
+Told = dict[Hashable, int]
+"""How many tokens of each sequence the draft was told: those that are not in it, none."""
 
-    def __init__(self) -> None:
-        self.counts: dict[Hashable, int] = {}
 
-    def __getitem__(self, sequence: int) -> int:
-        return self.counts.get(sequence, 0)
-
-    def __setitem__(self, sequence: int, count: int) -> None:
-        self.counts[sequence] = count
-
-    def forget(self, sequence: int) -> bool:
-        """Whether anything was told."""
-        return self.counts.pop(sequence, None) is not None
-
-    def check(self, asked: Sequence[Hashable], answers: Sequence[Drafted]) -> list[Hashable]:
-        """Sequences that the draft does not know, by its answers, are to be told from their beginning, next time;
-        returns which."""
-        unknown = [sequence for sequence, drafted in zip(asked, answers, strict=True) if drafted is None]
-        for sequence in unknown:
-            self.counts.pop(sequence, None)
-        return unknown
+def _drop_unknown(told: Told, asked: Sequence[Hashable], answers: Sequence[Drafted]) -> list[Hashable]:
+    """Sequences that the draft does not know, by its answers, are to be told from their beginning, next time; returns
+    which."""
+    unknown = [sequence for sequence, drafted in zip(asked, answers, strict=True) if drafted is None]
+    for sequence in unknown:
+        told.pop(sequence, None)
+    return unknown
 
 
 class ChannelLink:
@@ -109,13 +104,12 @@ class ChannelLink:
         self._writable = select.poll()
         self._writable.register(self._socket, select.POLLOUT)
         self._buffer = bytearray(MOST_BYTES)
-        self._told = Told()
+        self._num_packets = 0
+        self._mailbox = self._offer_mailbox()
+        self._told: Told = {}
         self._ended: list[int] = []
         self._epoch = self._answered = 0
         self._asked_s = 0.0
-        # What was received last, and what it answers; no wishes, where it is no answer in time.
-        self._packet = memoryview(self._buffer)
-        self._answered_wishes: Sequence[DraftWish] = ()
         self.work_s: float | None = None
 
     @property
@@ -131,46 +125,38 @@ class ChannelLink:
             if time.monotonic() - self._asked_s > SILENCE_S:
                 raise LinkLost("no answer")
             return None
-        told, room = self._told.counts, MOST_IDS
-        numbers: list[int] = []
-        ids: list[int] = []
+        told, room = self._told, MOST_IDS
+        calls: list[Call] = []
         for wish in wishes:
-            sequence, known = wish.sequence, len(wish.token_ids)
-            base = told.get(sequence, 0)
+            known = len(wish.token_ids)
+            base = told.get(wish.sequence, 0)
             if known - base > room:
-                if not self._feed(sequence, wish.token_ids, until_s):
+                if not self._feed(wish.sequence, wish.token_ids, until_s):
                     return None
                 base = known
             room -= known - base
-            numbers += (sequence, base, known - base, wish.max_tokens)
-            ids += wish.token_ids[base:]
+            calls.append(call_of(wish, base))
         self._epoch += 1
         self._asked_s = asked_s = time.monotonic()
         limit_s = max(0.0, until_s - asked_s) * LIMIT_SHARE
-        chains = [wish.chain for wish in wishes]
-        if not self._send(pack_propose(self._epoch, limit_s, asked_s, numbers, ids, chains), until_s):
+        if not self._put(pack(Calls(self._epoch, limit_s, asked_s, calls)), until_s):
             self._answered = self._epoch
             return None
         for wish in wishes:
             told[wish.sequence] = len(wish.token_ids)
-        if not self._waiting.look():
+        if not self._waiting.wait(min(LOOK_S, until_s - asked_s) if self._waiting.spins else 0.0):
             meanwhile()
-            self._rehearse()
-        message = self._receive(until_s)
-        if message is None:
+        found = self._receive(until_s)
+        if found is None:
             return None
-        answers = answers_of(message, wishes)
-        self._answered_wishes = wishes
+        try:
+            answers = drafts_of(found, wishes)
+        except BadMessage as error:
+            raise LinkLost(str(error)) from error
         if None in answers:
-            self._told.check([wish.sequence for wish in wishes], answers)
-        self.work_s = message.seconds
+            _drop_unknown(told, [wish.sequence for wish in wishes], answers)
+        self.work_s = found.work_s
         return answers
-
-    def _rehearse(self) -> None:
-        """Reads the last answer once more, while nothing else is to be done: the next one then finds the code for it in
-        this core's cache, from where the model's weights drive it out in every step."""
-        if self._waiting.spins and self._answered_wishes:
-            answers_of(unpack(self._packet), self._answered_wishes)
 
     def tell(self, sequence: int, token_ids: Sequence[int]) -> None:
         """See DraftLink."""
@@ -178,33 +164,62 @@ class ChannelLink:
 
     def forget(self, sequence: int) -> None:
         """See DraftLink."""
-        if self._told.forget(sequence):
+        if self._told.pop(sequence, None) is not None:
             self._ended.append(sequence)
-            self._send(b"", 0.0)
+            self._send_ended(0.0)
 
     def close(self) -> None:
         """See DraftLink."""
         self._socket.close()
 
+    def _offer_mailbox(self) -> Mailbox | None:
+        """None: messages are packets."""
+        if not self._waiting.spins:
+            return None
+        with contextlib.suppress(OSError):
+            memory = mailbox_memory()
+            try:
+                mailbox = self._waiting.open_mailbox(memory, self._socket.fileno(), is_first=True)
+                socket.send_fds(self._socket, [pack(OfferMailbox())], [memory], socket.MSG_DONTWAIT)
+                self._num_packets += 1
+                return mailbox
+            finally:
+                os.close(memory)
+        return None
+
     def _feed(self, sequence: int, token_ids: Sequence[int], until_s: float) -> bool:
         """Sends what the draft does not know yet; False: not all of it could be sent until then."""
-        for base in range(self._told[sequence], len(token_ids), MOST_IDS):
-            ids = token_ids[base : base + MOST_IDS]
-            if not self._send(pack_feed(self._epoch, sequence, base, ids), until_s):
+        for base in range(self._told.get(sequence, 0), len(token_ids), MOST_IDS):
+            ids = list(token_ids[base : base + MOST_IDS])
+            if not self._send(pack(Feed(sequence, base, ids)), until_s):
                 return False
             self._told[sequence] = base + len(ids)
         return True
 
+    def _put(self, calls: bytes, until_s: float) -> bool:
+        """Lets the draft have calls, by the way on which it looks for them. False: it does not read."""
+        mailbox = self._mailbox
+        if mailbox is None or not mailbox.has_reader or len(calls) > MOST_BYTES:
+            return self._send(calls, until_s)
+        self._send_ended(until_s)
+        if mailbox.post(calls, self._num_packets):
+            self._send_one(pack(Ring()), until_s)
+        return True
+
     def _send(self, message: bytes, until_s: float) -> bool:
         """Sends a message, and before it which sequences ended; False: the draft does not read."""
-        if self._ended and self._send_one(pack_forget(self._epoch, self._ended[:MOST_IDS]), until_s):
+        self._send_ended(until_s)
+        return self._send_one(message, until_s)
+
+    def _send_ended(self, until_s: float) -> None:
+        if self._ended and self._send_one(pack(Forget(self._ended[:MOST_IDS])), until_s):
             del self._ended[:MOST_IDS]
-        return not message or self._send_one(message, until_s)
 
     def _send_one(self, message: bytes, until_s: float) -> bool:
         while True:
             try:
                 self._socket.send(message, socket.MSG_DONTWAIT)
+                self._num_packets += 1
                 return True
             except BlockingIOError:
                 pass
@@ -214,26 +229,28 @@ class ChannelLink:
             if wait_s <= 0 or not self._writable.poll(wait_s * 1000):
                 return False
 
-    def _receive(self, until_s: float) -> Message | None:
-        """The answer to the last call; earlier ones are dropped. None: it does not come until then."""
-        self._answered_wishes = ()
+    def _receive(self, until_s: float) -> Answers | None:
+        """Those to the last calls; earlier ones are dropped. None: they do not come until then."""
         while True:
             try:
                 if not self._waiting.wait(until_s - time.monotonic()):
                     return None
-                size = self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
-                if not size:
-                    raise LinkLost("the draft has ended")
-                self._packet = memoryview(self._buffer)[:size]
-                message = unpack(self._packet)
-            except (OSError, BadMessage) as error:
+                packet = None if self._mailbox is None else self._mailbox.take(0)
+                message = read_by_target(self._packet() if packet is None else packet)
+            except (OSError, ValueError, BadMessage) as error:
                 raise LinkLost(str(error)) from error
-            if message.epoch == self._epoch:
+            if isinstance(message, Answers) and message.epoch == self._epoch:
                 self._answered = self._epoch
                 return message
 
+    def _packet(self) -> memoryview:
+        size = self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+        if not size:
+            raise LinkLost("the draft has ended")
+        return memoryview(self._buffer)[:size]
 
-Call = Callable[[Sequence[DraftCall], Sequence[int], float], Awaitable[list[Drafted]]]
+
+AskReplica = Callable[[Sequence[DraftCall], Sequence[int], float], Awaitable[list[Drafted]]]
 """propose() of a draft replica: calls, sequences that ended, limit_s."""
 
 
@@ -247,10 +264,10 @@ class CallLink:
 
     work_s = None
 
-    def __init__(self, call: Call, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, call: AskReplica, loop: asyncio.AbstractEventLoop) -> None:
         self._call = call
         self._loop = loop
-        self._told = Told()
+        self._told: Told = {}
         # What the draft was told beyond that, without being sure.
         self._guesses: dict[Hashable, list[int]] = {}
         self._ended: list[int] = []
@@ -293,7 +310,7 @@ class CallLink:
     def forget(self, sequence: int) -> None:
         """See DraftLink."""
         self._guesses.pop(sequence, None)
-        if self._told.forget(sequence):
+        if self._told.pop(sequence, None) is not None:
             self._ended.append(sequence)
 
     def close(self) -> None:
@@ -319,7 +336,7 @@ class CallLink:
 
     def _continued(self, wish: DraftWish, early: Drafted) -> Drafted:
         """What of an answer to a guess follows a text; None: nothing."""
-        base = self._told[wish.sequence]
+        base = self._told.get(wish.sequence, 0)
         guess = self._guesses.pop(wish.sequence, [])
         new = wish.token_ids[base:]
         common = next(
@@ -333,7 +350,7 @@ class CallLink:
         return early[len(rest) :][: wish.max_tokens]
 
     def _change(self, wish: DraftWish, guess: Sequence[int] = (), more: int = 0) -> DraftCall:
-        base = self._told[wish.sequence]
+        base = self._told.get(wish.sequence, 0)
         self._told[wish.sequence] = len(wish.token_ids)
         return DraftCall(wish.sequence, base, [*wish.token_ids[base:], *guess], wish.max_tokens + more, wish.chain)
 
@@ -371,6 +388,6 @@ class CallLink:
         except Exception as error:
             raise LinkLost(str(error)) from error
         self._under_way, self._is_late = None, False
-        for sequence in self._told.check([call.sequence for call in self._calls], answers):
+        for sequence in _drop_unknown(self._told, [call.sequence for call in self._calls], answers):
             self._guesses.pop(sequence, None)
         return answers

@@ -1,201 +1,196 @@
-"""The wire form of the draft channel: one message is one packet, little-endian, without padding.
+"""What a target and a draft tell each other: MessagePack, one message a packet. Calls and their answers go through a
+mailbox instead where both ends look there.
 
-    target -> draft   PROPOSE count epoch limit sent, by call: sequence base count max_tokens; then the token ids of all
-                      SAMPLE  the same; then by call: temperature top_k top_p min_p, all 0 where nothing is sampled
-                      FEED    1     epoch 0 0,   sequence base count 0; then the token ids
-                      FORGET  count epoch 0 0,   by sequence: sequence 0 0 0
-    draft -> target   ANSWER  count epoch work 0, by call: sequence length count width; then the token ids of all; then
-                                                  by call: candidates [count, width], chances [count, width]
-
-The head is a byte, 16 bits, 32 bits and two float64, a row four int64, a token id or candidate an int32, a chance a
-float32, a sampling parameter a float64.
-
-epoch numbers the calls of one channel; an answer has its call's. base: tokens of the sequence before those of the
-message; length: those that the draft knows now, behind which its answer belongs. count NOT_KNOWN in an answer: the
-draft does not know the sequence up to its base. limit: seconds that the draft may take; work: those that it has taken,
-also for what it had begun when the call was sent: CLOCK_MONOTONIC, which is one clock for all processes of a node.
-width: of sampled tokens the number of candidates, see SampledTokens; else 0. Where a message would become too long it
-is 0 as well: such tokens are verified as any others, and rarely accepted.
+Each step waits for what is done here, whose code the models' weights have driven out of the caches by then: a message
+is made and read by one call of compiled code, which also checks its types, and there is little beside it.
 """
 
-import struct
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
-from serve_app.engine.speculation.draft_call import Draft, DraftCall, Drafted, SampledTokens, SamplingChain
+from serve_app.engine.speculation.draft_call import DraftCall, Drafted, SampledTokens, SamplingChain
 from serve_app.engine.speculation.proposer import DraftWish
-
-PROPOSE, FEED, FORGET, ANSWER, SAMPLE = range(1, 6)
+from serve_app.engine.speculation.waiting import MAILBOX_BYTES
 
 MOST_IDS = 8192
 """Token ids of one message from a target; there are further ones before it where a sequence has more."""
-MOST_BYTES = 1 << 17
+MOST_BYTES = MAILBOX_BYTES
 """Of one message, either way: what a socket takes by default is more."""
-NOT_KNOWN = -1
-
-_HEAD = struct.Struct("<BHIdd")
-_ROW = struct.Struct("<4q")
-_ID_BYTES = 4
-# Of a call its sampling parameters, of a candidate id and chance.
-_CHAIN = struct.Struct("<4d")
-_CANDIDATE_BYTES = 8
+# At most so many, of an answer beside its candidates, for itself and for each token.
+_ANSWER_BYTES, _ID_BYTES = 40, 5
 
 
 class BadMessage(Exception):
     """Bytes that are not a message of this protocol."""
 
 
-Row = tuple[int, int, int, int]
-"""sequence, base, count and max_tokens, or what stands there."""
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-# Each step waits for what follows, whose code the models' weights have driven out of the caches by then: the fewer
-# operations there are, and kinds of them, the less has to come from memory.
+class Call(msgspec.Struct, array_like=True, gc=False):
+    """One wish. base: tokens of the sequence before those of the message; chain: of SamplingChain, None where nothing
+    is sampled."""
 
-
-@dataclass(slots=True)
-class Message:
-    """Any of the messages. seconds: the limit of a call, the work of an answer. sent_s: of a call, when it was sent
-    (time.monotonic()). rest: what stands behind the token ids."""
-
-    kind: int
-    epoch: int
-    seconds: float
-    sent_s: float
-    rows: list[Row]
+    sequence: Count
+    base: Count
     token_ids: list[int]
-    rest: bytes
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    chain: tuple[float, int, float, float] | None
 
 
-def pack_propose(
-    epoch: int,
-    limit_s: float,
-    sent_s: float,
-    numbers: Sequence[int],
-    token_ids: Sequence[int],
-    chains: Sequence[SamplingChain | None],
-) -> bytes:
-    """Calls: numbers are those of their rows, one after the other, token_ids those of all, chains one for each. sent_s:
-    time.monotonic()."""
-    if any(chains):
-        kind, rest = SAMPLE, array("d")
-        for chain in chains:
-            rest.extend((chain.temperature, chain.top_k, chain.top_p, chain.min_p) if chain else (0, 0, 0, 0))
-        chain_bytes = rest.tobytes()
-    else:
-        kind, chain_bytes = PROPOSE, b""
-    head = _HEAD.pack(kind, len(chains), epoch, limit_s, sent_s)
-    return head + array("q", numbers).tobytes() + array("i", token_ids).tobytes() + chain_bytes
+class Calls(msgspec.Struct, array_like=True, gc=False, tag=1):
+    """Of one step. epoch numbers the calls of one channel; limit_s: what the draft may take; sent_s: when this was
+    sent, by CLOCK_MONOTONIC, which is one clock for all processes of a node."""
+
+    epoch: int
+    limit_s: float
+    sent_s: float
+    calls: list[Call]
 
 
-def pack_feed(epoch: int, sequence: int, base: int, token_ids: Sequence[int]) -> bytes:
-    """At most MOST_IDS tokens."""
-    row = array("q", (sequence, base, len(token_ids), 0))
-    return _HEAD.pack(FEED, 1, epoch, 0.0, 0.0) + row.tobytes() + array("i", token_ids).tobytes()
+class Feed(msgspec.Struct, array_like=True, gc=False, tag=2):
+    """Tokens of a sequence behind its first `base`; at most MOST_IDS."""
+
+    sequence: Count
+    base: Count
+    token_ids: list[int]
 
 
-def pack_forget(epoch: int, sequences: Sequence[int]) -> bytes:
+class Forget(msgspec.Struct, array_like=True, gc=False, tag=3):
     """Sequences that ended."""
-    numbers = array("q", [number for sequence in sequences for number in (sequence, 0, 0, 0)])
-    return _HEAD.pack(FORGET, len(sequences), epoch, 0.0, 0.0) + numbers.tobytes()
+
+    sequences: list[int]
 
 
-def pack_answer(epoch: int, work_s: float, rows: Sequence[Row], answers: Sequence[Drafted]) -> bytes:
-    """The answers to calls, in their order; rows: of the message that they came with."""
-    numbers: list[int] = []
-    ids: list[int] = []
-    is_sampled = False
-    for (sequence, base, count, _), drafted in zip(rows, answers, strict=True):
-        length = NOT_KNOWN
-        if drafted is not None:
-            length = len(drafted)
-            ids += drafted
-            is_sampled |= type(drafted) is SampledTokens
-        numbers += (sequence, base + count, length, 0)
-    rest = _take_candidates(answers, numbers, len(ids)) if is_sampled else b""
-    head = _HEAD.pack(ANSWER, len(answers), epoch, work_s, 0.0)
-    return head + array("q", numbers).tobytes() + array("i", ids).tobytes() + rest
+class OfferMailbox(msgspec.Struct, array_like=True, gc=False, tag=4):
+    """Comes with a descriptor of memory, see Waiting.open_mailbox."""
 
 
-def _take_candidates(answers: Sequence[Drafted], numbers: list[int], num_ids: int) -> bytes:
-    """Of as many answers as a message has room for; their widths are put into numbers."""
-    rest: list[bytes] = []
-    room = MOST_BYTES - _HEAD.size - 8 * len(numbers) - _ID_BYTES * num_ids
-    for i, drafted in enumerate(answers):
-        if isinstance(drafted, SampledTokens) and _CANDIDATE_BYTES * drafted.candidates.size <= room:
-            room -= _CANDIDATE_BYTES * drafted.candidates.size
-            numbers[4 * i + 3] = drafted.candidates.shape[1]
-            rest += (drafted.candidates.tobytes(), drafted.chances.tobytes())
-    return b"".join(rest)
+class Ring(msgspec.Struct, array_like=True, gc=False, tag=5):
+    """Something lies in the mailbox of one who sleeps."""
 
 
-def unpack(message: memoryview) -> Message:
+class Answer(msgspec.Struct, array_like=True, gc=False):
+    """length: tokens that the draft knows now, behind which these belong. candidates, chances: of sampled tokens, see
+    SampledTokens. Where a message would become too long there are none: such tokens are verified as any others, and
+    rarely accepted."""
+
+    sequence: int
+    length: int
+    token_ids: list[int]
+    candidates: bytes = b""
+    chances: bytes = b""
+
+
+class Answers(msgspec.Struct, array_like=True, gc=False, tag=6):
+    """To all calls of an epoch, in their order; None: the draft does not know the sequence up to its base. work_s: what
+    the draft has taken, also for what it had begun when the calls were sent."""
+
+    epoch: int
+    work_s: float
+    answers: list[Answer | None]
+
+
+ToDraft = Calls | Feed | Forget | OfferMailbox | Ring
+ToTarget = Answers | Ring
+
+_to_draft: msgspec.msgpack.Decoder[ToDraft] = msgspec.msgpack.Decoder(ToDraft)
+_to_target: msgspec.msgpack.Decoder[ToTarget] = msgspec.msgpack.Decoder(ToTarget)
+
+pack = msgspec.msgpack.Encoder().encode
+"""The bytes of a message."""
+
+
+def read_by_draft(message: bytes | memoryview) -> ToDraft:
     """Raises BadMessage."""
-    ids = array("i")
     try:
-        kind, count, epoch, seconds, sent_s = _HEAD.unpack_from(message)
-        end = _HEAD.size + _ROW.size * count
-        rows: list[Row] = list(_ROW.iter_unpack(message[_HEAD.size : end]))
-        ids_end = end + _ID_BYTES * sum([row[2] for row in rows if row[2] > 0])
-        ids.frombytes(message[end:ids_end])
-    except (struct.error, ValueError) as error:
+        return _to_draft.decode(message)
+    except msgspec.DecodeError as error:
         raise BadMessage(str(error)) from error
-    rest_bytes = len(message) - ids_end
-    expected = 0
-    if kind == SAMPLE:
-        expected = _CHAIN.size * count
-    elif kind == ANSWER and any(widths := [row[3] for row in rows]):
-        if min(widths) < 0:
-            raise BadMessage("fewer than no candidates")
-        expected = sum([_CANDIDATE_BYTES * max(0, row[2]) * row[3] for row in rows])
-    if len(rows) != count or rest_bytes != expected:
-        raise BadMessage(f"{len(rows)} rows of {count}, {len(ids)} token ids, {rest_bytes} bytes more")
-    rest = bytes(message[ids_end:]) if rest_bytes else b""
-    return Message(kind, epoch, seconds, sent_s, rows, ids.tolist(), rest)
 
 
-def calls_of(message: Message, owner: int) -> list[DraftCall]:
-    """Of a PROPOSE or SAMPLE; their sequences are called (owner, number). Raises BadMessage."""
-    calls, start = [], 0
-    ids = message.token_ids
-    for sequence, base, count, most in message.rows:
-        if sequence < 0 or base < 0 or count < 0 or most < 1:
-            raise BadMessage(f"a call of {sequence, base, count, most}")
-        calls.append(DraftCall((owner, sequence), base, ids[start : start + count], most))
-        start += count
-    if message.kind == SAMPLE:
-        for call, (temperature, top_k, top_p, min_p) in zip(calls, _CHAIN.iter_unpack(message.rest), strict=True):
-            if temperature > 0:
-                call.chain = SamplingChain(temperature, int(top_k), top_p, min_p)
-    return calls
+def read_by_target(message: bytes | memoryview) -> ToTarget:
+    """Raises BadMessage."""
+    try:
+        return _to_target.decode(message)
+    except msgspec.DecodeError as error:
+        raise BadMessage(str(error)) from error
 
 
-def answers_of(message: Message, wishes: Sequence[DraftWish]) -> list[Drafted]:
-    """Of an ANSWER to calls of these texts; one that belongs to another text is as good as none. Raises BadMessage."""
-    ids, rows = message.token_ids, message.rows
-    if message.kind != ANSWER or len(rows) != len(wishes):
-        raise BadMessage(f"{len(rows)} answers to {len(wishes)} calls")
-    answers: list[Drafted] = []
-    start = rest_start = 0
-    for wish, (sequence, length, count, width) in zip(wishes, rows, strict=True):
-        if count < 0:
+def call_of(wish: DraftWish, base: int) -> Call:
+    """base: how much of the wish's text was told before."""
+    chain = wish.chain
+    parameters = None if chain is None else (chain.temperature, chain.top_k, chain.top_p, chain.min_p)
+    return Call(wish.sequence, base, wish.token_ids[base:], wish.max_tokens, parameters)  # type: ignore[arg-type]
+
+
+def draft_calls(calls: Sequence[Call], owner: int) -> list[DraftCall]:
+    """Their sequences are called (owner, number)."""
+    return [
+        DraftCall(
+            (owner, call.sequence),
+            call.base,
+            call.token_ids,
+            call.max_tokens,
+            None if call.chain is None else SamplingChain(*call.chain),
+        )
+        for call in calls
+    ]
+
+
+def answers_to(calls: Sequence[Call], epoch: int, work_s: float, drafts: Sequence[Drafted]) -> Answers:
+    """With the candidates of as many as a message has room for."""
+    answers: list[Answer | None] = []
+    sampled: list[tuple[Answer, SampledTokens]] = []
+    for call, drafted in zip(calls, drafts, strict=True):
+        if drafted is None:
             answers.append(None)
             continue
-        drafted: Draft = ids[start : start + min(count, wish.max_tokens)]
-        if width:
-            sampled = _sampled(ids[start : start + count], message.rest, rest_start, width)
-            rest_start += _CANDIDATE_BYTES * count * width
-            drafted = sampled[: wish.max_tokens]
-        answers.append(drafted if sequence == wish.sequence and length == len(wish.token_ids) else [])
-        start += count
-    return answers
+        length = call.base + len(call.token_ids)
+        if isinstance(drafted, SampledTokens):
+            answer = Answer(call.sequence, length, drafted.token_ids)
+            sampled.append((answer, drafted))
+        else:
+            answer = Answer(call.sequence, length, drafted)  # type: ignore[arg-type]
+        answers.append(answer)
+    if sampled:
+        _add_candidates(sampled, MOST_BYTES - sum(_ANSWER_BYTES + _ID_BYTES * len(d or ()) for d in drafts))
+    return Answers(epoch, work_s, answers)
 
 
-def _sampled(token_ids: list[int], rest: bytes, start: int, width: int) -> SampledTokens:
-    shape = len(token_ids), width
-    candidates = np.frombuffer(rest, np.int32, shape[0] * width, start).reshape(shape)
-    chances = np.frombuffer(rest, np.float32, shape[0] * width, start + candidates.nbytes).reshape(shape)
-    return SampledTokens(token_ids, candidates, chances)
+def _add_candidates(sampled: Sequence[tuple[Answer, SampledTokens]], room: int) -> None:
+    for answer, drafted in sampled:
+        size = drafted.candidates.nbytes + drafted.chances.nbytes
+        if size + _ANSWER_BYTES <= room:
+            room -= size
+            answer.candidates, answer.chances = drafted.candidates.tobytes(), drafted.chances.tobytes()
+
+
+def drafts_of(answers: Answers, wishes: Sequence[DraftWish]) -> list[Drafted]:
+    """For calls of these texts; what belongs to another text is as good as nothing. Raises BadMessage."""
+    if len(answers.answers) != len(wishes):
+        raise BadMessage(f"{len(answers.answers)} answers to {len(wishes)} calls")
+    drafts: list[Drafted] = []
+    for wish, answer in zip(wishes, answers.answers, strict=True):
+        if answer is None:
+            drafts.append(None)
+        elif answer.sequence != wish.sequence or answer.length != len(wish.token_ids):
+            drafts.append([])
+        elif answer.candidates:
+            drafts.append(_sampled(answer)[: wish.max_tokens])
+        else:
+            drafts.append(answer.token_ids[: wish.max_tokens])
+    return drafts
+
+
+def _sampled(answer: Answer) -> SampledTokens:
+    try:
+        shape = len(answer.token_ids), -1
+        candidates = np.frombuffer(answer.candidates, np.int32).reshape(shape)
+        chances = np.frombuffer(answer.chances, np.float32).reshape(candidates.shape)
+    except ValueError as error:
+        raise BadMessage(str(error)) from error
+    return SampledTokens(answer.token_ids, candidates, chances)

@@ -43,6 +43,8 @@ def private_environment(config: AppConfig, edge: Edge, directory: Path) -> dict[
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's default is 15: a replica then waits for whatever else runs on this machine, its own clients included.
+        "RAY_worker_niceness": "0",
         # With this off Ray takes 127.0.0.1 for the node's address, and each of its servers binds only that.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Ports that a second server on this machine would want too; nobody asks them here.

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgpack
 import zmq
 
 from deployments.loop_socket import LoopSocket
@@ -80,7 +79,6 @@ class TokenSender:
         self._tick_s = tick_s
         self._window = window
         self._context = zmq.Context(io_threads=1)
-        self._packer = msgpack.Packer()
         self._links: dict[tuple[str, int], _Link] = {}
         self._num_links = 0
         self._requests: dict[str, _Outgoing] = {}
@@ -141,7 +139,7 @@ class TokenSender:
                     outgoing.is_paused = True
                     self._pause(outgoing.request_id)
         for link, deltas in batches.values():
-            message = pack_tokens(self._packer, link.address.epoch, link.sequence, deltas)
+            message = pack_tokens(link.address.epoch, link.sequence, deltas)
             link.sequence += 1
             if not link.socket.send((message,)):
                 self._lose(link, "its queue is full")

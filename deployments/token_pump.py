@@ -1,7 +1,7 @@
 """The wire form of the token path: engine -> ingress, one message per step for all requests of that ingress.
 
 A target replica connects one DEALER socket to each ingress replica that it works for; the ingress binds a ROUTER. Both
-directions carry msgpack arrays, never pickles:
+directions carry MessagePack arrays, never pickles:
 
     target -> ingress   [TOKENS, epoch, sequence, rows]      [HEARTBEAT, epoch, sequence]
     ingress -> target   [CREDIT, epoch, [[request id, consumed], ...]]   [CANCEL, epoch, [request id, ...]]
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from typing import Any
 
-import msgpack
+import msgspec
 
 from serve_app.messages import Finish, TokenDelta, TokenLogprob, Usage
 
@@ -36,11 +36,14 @@ CREDIT_WINDOW = 256
 Row = Sequence[Any]
 
 
+_encoder = msgspec.msgpack.Encoder()
+
+
 class BadMessage(Exception):
     """Bytes that are not a message of this protocol."""
 
 
-def pack_tokens(packer: msgpack.Packer, epoch: int, sequence: int, deltas: Iterable[TokenDelta]) -> bytes:
+def pack_tokens(epoch: int, sequence: int, deltas: Iterable[TokenDelta]) -> bytes:
     """One step's deltas as bytes. A finish with an error stays behind: the target's open call raises it instead."""
     rows = [
         (d.request_id, d.choice, d.index, d.token_ids, d.text)
@@ -48,21 +51,19 @@ def pack_tokens(packer: msgpack.Packer, epoch: int, sequence: int, deltas: Itera
         else _full_row(d)
         for d in deltas
     ]
-    packed: bytes = packer.pack((TOKENS, epoch, sequence, rows))
-    return packed
+    return _encoder.encode((TOKENS, epoch, sequence, rows))
 
 
 def pack(*fields: Any) -> bytes:
     """A heartbeat or a credit message."""
-    packed: bytes = msgpack.packb(fields)
-    return packed
+    return _encoder.encode(fields)
 
 
 def unpack(message: bytes) -> tuple[int, int, list[Any]]:
     """(kind, epoch, the other fields). Raises BadMessage."""
     try:
-        kind, epoch, *rest = msgpack.unpackb(message)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        kind, epoch, *rest = msgspec.msgpack.decode(message)
+    except (ValueError, TypeError, msgspec.DecodeError) as error:
         raise BadMessage(str(error)) from error
     if not (type(kind) is int and type(epoch) is int):
         raise BadMessage("kind and epoch are numbers")

@@ -4,4 +4,4 @@ ABI counts changes of the native module's interface. There is no __version__: an
 name too, and libraries look for its version here.
 """
 
-ABI = 4
+ABI = 5

@@ -8,7 +8,7 @@ import kernels
 from serve_app.errors import LaunchError, ModelFileError
 
 # The interface of kernels that this serve_app was written against.
-EXPECTED_ABI = 4
+EXPECTED_ABI = 5
 
 EXIT_OK = 0
 EXIT_USAGE = 2

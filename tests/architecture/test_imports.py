@@ -63,7 +63,7 @@ ONLY_IN: dict[str, set[str]] = {
     "jinja2": {"serve_app.text"},
     "huggingface_hub": {"serve_app.loaders"},
     "zmq": {"deployments"},
-    "msgpack": {"deployments"},
+    "msgspec": {"deployments"},
     "prometheus_client": {"serve_app.metrics", "serve_app.api"},
 }
 

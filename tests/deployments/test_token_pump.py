@@ -6,7 +6,6 @@ import stat
 import threading
 from collections.abc import Sequence
 
-import msgpack
 import pytest
 
 from deployments.pump_receiver import TokenReceiver
@@ -90,14 +89,14 @@ def test_every_field_survives_the_wire():
     full = TokenDelta("r", 1, 4, [5], "a", logprobs, Finish("stop", Usage(3, 5, 2, 4, 1), "END"), first)
     several = TokenDelta("r", 1, 5, [5, 7], "ab", [*logprobs, TokenLogprob(7, -2.0, [(8, -0.1)], "b", ["c"])])
     plain = TokenDelta("r", 0, 0, [9, 10], "héé\U0001f600")
-    kind, epoch, (sequence, rows) = unpack(pack_tokens(msgpack.Packer(), 11, 3, [plain, full, several]))
+    kind, epoch, (sequence, rows) = unpack(pack_tokens(11, 3, [plain, full, several]))
     assert (kind, epoch, sequence) == (TOKENS, 11, 3)
     assert [unpack_delta(row) for row in rows] == [plain, full, several]
 
 
 def test_an_error_never_travels_the_token_path():
     failed = TokenDelta("r", 0, 0, [], "", finish=Finish("error", Usage(1, 0), error=Unavailable("too late")))
-    _, _, (_, rows) = unpack(pack_tokens(msgpack.Packer(), 1, 0, [failed]))
+    _, _, (_, rows) = unpack(pack_tokens(1, 0, [failed]))
     assert unpack_delta(rows[0]).finish is None
 
 

@@ -93,7 +93,7 @@ void bind_quantize(nb::module_& m);
 void bind_waiting(nb::module_& m);
 
 NB_MODULE(_native, m) {
-    m.attr("ABI") = 4;
+    m.attr("ABI") = 5;
     take_iq_grids();
     bind_probe(m);
     bind_packed(m);

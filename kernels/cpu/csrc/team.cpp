@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "rest.h"
+
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -31,14 +33,6 @@ constexpr int64_t kSmallestPiece = 1 << 17;
 
 std::atomic<int64_t> barrier_spin_ns{kBarrierSpinNs}, idle_spin_ns{kIdleSpinNs};
 thread_local bool is_member = false;  // of the run that this thread is in
-
-void rest() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 // A 32-bit count that threads wait on to change. All operations are sequentially consistent: a waiter counts itself
 // before the kernel compares the value, a changer changes the value before it looks for waiters. So either the waiter
