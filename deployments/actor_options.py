@@ -63,7 +63,7 @@ def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
     num_threads = target_threads(config, is_private=is_private)
     options: dict[str, Any] = {
         **_common(config, num_requests + _SPARE_REQUESTS, is_private=is_private),
-        "ray_actor_options": _actor(deployment.target_cpus, num_threads, is_private=is_private),
+        "ray_actor_options": _model_actor(config, deployment.target_cpus, num_threads, is_private=is_private),
     }
     if wants_gpu(config.engine.device, is_private=is_private):
         shares = draft_shares_gpu(config, is_private=is_private)
@@ -82,11 +82,11 @@ def target_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
 
 def draft_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
     """Serve's options of the draft model's replica. Targets of its node ask it by packets; calls come from others."""
-    num_threads = target_threads(config, is_private=is_private)
+    num_threads = draft_threads(config, is_private=is_private)
     options: dict[str, Any] = {
         **_common(config, _SPARE_REQUESTS, is_private=is_private),
         "num_replicas": 1,
-        "ray_actor_options": _actor(0, num_threads, is_private=is_private),
+        "ray_actor_options": _model_actor(config, config.deployment.draft_cpus, num_threads, is_private=is_private),
     }
     if wants_gpu(config.engine.device, is_private=is_private):
         shares = draft_shares_gpu(config, is_private=is_private)
@@ -95,10 +95,12 @@ def draft_options(config: AppConfig, *, is_private: bool) -> dict[str, Any]:
 
 
 def draft_shares_gpu(config: AppConfig, *, is_private: bool) -> bool:
-    """Whether the draft model lives on a target's GPU: where a private cluster has none to spare."""
-    if config.speculation.draft is None or not is_private:
+    """Whether the draft model lives on a target's GPU: as told, else where a private cluster has none to spare."""
+    if config.speculation.draft is None or not wants_gpu(config.engine.device, is_private=is_private):
         return False
-    return wants_gpu(config.engine.device, is_private=True) and num_gpus() <= _most_targets(config)
+    if config.deployment.draft_gpu != "auto":
+        return config.deployment.draft_gpu == "shared"
+    return is_private and num_gpus() <= _most_targets(config)
 
 
 def target_threads(config: AppConfig, *, is_private: bool) -> int:
@@ -113,6 +115,12 @@ def target_threads(config: AppConfig, *, is_private: bool) -> int:
     if is_private:
         return max(1, cores // _most_targets(config))
     return min(cores, int(deployment.target_cpus) or cores)
+
+
+def draft_threads(config: AppConfig, *, is_private: bool) -> int:
+    """Computing threads of the draft model: a target's, on its cores or as many, unless it reserves processors."""
+    reserved = 0 if is_private or config.engine.num_threads else int(config.deployment.draft_cpus)
+    return min(num_physical_cores(), reserved) or target_threads(config, is_private=is_private)
 
 
 def target_engine(config: AppConfig, *, is_private: bool) -> EngineConfig:
@@ -135,23 +143,31 @@ def target_engine(config: AppConfig, *, is_private: bool) -> EngineConfig:
 
 def draft_has_cores(config: AppConfig, *, is_private: bool) -> bool:
     """Whether the machine that asks has cores for a draft model on which no target computes: as many as a target takes
-    where models compute on the CPU, else a few for threads that wait for one another."""
+    where models compute on the CPU, else a few for threads that wait for one another; or those that both reserve."""
+    deployment = config.deployment
+    if not is_private and min(deployment.target_cpus, deployment.draft_cpus) >= 1:
+        return True
     num_targets = _most_targets(config) if is_private else 1
     if wants_gpu(config.engine.device, is_private=is_private):
         return num_physical_cores() >= 4 * num_targets
     return num_physical_cores() >= (num_targets + 1) * target_threads(config, is_private=is_private)
 
 
-def check_gpus(config: AppConfig) -> None:
-    """Raises LaunchError where a private cluster's targets ask for more GPUs than this machine has."""
+def check_private(config: AppConfig) -> None:
+    """Raises LaunchError for a placement that a private cluster on this machine cannot have."""
+    deployment = config.deployment
+    if deployment.model_nodes:
+        raise LaunchError("--model-nodes names nodes of a cluster: --ray-address says which.")
     if not wants_gpu(config.engine.device, is_private=True):
         return
-    wanted, found = _most_targets(config), num_gpus()
-    if wanted > found:
-        option = "--num-targets" if config.deployment.max_target_replicas is None else "--max-targets"
-        device = config.engine.device
+    targets, found = _most_targets(config), num_gpus()
+    has_draft = config.speculation.draft is not None and deployment.draft_gpu == "own"
+    if targets + has_draft > found:
+        option = "--num-targets" if deployment.max_target_replicas is None else "--max-targets"
+        draft = " and --draft-gpu own one for the draft" if has_draft else ""
         raise LaunchError(
-            f"--device {device}: {option} {wanted} takes a GPU for each target, this machine has {found}."
+            f"--device {config.engine.device}: {option} {targets} takes a GPU for each target{draft}, "
+            f"this machine has {found}."
         )
 
 
@@ -192,6 +208,13 @@ def _actor(num_cpus: float, num_threads: int, *, is_private: bool) -> dict[str, 
     if is_private:
         return {"num_cpus": num_cpus}
     return {"num_cpus": num_cpus, "runtime_env": {"env_vars": thread_environment(num_threads)}}
+
+
+def _model_actor(config: AppConfig, num_cpus: float, num_threads: int, *, is_private: bool) -> dict[str, Any]:
+    actor = _actor(num_cpus, num_threads, is_private=is_private)
+    if labels := config.deployment.model_nodes:
+        actor["label_selector"] = dict(label.split("=") for label in labels)
+    return actor
 
 
 def logging_config(config: AppConfig) -> dict[str, Any]:

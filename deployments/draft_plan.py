@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from deployments.actor_options import draft_has_cores, draft_shares_gpu, target_engine
+from deployments.actor_options import draft_has_cores, draft_shares_gpu, draft_threads, target_engine
 from serve_app.config import AppConfig
 from serve_app.gpu_info import wants_gpu
 from serve_app.options import EngineConfig, ModelSource
@@ -28,12 +28,17 @@ class DraftPlan:
 def draft_plan(config: AppConfig, *, is_private: bool) -> DraftPlan:
     """Of a configuration with a draft model, on the machine that asks.
 
-    On the CPU a draft and its target run in turn, each on all of the target's cores: there the draft does not work
-    ahead, which would slow the target down, unless there are cores besides.
+    On the CPU a draft and its target run in turn, each on all of the target's cores, unless there are cores besides:
+    there the draft does not work ahead, which would slow the target down.
     """
     assert config.speculation.draft is not None
-    target = target_engine(config, is_private=is_private)
-    engine = replace(target, pool_mb=None, pool_fraction=None, pool_tokens=None)
+    engine = replace(
+        target_engine(config, is_private=is_private),
+        num_threads=draft_threads(config, is_private=is_private),
+        pool_mb=None,
+        pool_fraction=None,
+        pool_tokens=None,
+    )
     works_ahead = has_cores = draft_has_cores(config, is_private=is_private)
     if wants_gpu(engine.device, is_private=is_private):
         engine = replace(engine, pool_tokens=config.engine.max_seqs * _TOKENS_PER_REQUEST)

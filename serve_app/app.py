@@ -16,7 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from deployments.actor_options import check_gpus, draft_options, ingress_options, preprocessor_options, target_options
+from deployments.actor_options import (
+    check_private,
+    draft_options,
+    ingress_options,
+    preprocessor_options,
+    target_options,
+)
 from deployments.edge import check_port, choose_edge
 from deployments.joined_cluster import JoinedCluster
 from deployments.private_cluster import PrivateCluster
@@ -69,7 +75,7 @@ def run(config: AppConfig) -> int:
         # The files are those of the cluster's nodes: not looked for here.
         name = config.http.served_model_name or config.model.model or "the embedded model"
         return _Server(config, JoinedCluster(config), name).run()
-    check_gpus(config)
+    check_private(config)
     check_port(config.http.host, config.http.port)
     source, draft = config.model.to_source(), config.speculation.draft
     name = config.http.served_model_name or resolve(source).model_name

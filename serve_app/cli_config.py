@@ -58,6 +58,8 @@ def configuration(kind: Kind | None, is_speculative: bool, groups: dict[type, An
         engine["overlap"] = not engine.pop("no_overlap")
     if "http" in sections:
         sections["http"]["api_keys"] = sections["http"]["api_keys"] or ()
+    if "deployment" in sections:
+        sections["deployment"]["model_nodes"] = sections["deployment"]["model_nodes"] or ()
     if selection is not None:
         _add(selection, sections)
     if "speculation" in sections:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from serve_app.config import DeploymentConfig, HttpConfig, IngressMode, ProxyMode
+from serve_app.config import DeploymentConfig, DraftGpu, HttpConfig, IngressMode, ProxyMode
 
 # What the help shows as the type of an option that takes no value.
 _FLAG = ""
@@ -131,6 +131,25 @@ class DeploymentOptions:
         float,
         _ray_option("--target-cpus", help="The same for a replica with the model; --threads says how many it uses."),
     ] = _DEPLOYMENT.target_cpus
+    draft_cpus: Annotated[float, _ray_option("--draft-cpus", help="The same for the replica with the draft model.")] = (
+        _DEPLOYMENT.draft_cpus
+    )
+    draft_gpu: Annotated[
+        DraftGpu,
+        _ray_option(
+            "--draft-gpu",
+            help="own: the draft model takes a GPU to itself; shared: it lives on a target's, of nodes with one GPU; "
+            "auto: shared where a private cluster has none to spare.",
+        ),
+    ] = _DEPLOYMENT.draft_gpu
+    model_nodes: Annotated[
+        list[str] | None,
+        _ray_option(
+            "--model-nodes",
+            help="Label of the nodes on which targets and the draft model may run; may be repeated. Left out: any.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None
     ingress: Annotated[
         IngressMode,
         _ray_option(

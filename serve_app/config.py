@@ -39,6 +39,7 @@ from serve_app.quant_names import recipe_name
 LogLevel = Literal["off", "error", "warn", "info", "debug", "trace"]
 IngressMode = Literal["pump", "handle"]
 ProxyMode = Literal["auto", "direct", "haproxy", "python"]
+DraftGpu = Literal["auto", "own", "shared"]
 
 LOG_LEVELS: dict[LogLevel, int] = {
     "off": logging.CRITICAL + 10,
@@ -283,7 +284,9 @@ class DeploymentConfig(Section):
 
     ray_address None starts a private cluster on this machine. max_target_replicas above target_replicas lets Serve
     scale the targets between the two. The *_cpus are what a replica reserves of its node (0: nothing), not its number
-    of threads. ingress: how tokens come back, by the pump or by one handle stream a request.
+    of threads. ingress: how tokens come back, by the pump or by one handle stream a request. model_nodes: labels,
+    KEY=VALUE, that the nodes of targets and draft have. draft_gpu: where models compute on GPUs, whether the draft
+    takes one of its own or shares a target's; auto: its own, unless a private cluster has none to spare.
     """
 
     ray_address: Text | None = None
@@ -296,6 +299,9 @@ class DeploymentConfig(Section):
     ingress_cpus: Cpus = 0.0
     preprocessor_cpus: Cpus = 0.0
     target_cpus: Cpus = 0.0
+    draft_cpus: Cpus = 0.0
+    draft_gpu: DraftGpu = "auto"
+    model_nodes: tuple[Annotated[str, StringConstraints(pattern=r"^[^=]+=[^=]+$")], ...] = ()
     max_ongoing_requests: Positive = 4096
     startup_timeout_s: Seconds = 600.0
     shutdown_timeout_s: Seconds = 8.0

@@ -127,6 +127,8 @@ def test_every_option_reaches_the_configuration() -> None:
         "--pa-cache-type": "f8e4m3",
         "--token-source": "none",
         "--ingress": "handle",
+        "--draft-gpu": "own",
+        "--model-nodes": "models=yes",
         "--proxy": "python",
         "--log": "debug",
         "--pa-gpu-mem-usage": "0.5",

@@ -13,8 +13,8 @@ ENGINE = """--attention-backend --cpu-exact --device --kv-cache-dtype --max-batc
 HTTP = """--api-key --first-token-timeout --host --idle-stream-timeout --max-body-bytes --max-choices
 --max-header-bytes --max-logit-bias --max-logprobs --max-messages --max-n --max-prompts --max-stop --port -p
 --request-logging-file --served-model-name --slow-client-timeout --strict-model-name"""
-RAY = """--ingress --ingress-cpus --max-targets --num-ingress --num-preprocessors --num-targets --preprocessor-cpus
---proxy --ray-address --startup-timeout --target-cpus"""
+RAY = """--draft-cpus --draft-gpu --ingress --ingress-cpus --max-targets --model-nodes --num-ingress --num-preprocessors
+--num-targets --preprocessor-cpus --proxy --ray-address --startup-timeout --target-cpus"""
 LOG = "--log"
 CHAT = "--max-tokens --system --temperature --top-k --top-p"
 DOCTOR = "--json --models"

@@ -4,11 +4,12 @@ import subprocess
 import tempfile
 
 import pytest
+from pydantic import ValidationError
 from ray import serve
 
 from deployments import actor_options, draft_plan
 from deployments.actor_options import (
-    check_gpus,
+    check_private,
     deployment_names,
     draft_options,
     ingress_options,
@@ -86,10 +87,10 @@ def test_a_target_takes_a_gpu(monkeypatch, device, gpus, is_private, asked):
 def test_more_targets_than_gpus_are_refused(monkeypatch):
     for module in (gpu_info, actor_options):
         monkeypatch.setattr(module, "num_gpus", lambda: 2)
-    check_gpus(AppConfig(deployment=DeploymentConfig(target_replicas=2)))
-    check_gpus(AppConfig(engine=EngineSettings(device="cpu"), deployment=DeploymentConfig(target_replicas=3)))
+    check_private(AppConfig(deployment=DeploymentConfig(target_replicas=2)))
+    check_private(AppConfig(engine=EngineSettings(device="cpu"), deployment=DeploymentConfig(target_replicas=3)))
     with pytest.raises(LaunchError, match=r"--num-targets 3 takes a GPU for each target, this machine has 2"):
-        check_gpus(AppConfig(deployment=DeploymentConfig(target_replicas=3)))
+        check_private(AppConfig(deployment=DeploymentConfig(target_replicas=3)))
 
 
 def test_targets_are_scaled_by_open_requests():
@@ -146,6 +147,64 @@ def test_a_draft_shares_the_only_gpu(monkeypatch, gpus, is_private, of_target, o
     plan = draft_plan.draft_plan(config, is_private=is_private)
     assert plan.engine.pool_tokens == 2048 * config.engine.max_seqs
     assert plan.works_ahead == (fraction is None)
+
+
+@pytest.mark.parametrize(
+    ("reserved", "num_threads", "threads", "has_cores"),
+    [((3.0, 2.5), 0, 2, True), ((3.0, 0.5), 0, 3, False), ((0.0, 2.0), 0, 2, False), ((3.0, 2.0), 4, 4, True)],
+)
+def test_a_draft_that_reserves_processors_computes_on_them(monkeypatch, reserved, num_threads, threads, has_cores):
+    monkeypatch.setattr(actor_options, "num_physical_cores", lambda: 4)
+    deployment = DeploymentConfig(target_cpus=reserved[0], draft_cpus=reserved[1])
+    config = DRAFTED.model_copy(
+        update={"deployment": deployment, "engine": EngineSettings(device="cpu", num_threads=num_threads)}
+    )
+    plan = draft_plan.draft_plan(config, is_private=False)
+    assert (plan.engine.num_threads, plan.spins) == (threads, has_cores)
+    assert target_engine(config, is_private=False).shares_cores == (not has_cores)
+    actor = draft_options(config, is_private=False)["ray_actor_options"]
+    assert actor["num_cpus"] == reserved[1]
+    assert actor["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == str(threads)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "is_private", "gpus", "asked"),
+    [
+        ("own", True, 1, [1, 1]), ("shared", True, 2, [0.9, 0.1]), ("auto", True, 2, [1, 1]),
+        ("shared", False, 0, [0.9, 0.1]), ("own", False, 0, [1, 1]), ("auto", False, 0, [1, 1]),
+    ],
+)  # fmt: skip
+def test_whose_gpu_a_draft_takes(monkeypatch, gpu, is_private, gpus, asked):
+    for module in (gpu_info, actor_options):
+        monkeypatch.setattr(module, "num_gpus", lambda: gpus)
+    deployment, engine = DeploymentConfig(draft_gpu=gpu), EngineSettings(device="cuda")
+    config = DRAFTED.model_copy(update={"deployment": deployment, "engine": engine})
+    options = [
+        options(config, is_private=is_private)["ray_actor_options"] for options in (target_options, draft_options)
+    ]
+    assert [actor["num_gpus"] for actor in options] == asked
+    if is_private and sum(asked) > gpus:
+        with pytest.raises(LaunchError, match="--draft-gpu own one for the draft, this machine has 1"):
+            check_private(config)
+    # On the CPU nobody takes one.
+    on_cpu = config.model_copy(update={"engine": EngineSettings(device="cpu")})
+    assert "num_gpus" not in draft_options(on_cpu, is_private=is_private)["ray_actor_options"]
+
+
+def test_models_run_on_nodes_with_labels():
+    deployment = DeploymentConfig(model_nodes=("sirocco/models=yes", "zone=a"))
+    config = DRAFTED.model_copy(update={"deployment": deployment})
+    for options in (target_options, draft_options):
+        made = options(config, is_private=False)
+        assert made["ray_actor_options"]["label_selector"] == {"sirocco/models": "yes", "zone": "a"}
+        serve.deployment(lambda: None).options(**made)
+    for options in (ingress_options, preprocessor_options):
+        assert "label_selector" not in options(config, is_private=False)["ray_actor_options"]
+    with pytest.raises(LaunchError, match="--model-nodes names nodes of a cluster: --ray-address says which"):
+        check_private(config)
+    for label in ("", "a", "=b", "a=", "a=b=c"):
+        with pytest.raises(ValidationError, match="model_nodes"):
+            DeploymentConfig(model_nodes=(label,))
 
 
 def test_the_edge_of_a_private_cluster():
