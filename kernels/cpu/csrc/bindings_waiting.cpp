@@ -102,14 +102,22 @@ std::vector<int> wait_readable(const std::vector<int>& descriptors, const std::v
 }  // namespace
 
 void bind_waiting(nb::module_& m) {
+    nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+        try {
+            std::rethrow_exception(thrown);
+        } catch (const std::system_error& error) {
+            errno = error.code().value();
+            PyErr_SetFromErrno(PyExc_OSError);
+        }
+    });
     nb::class_<Mailbox>(m, "Mailbox")
         .def(nb::init<int, int, bool>())
         .def_ro("descriptor", &Mailbox::descriptor)
         .def_prop_ro("has_reader", &Mailbox::has_reader)
-        .def("post", [](Mailbox& mailbox, nb::bytes message, uint32_t after) {
+        .def("post", [](Mailbox& mailbox, nb::bytes message, uint64_t after) {
             return mailbox.post(message.c_str(), message.size(), after);
         })
-        .def("take", [](Mailbox& mailbox, uint32_t after) {
+        .def("take", [](Mailbox& mailbox, uint64_t after) {
             nb::object found = nb::none();
             mailbox.take(after, [&](const char* bytes, size_t size) { found = nb::bytes(bytes, size); });
             return found;

@@ -16,7 +16,8 @@ struct Lane {
     enum Reader : uint32_t { kAbsent, kLooks, kSleeps };
     alignas(64) std::atomic<uint32_t> reader;
     alignas(64) std::atomic<uint32_t> count;
-    uint32_t size, after;
+    uint32_t size;
+    uint64_t after;
     char bytes[];
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
@@ -49,7 +50,7 @@ class Mailbox {
     bool has_reader() const { return out_->reader.load() != Lane::kAbsent; }
 
     // Returns whether the reader sleeps and has to be woken. after: how many messages of the other way precede it.
-    bool post(const char* bytes, size_t size, uint32_t after) {
+    bool post(const char* bytes, size_t size, uint64_t after) {
         if (size > capacity_) throw std::length_error("a message is too long for the mailbox");
         std::memcpy(out_->bytes, bytes, size);
         out_->size = uint32_t(size);
@@ -63,8 +64,8 @@ class Mailbox {
 
     // Copies a message by copy(bytes, size), if there is one whose predecessors are among the first `after`.
     template <typename Copy>
-    bool take(uint32_t after, Copy&& copy) {
-        if (!is_full() || int32_t(after - in_->after) < 0) return false;
+    bool take(uint64_t after, Copy&& copy) {
+        if (!is_full() || after < in_->after) return false;
         taken_ = in_->count.load();
         const size_t size = in_->size;
         if (size > capacity_) throw std::length_error("the mailbox is not filled as it should be");

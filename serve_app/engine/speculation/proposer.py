@@ -55,7 +55,7 @@ class Proposer(Protocol):
 
     def propose(self, wishes: Sequence[DraftWish], meanwhile: Callable[[], None] = no_work) -> Sequence[Draft]:
         """For each wish at most max_tokens token ids that may follow, possibly none. meanwhile: what else is to be done
-        in any case; a proposer that waits for another process calls it once it has asked that."""
+        in any case; a proposer that waits for another process calls it, unless the answer comes at once."""
 
     def forget(self, sequence: int, token_ids: Sequence[int] = ()) -> None:
         """The sequence ended, token_ids are all of it; there may never have been a wish for it."""

@@ -135,11 +135,10 @@ def test_messages_through_a_mailbox(ends: Ends, writer: int) -> None:
 
 def test_a_message_does_not_overtake_packets(ends: Ends) -> None:
     out, into = ends.mailboxes
-    for count in (1, 2**32 - 1, 2**32, 2**32 + 1):
-        after = count % 2**32
+    for after in (1, 2**31, 2**32, 2**40):
         out.post(b"1", after)
-        assert into.take((after - 1) % 2**32) is None
-        assert into.take((after + 1) % 2**32) == b"1"
+        assert into.take(after - 1) is None
+        assert into.take(after + 1) == b"1"
 
 
 def test_who_sleeps_is_to_be_woken(ends: Ends) -> None:
@@ -191,7 +190,7 @@ def test_a_mailbox_has_its_limits(ends: Ends) -> None:
     ends.mailboxes[0].post(b"12345", 0)
     with open(f"/proc/self/fd/{ends.memory}", "r+b") as file:
         content = file.read()
-        file.seek(content.index(b"12345") - 8)
+        file.seek(content.index(b"12345") - 12)
         file.write((2**31).to_bytes(4, "little"))
     with pytest.raises(ValueError, match="not filled as it should be"):
         ends.mailboxes[1].take(0)
