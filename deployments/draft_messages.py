@@ -28,6 +28,7 @@ class BadMessage(Exception):
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class Call(msgspec.Struct, array_like=True, gc=False):
@@ -36,7 +37,7 @@ class Call(msgspec.Struct, array_like=True, gc=False):
 
     sequence: Count
     base: Count
-    token_ids: list[int]
+    token_ids: list[TokenId]
     max_tokens: Annotated[int, msgspec.Meta(ge=1)]
     chain: tuple[float, int, float, float] | None
 
@@ -56,7 +57,7 @@ class Feed(msgspec.Struct, array_like=True, gc=False, tag=2):
 
     sequence: Count
     base: Count
-    token_ids: list[int]
+    token_ids: list[TokenId]
 
 
 class Forget(msgspec.Struct, array_like=True, gc=False, tag=3):

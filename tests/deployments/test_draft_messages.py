@@ -86,6 +86,8 @@ def test_messages_that_are_none() -> None:
         Call(2, -3, [4], 6, None),
         Call(2, 3, [4], 0, None),
         Call(2, 3, ["a"], 6, None),  # type: ignore[list-item]
+        Call(2, 3, [4, -1], 6, None),
+        Call(2, 3, [2**31], 6, None),
         Call(2, 3, [4], 6, (0.5, 1)),  # type: ignore[arg-type]
     ):
         with pytest.raises(BadMessage):
