@@ -107,9 +107,9 @@ def messaging_counts(server: Server) -> list[float]:
 
 
 def messaging_shares(server: Server, before: Sequence[float]) -> list[float]:
-    """The same since messaging_counts(server) was that, as shares of all."""
+    """The same since messaging_counts(server) was that, as shares of all; none where the draft was not asked."""
     *within, count = (now - then for now, then in zip(messaging_counts(server), before, strict=True))
-    return [round(number / count, 4) for number in within]
+    return [round(number / count, 4) for number in within] if count else []
 
 
 def main() -> None:
@@ -213,8 +213,11 @@ class _Bench:
                 with _Serving(args, *pair, "--fixed-draft-tokens") as server:
                     server.measure(self._pool, contents)
                     before = messaging_counts(server)
-                    while messaging_counts(server)[-1] - before[-1] < MESSAGES:
+                    count = before[-1]
+                    while count - before[-1] < MESSAGES:
                         server.measure(self._pool, contents)
+                        last, count = count, messaging_counts(server)[-1]
+                        assert count > last, "the draft is not asked any more"
                     shares = messaging_shares(server, before)
                 name = f"messaging, {threads} threads, {streams} streams"
                 found[name] = shares
