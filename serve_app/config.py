@@ -65,6 +65,8 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)]
 Cpus = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+NodeLabel = Annotated[str, StringConstraints(pattern=rf"^([A-Za-z0-9.-]+/)?{_LABEL}={_LABEL}$")]
 
 
 class Section(BaseModel):
@@ -301,7 +303,7 @@ class DeploymentConfig(Section):
     target_cpus: Cpus = 0.0
     draft_cpus: Cpus = 0.0
     draft_gpu: DraftGpu = "auto"
-    model_nodes: tuple[Annotated[str, StringConstraints(pattern=r"^[^=]+=[^=]+$")], ...] = ()
+    model_nodes: tuple[NodeLabel, ...] = ()
     max_ongoing_requests: Positive = 4096
     startup_timeout_s: Seconds = 600.0
     shutdown_timeout_s: Seconds = 8.0
@@ -313,6 +315,9 @@ class DeploymentConfig(Section):
                 f"at most {self.max_target_replicas} targets (--max-targets) is less than the {self.target_replicas} "
                 "to start with (--num-targets)"
             )
+        keys = [label.partition("=")[0] for label in self.model_nodes]
+        if len(set(keys)) < len(keys):
+            raise ValueError("--model-nodes gives a label two values, and a node has one")
         return self
 
 

@@ -202,9 +202,11 @@ def test_models_run_on_nodes_with_labels():
         assert "label_selector" not in options(config, is_private=False)["ray_actor_options"]
     with pytest.raises(LaunchError, match="--model-nodes names nodes of a cluster: --ray-address says which"):
         check_private(config)
-    for label in ("", "a", "=b", "a=", "a=b=c"):
+    for label in ("", "a", "=b", "a=", "a=b=c", "a=!b", "a=in(b)", "a b=c", "a=" + 64 * "b"):
         with pytest.raises(ValidationError, match="model_nodes"):
             DeploymentConfig(model_nodes=(label,))
+    with pytest.raises(ValidationError, match="--model-nodes gives a label two values"):
+        DeploymentConfig(model_nodes=("a=b", "a=c"))
 
 
 def test_the_edge_of_a_private_cluster():
