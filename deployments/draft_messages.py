@@ -19,7 +19,7 @@ MOST_IDS = 8192
 """Token ids of one message from a target; there are further ones before it where a sequence has more."""
 MOST_BYTES = MAILBOX_BYTES
 """Of one message, either way: what a socket takes by default is more."""
-# At most so many, of an answer beside its candidates, for itself and for each token.
+# At most so many of an answer beside its candidates, for itself (as of the message around it) and for each token.
 _ANSWER_BYTES, _ID_BYTES = 40, 5
 
 
@@ -125,7 +125,7 @@ def call_of(wish: DraftWish, base: int) -> Call:
     """base: how much of the wish's text was told before."""
     chain = wish.chain
     parameters = None if chain is None else (chain.temperature, chain.top_k, chain.top_p, chain.min_p)
-    return Call(wish.sequence, base, wish.token_ids[base:], wish.max_tokens, parameters)  # type: ignore[arg-type]
+    return Call(wish.sequence, base, wish.token_ids[base:], wish.max_tokens, parameters)
 
 
 def draft_calls(calls: Sequence[Call], owner: int) -> list[DraftCall]:
@@ -155,17 +155,18 @@ def answers_to(calls: Sequence[Call], epoch: int, work_s: float, drafts: Sequenc
             answer = Answer(call.sequence, length, drafted.token_ids)
             sampled.append((answer, drafted))
         else:
-            answer = Answer(call.sequence, length, drafted)  # type: ignore[arg-type]
+            answer = Answer(call.sequence, length, drafted)
         answers.append(answer)
     if sampled:
-        _add_candidates(sampled, MOST_BYTES - sum(_ANSWER_BYTES + _ID_BYTES * len(d or ()) for d in drafts))
+        ids = sum(len(drafted or ()) for drafted in drafts)
+        _add_candidates(sampled, MOST_BYTES - _ANSWER_BYTES * (len(drafts) + 1) - _ID_BYTES * ids)
     return Answers(epoch, work_s, answers)
 
 
 def _add_candidates(sampled: Sequence[tuple[Answer, SampledTokens]], room: int) -> None:
     for answer, drafted in sampled:
         size = drafted.candidates.nbytes + drafted.chances.nbytes
-        if size + _ANSWER_BYTES <= room:
+        if size <= room:
             room -= size
             answer.candidates, answer.chances = drafted.candidates.tobytes(), drafted.chances.tobytes()
 

@@ -62,8 +62,8 @@ class SampledTokens(Sequence[int]):
         return self.token_ids[index]
 
 
-Draft = Sequence[int]
-"""Tokens that may follow: a list, or SampledTokens."""
+Draft = list[int] | SampledTokens
+"""Tokens that may follow."""
 Drafted = Draft | None
 """None: the sequence is not known up to its base, and is to be told from its beginning."""
 

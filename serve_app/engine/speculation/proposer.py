@@ -21,7 +21,7 @@ class DraftWish:
     """
 
     sequence: int
-    token_ids: Sequence[int]
+    token_ids: list[int]
     num_prompt: int
     max_tokens: int
     chain: SamplingChain | None = None
