@@ -208,8 +208,6 @@ class DraftThread:
                 for sequence in message.sequences:
                     target.sequences.discard(sequence)
                     self._model.forget((target.number, sequence))
-        except BlockingIOError:
-            return
         except (OSError, ValueError, BadMessage) as error:
             log.debug("the channel to a target ends: %r", error)
             self._drop(target)

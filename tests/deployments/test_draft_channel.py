@@ -17,11 +17,10 @@ import pytest
 from deployments.draft import DraftServer
 from deployments.draft_channel import DraftThread
 from deployments.draft_link import ChannelLink, LinkLost
-from deployments.draft_messages import MOST_IDS, Answer, Answers, Calls, OfferMailbox, Ring, pack, read_by_draft
+from deployments.draft_messages import MOST_IDS, Answer, Answers, Calls, pack, read_by_draft
 from deployments.remote_proposer import DraftOffer, RemoteProposer
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, SampledTokens, SamplingChain
 from serve_app.engine.speculation.proposer import DraftWish
-from serve_app.engine.speculation.waiting import MOST_SPIN_S, Mailbox, Waiting
 from serve_app.errors import EngineFailed
 from tests.deployments.draft_process import CountingModel, expected, sampled
 
@@ -423,82 +422,6 @@ async def test_answers_of_earlier_calls_are_dropped(tmp_path: Path) -> None:
     await serving
     for end in (connection, listener, link):
         end.close()
-
-
-class SpinningServer:
-    """The draft's end of a channel with a mailbox, by hand."""
-
-    def __init__(self, path: str) -> None:
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(path)
-        self._listener.listen()
-        self.link = ChannelLink(path, spins=True)
-        self.connection, _ = self._listener.accept()
-        self.connection.settimeout(5)
-        self.offer, [self.memory], *_ = socket.recv_fds(self.connection, 100, 1)
-        self.waiting = Waiting(spins=True)
-        self.waiting.add(self.connection.fileno())
-
-    def open_mailbox(self) -> Mailbox:
-        mailbox = self.waiting.open_mailbox(self.memory, self.connection.fileno(), is_first=False)
-        assert mailbox is not None
-        return mailbox
-
-    async def ask(self, text: list[int], within_s: float = 5.0) -> list[Drafted] | None:
-        return await asyncio.to_thread(self.link.ask, [wish(3, text)], time.monotonic() + within_s)
-
-    def close(self) -> None:
-        os.close(self.memory)
-        for end in (self.connection, self._listener, self.link):
-            end.close()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[SpinningServer]:
-    server = SpinningServer(str(tmp_path / "socket"))
-    yield server
-    server.close()
-
-
-def epoch_of(message: bytes) -> int:
-    calls = read_by_draft(message)
-    assert isinstance(calls, Calls)
-    return calls.epoch
-
-
-async def test_calls_go_through_the_mailbox_once_it_is_open(server: SpinningServer) -> None:
-    assert isinstance(read_by_draft(server.offer), OfferMailbox)
-    # Not yet: a draft without a core to spare looks at packets alone.
-    asked = asyncio.create_task(server.ask([1, 2]))
-    epoch = epoch_of(await asyncio.to_thread(server.connection.recv, 1 << 17))
-    server.connection.send(pack(Answers(epoch, 0.0, [Answer(3, 2, [8])])))
-    assert await asked == [[8]]
-    mailbox = server.open_mailbox()
-    for length in (3, 4):
-        asked = asyncio.create_task(server.ask(list(range(length))))
-        while (calls := mailbox.take(2)) is None:
-            await asyncio.sleep(0.001)
-        # One that is late is dropped, and so is a ring that was for nothing.
-        server.connection.send(pack(Ring()))
-        server.connection.send(pack(Answers(epoch_of(calls) - 1, 0.0, [Answer(3, length, [7])])))
-        assert not mailbox.post(pack(Answers(epoch_of(calls), 0.0, [Answer(3, length, [9])])), 0)
-        assert await asked == [[9]]
-
-
-async def test_one_who_sleeps_is_woken(server: SpinningServer) -> None:
-    mailbox = server.open_mailbox()
-    sleeping = asyncio.create_task(asyncio.to_thread(server.waiting.wait, 5.0, 0.0))
-    await asyncio.sleep(0.05)
-    asked = asyncio.create_task(server.ask([1, 2]))
-    assert await sleeping == [server.connection.fileno()]
-    assert isinstance(read_by_draft(server.connection.recv(100)), Ring)
-    calls = mailbox.take(1)
-    assert calls is not None
-    # Longer than the target looks.
-    await asyncio.sleep(2 * MOST_SPIN_S)
-    assert mailbox.post(pack(Answers(epoch_of(calls), 0.0, [Answer(3, 2, [9])])), 0)
-    server.connection.send(pack(Ring()))
-    assert await asked == [[9]]
 
 
 class SamplingModel(CountingModel):

@@ -81,19 +81,23 @@ def test_messages_that_are_none() -> None:
             read_by_draft(whole + b"\0")
         with pytest.raises(BadMessage):
             read_by_target(whole)
+    # What is wrong stands in messages that are right otherwise.
+    assert read_by_draft(pack([1, 1, 0.5, 0.5, [[2, 3, [4, 5], 6, None]]])) == Calls(1, 0.5, 0.5, good)
+    assert read_by_target(pack([6, 1, 0.5, [[2, 3, [4]]]])) == Answers(1, 0.5, [Answer(2, 3, [4])])
     for bad in (
-        Call(-1, 3, [4], 6, None),
-        Call(2, -3, [4], 6, None),
-        Call(2, 3, [4], 0, None),
-        Call(2, 3, ["a"], 6, None),  # type: ignore[list-item]
-        Call(2, 3, [4, -1], 6, None),
-        Call(2, 3, [2**31], 6, None),
-        Call(2, 3, [4], 6, (0.5, 1)),  # type: ignore[arg-type]
+        [-1, 3, [4], 6, None],
+        [2, -3, [4], 6, None],
+        [2, 3, [4], 0, None],
+        [2, 3, ["a"], 6, None],
+        [2, 3, [4, -1], 6, None],
+        [2, 3, [2**31], 6, None],
+        [2, 3, [4], 6, [0.5, 1]],
+        [2, 3, [4], 6],
     ):
         with pytest.raises(BadMessage):
-            read_by_draft(pack(Calls(1, 0.5, 0.5, [*good, bad])))
+            read_by_draft(pack([1, 1, 0.5, 0.5, [[2, 3, [4, 5], 6, None], bad]]))
     with pytest.raises(BadMessage):
-        read_by_target(pack(Answers(1, 0.5, [Answer(2, 3, [0.5])])))  # type: ignore[list-item]
+        read_by_target(pack([6, 1, 0.5, [[2, 3, [0.5]]]]))
 
 
 def test_sampled_tokens_come_with_what_from() -> None:

@@ -43,6 +43,7 @@ def test_what_comes_while_it_waits(
     silent = os.pipe()
 
     def write() -> None:
+        # Later than the reader begins to wait.
         time.sleep(0.01)
         os.write(pipe[1], b"1")
 
@@ -146,7 +147,8 @@ def test_who_sleeps_is_to_be_woken(ends: Ends) -> None:
     found: list[list[int]] = []
     reader = threading.Thread(target=lambda: found.append(ends.waiting[1].wait(10.0, 0.005)))
     reader.start()
-    time.sleep(0.1)
+    # Far longer than it looks; that a thread sleeps cannot be seen from here.
+    time.sleep(0.2)
     assert out.post(b"1", 0)
     ends.sockets[0].send(b"ring")
     reader.join()
@@ -179,6 +181,7 @@ def test_no_message_is_missed(ends: Ends) -> None:
             ends.waiting[0].wait(1.0, 1.0)
             assert time.monotonic() - began_s < 30
         assert answered == message[::-1]
+        # So that the next message meets the reader at every point of falling asleep.
         time.sleep((i % 5) * 1e-5)
     thread.join()
 
