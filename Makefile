@@ -18,7 +18,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 nightly: $(VENV)/.installed-dev
-	$(BIN)/pytest -m nightly $(ARGS)
+	$(BIN)/pytest --hypothesis-profile search -m "nightly or hypothesis" $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/overhead.py $(ARGS)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Test modules of several folders share these, which are no packages of ours to import by name.
 _SHARED = (
@@ -25,6 +26,13 @@ for _name in _SHARED:
     _module = importlib.util.module_from_spec(_spec)
     sys.modules[_name] = _module
     _spec.loader.exec_module(_module)
+
+# How long an example takes depends on what else the machine does. `make test` draws the same examples each time: what it
+# says is about the change. `make nightly` searches (`search`), so that it finds what nobody thought of.
+_QUIET = [HealthCheck.too_slow]
+settings.register_profile("same", deadline=None, suppress_health_check=_QUIET, derandomize=True)
+settings.register_profile("search", deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

@@ -237,7 +237,7 @@ NUMBERS = st.sampled_from(
 MUTATION = st.tuples(st.integers(0, len(SMALL) - 1), st.one_of(st.binary(min_size=1, max_size=3), NUMBERS.map(u64)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(mutations=st.lists(MUTATION, min_size=1, max_size=4), size=st.integers(0, len(SMALL)), cut=st.booleans())
 @example(mutations=[(16, u64(1 << 63))], size=0, cut=False)
 def test_a_mutated_file_is_read_or_refused(

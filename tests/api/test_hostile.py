@@ -53,7 +53,7 @@ def quick_app(backend) -> Any:
     return build_asgi(lambda: backend, HttpConfig())
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(body=_bodies, path=st.sampled_from([CHAT, "/v1/completions"]))
 def test_no_json_body_breaks_the_server(quick_app, body, path):
     response = asyncio.run(_post(quick_app, path, json.dumps(body).encode()))
@@ -62,7 +62,7 @@ def test_no_json_body_breaks_the_server(quick_app, body, path):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(body=st.binary(max_size=64) | st.text(max_size=64).map(lambda text: text.encode("utf-8", "replace")))
 def test_no_bytes_break_the_server(quick_app, body):
     assert asyncio.run(_post(quick_app, CHAT, body)).status_code == 400

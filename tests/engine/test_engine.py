@@ -376,9 +376,7 @@ def machine_test(make_engine: MakeEngine, max_examples: int) -> None:
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         Machine,
-        settings=settings(
-            max_examples=max_examples, stateful_step_count=50, deadline=None, suppress_health_check=quiet
-        ),
+        settings=settings(max_examples=max_examples, stateful_step_count=50, suppress_health_check=quiet),
     )
 
 

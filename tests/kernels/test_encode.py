@@ -113,7 +113,7 @@ def test_rows_of_another_type_are_decoded_on_the_way(source: str) -> None:
     assert torch.equal(quantize_rows("Q4_K", source, packed), native("Q4_K", dequantize(source, packed)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(EXACT),
     st.integers(0, 2**32 - 1),

@@ -58,7 +58,7 @@ def test_rows_in_the_order_of_their_groups() -> None:
     assert torch.equal(got, expected(matrices, x, counts, torch.arange(7), exact=False))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=9), rows=st.integers(1, 70), threads=st.integers(1, 4))
 def test_any_groups(counts: list[int], rows: int, threads: int) -> None:
     _native.set_num_threads(threads)

@@ -122,7 +122,7 @@ def test_window_softcap_and_scale(options: dict[str, float], dtype: torch.dtype)
         assert same(step.run([(0, at, at + 1)], **options)[0], got[0][at : at + 1])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_token_has_the_same_bits_in_any_chunk_beside_any_neighbour(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))

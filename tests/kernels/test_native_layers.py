@@ -14,7 +14,7 @@ from kernels.reference import norm as plain
 from kernels.reference.kv import decode_q8, encode_q8, q8_row_bytes
 
 pytestmark = pytest.mark.usefixtures("each_isa")
-each = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+each = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 widths = st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 173, 255, 256, 257, 896, 1000])
 rows = st.integers(0, 5)
 F32, BF16, Q8_32, Q8_256 = range(4)

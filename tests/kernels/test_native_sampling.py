@@ -14,7 +14,7 @@ from kernels.cpu import _native, sampling
 from kernels.reference import sampling as plain
 
 pytestmark = pytest.mark.usefixtures("each_isa")
-each = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+each = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, spread: float = 3.0) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from kernels.reference.quant import dequantize
 shapes = st.tuples(st.sampled_from(TYPES), st.integers(1, 50), st.integers(1, 9), st.integers(0, 1000))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shapes)
 def test_unpacking_inverts_packing(shape: tuple[str, int, int, int]) -> None:
     name, rows, blocks, seed = shape

@@ -83,7 +83,7 @@ cases = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cases)
 @example(("Q8_0", 1, 1, 1, False, 0))
 def test_any_shape(case: tuple[str, int, int, int, bool, int]) -> None:
@@ -215,7 +215,7 @@ def test_refusals() -> None:
 
 
 @pytest.mark.nightly
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000)
 @given(cases)
 def test_many_shapes(case: tuple[str, int, int, int, bool, int]) -> None:
     name, rows, blocks, tokens, exact, seed = case

@@ -25,7 +25,7 @@ HIGH_BIT = {
 }  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.sampled_from(TYPES), st.integers(0, 9), st.integers(1, 5), st.integers(0, 1000))
 def test_unpacking_inverts_packing(name: str, rows: int, num_blocks: int, seed: int) -> None:
     form = BY_NAME[name]

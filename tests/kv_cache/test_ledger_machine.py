@@ -292,7 +292,6 @@ def run(max_examples: int, step_count: int) -> None:
         settings=settings(
             max_examples=max_examples,
             stateful_step_count=step_count,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

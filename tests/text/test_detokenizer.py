@@ -11,7 +11,8 @@ from serve_app.text.tokenizer import Tokenizer, open_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 STORIES = DATA / "models/stories260K/hf"
-MIXED = "Once upon a time, Zoë ate 3 crêpes 🥞 in 東京.\n“Good!” 👩‍👩‍👧‍👦 said she. "
+# Without the character that SentencePiece writes for a space: it comes back as one.
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=30)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def first_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str] | None:
     return None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ids=st.lists(st.integers(0, 511), max_size=30), prompt=st.lists(st.integers(0, 511), max_size=4))
 def test_any_ids_stream_to_what_decode_gives(
     tokenizer: Tokenizer, table: DetokenizerTable, ids: list[int], prompt: list[int]
@@ -49,7 +50,7 @@ def test_any_ids_stream_to_what_decode_gives(
         assert before + run(table, ids, prompt=prompt) == tokenizer.decode(prompt + ids)
 
 
-@given(text=st.text(st.characters(codec="utf-8"), max_size=30))
+@given(text=TEXTS)
 def test_no_piece_ever_breaks_a_character(tokenizer: Tokenizer, table: DetokenizerTable, text: str) -> None:
     detokenizer = Detokenizer(table, (), [])
     sent = ""
@@ -89,7 +90,7 @@ ALPHABET = "ab c"
 STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=5), min_size=1, max_size=4).map(tuple)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=st.text(ALPHABET, max_size=24), stops=STOPS, cuts=st.lists(st.integers(1, 4), min_size=24, max_size=24))
 @example(text="abcb", stops=("abca", "cb"), cuts=[1] * 24)
 @example(text="aab", stops=("ab",), cuts=[2] * 24)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, processors
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +24,7 @@ VOCABS = {
     "llama-bpe": "built-vocab-llama-bpe.gguf",
     "phi-3": "ggml-vocab-phi-3.gguf",
 }
+SENTENCEPIECE = ("llama-spm", "phi-3")
 LLAMA2 = DATA / "tokenizers/llama2/tokenizer.model"
 PHI3 = DATA / "tokenizers/phi-3-mini"
 STORIES = DATA / "models/stories260K"
@@ -72,11 +73,14 @@ def test_streams_the_published_cases_without_breaking_a_character(name: str, voc
 
 
 @pytest.mark.parametrize("name", VOCABS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXTS)
+@example(text="a▁ ▁")
 def test_any_text_comes_back(name: str, vocab: Callable[[str], Tokenizer], text: str) -> None:
     tokenizer = vocab(name)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    # SentencePiece writes ▁ for a space, and so cannot tell them apart.
+    expected = text.replace("▁", " ") if name in SENTENCEPIECE else text
+    assert tokenizer.decode(tokenizer.encode(text)) == expected
 
 
 def test_facts_of_the_vocabularies(vocab: Callable[[str], Tokenizer]) -> None:
@@ -150,7 +154,7 @@ def test_every_source_of_a_model_gives_the_same_ids(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [LLAMA2, STORIES / "hf/tokenizer.model"], ids=["llama2", "stories"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.one_of(
         TEXTS, st.text("aab  \n", max_size=14), st.text(st.sampled_from("the café is 1000 日本"), max_size=40)
@@ -340,7 +344,7 @@ def test_refuses_what_is_no_tokenizer(tmp_path: Path) -> None:
             open_tokenizer(tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(at=st.integers(0, 7999), new=st.binary(min_size=1, max_size=4))
 def test_a_mutated_sentencepiece_model_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, at: int, new: bytes

@@ -124,7 +124,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(OPERATIONS, st.sampled_from([12, 30, 10_000]))
 def test_proposes_what_counting_gives(operations: list[tuple], max_tokens: int) -> None:
     proposer = SuffixProposer(max_tokens, DEPTH, MIN_PROBABILITY)
