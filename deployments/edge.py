@@ -127,17 +127,26 @@ def private_directory() -> Path:
     return path
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises LaunchError if the server could not listen there."""
+def reserve_port(host: str, port: int) -> socket.socket:
+    """A socket that keeps a free port for this server as long as it is open; it accepts nothing itself.
+
+    Until the application listens Ray starts dozens of servers of its own, each on whatever port the kernel gives it.
+    Raises LaunchError if the server could not listen there.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)
+        reserved = socket.socket(family, socket.SOCK_STREAM)
+        # With it the application's socket can have the same port, as this one does not listen.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(address)
     except socket.gaierror as error:
         raise LaunchError(f"The host {host} (--host) is not known: {error.strerror}.") from error
     except OSError as error:
         raise LaunchError(
             f"The server cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or end what uses it."
         ) from error
+    return reserved

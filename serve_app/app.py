@@ -23,7 +23,7 @@ from deployments.actor_options import (
     preprocessor_options,
     target_options,
 )
-from deployments.edge import check_port, choose_edge
+from deployments.edge import choose_edge, reserve_port
 from deployments.joined_cluster import JoinedCluster
 from deployments.private_cluster import PrivateCluster
 from deployments.replica_process import Surroundings
@@ -76,15 +76,15 @@ def run(config: AppConfig) -> int:
         name = config.http.served_model_name or config.model.model or "the embedded model"
         return _Server(config, JoinedCluster(config), name).run()
     check_private(config)
-    check_port(config.http.host, config.http.port)
-    source, draft = config.model.to_source(), config.speculation.draft
-    name = config.http.served_model_name or resolve(source).model_name
-    sources = [source]
-    if draft is not None:
-        sources.append(draft.to_source())
-        resolve(sources[1])
-    cluster = PrivateCluster(config, choose_edge(config.deployment))
-    return _Server(config, cluster, name, HeaderCheck(*sources)).run()
+    with reserve_port(config.http.host, config.http.port):
+        source, draft = config.model.to_source(), config.speculation.draft
+        name = config.http.served_model_name or resolve(source).model_name
+        sources = [source]
+        if draft is not None:
+            sources.append(draft.to_source())
+            resolve(sources[1])
+        cluster = PrivateCluster(config, choose_edge(config.deployment))
+        return _Server(config, cluster, name, HeaderCheck(*sources)).run()
 
 
 def with_absolute_paths(config: AppConfig) -> AppConfig:

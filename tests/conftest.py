@@ -27,8 +27,8 @@ for _name in _SHARED:
     sys.modules[_name] = _module
     _spec.loader.exec_module(_module)
 
-# How long an example takes depends on what else the machine does. `make test` draws the same examples each time: what it
-# says is about the change. `make nightly` searches (`search`), so that it finds what nobody thought of.
+# How long an example takes depends on what else the machine does. `make test` draws the same examples each time, so
+# that what it says is about the change; `make nightly` searches, and finds what nobody thought of.
 _QUIET = [HealthCheck.too_slow]
 settings.register_profile("same", deadline=None, suppress_health_check=_QUIET, derandomize=True)
 settings.register_profile("search", deadline=None, suppress_health_check=_QUIET, print_blob=True)

@@ -1,7 +1,9 @@
 """The real application as a process, for the tests that need it whole."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -21,9 +23,11 @@ SHUTDOWN_S = 10.0
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the kernel gives away, so that nobody gets it before it is used."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_768)))
+            return int(probe.getsockname()[1])
 
 
 class Server:

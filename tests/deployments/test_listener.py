@@ -7,9 +7,10 @@ import socket
 import pytest
 
 from deployments import listener
-from deployments.edge import check_port
+from deployments.edge import reserve_port
 from deployments.listener import Listener, bind
 from serve_app.errors import LaunchError
+from tests.server_process import free_port
 
 
 async def application(scope, receive, send):
@@ -122,8 +123,22 @@ def test_a_taken_port_is_one_sentence():
     with bind("127.0.0.1", 0, is_shared=False) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(LaunchError, match=f"cannot listen on 127.0.0.1:{port}.*--port"):
-            check_port("127.0.0.1", port)
-    check_port("127.0.0.1", port)
+            reserve_port("127.0.0.1", port)
+    reserve_port("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_reserved_port_is_for_the_listener_alone(is_shared: bool) -> None:
+    port = free_port()
+    with reserve_port("127.0.0.1", port):
+        with socket.socket() as stranger:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            with pytest.raises(OSError, match="in use"):
+                stranger.bind(("127.0.0.1", port))
+        with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+            client.connect(("127.0.0.1", port))
+        with bind("127.0.0.1", port, is_shared=is_shared), socket.socket() as client:
+            client.connect(("127.0.0.1", port))
 
 
 def test_an_unknown_host_is_one_sentence(monkeypatch):
@@ -132,7 +147,7 @@ def test_an_unknown_host_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", fails)
     with pytest.raises(LaunchError, match=r"host nowhere .--host. is not known"):
-        check_port("nowhere", 1)
+        reserve_port("nowhere", 1)
 
 
 def test_replicas_can_share_a_port_and_strangers_cannot():
