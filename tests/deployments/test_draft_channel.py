@@ -262,12 +262,12 @@ async def test_by_calls_from_another_node(make: Make) -> None:
         assert await ask(proposer, wish(0, text), wish(1, [i])) == [expected(text, 4), expected([i], 4)]
         text = [*text, i, i]
         proposer.forget(1)
-    late = [*text, CountingModel.SLOW + 200]
+    late = [*text, CountingModel.SLOW + 400]
     began_s = time.monotonic()
     assert await ask(proposer, wish(0, late)) == [[]]
     assert await ask(proposer, wish(0, [*late, 1])) == [[]]
-    assert time.monotonic() - began_s < 2 * DEADLINE_S + 0.02
-    await asyncio.sleep(0.3)
+    assert time.monotonic() - began_s < 2 * DEADLINE_S + 0.2
+    await asyncio.sleep(0.5)
     assert await ask(proposer, wish(0, [*late, 1])) == [expected([*late, 1], 4)]
     # The draft forgets behind the target's back, once it has done what it was asked for.
     await asyncio.sleep(0.1)
@@ -297,7 +297,7 @@ class SlowWay:
 
 async def test_calls_are_made_for_the_text_that_is_likely_next(make: Make) -> None:
     server = DraftServer(CountingModel(), VOCABULARY, "elsewhere")
-    way = SlowWay(server, 0.02)
+    way = SlowWay(server, 0.1)
     proposer = make(way, deadline_s=1.0)
     await until_open(proposer)
     texts = {0: [1, 2], 1: [5]}
@@ -306,13 +306,13 @@ async def test_calls_are_made_for_the_text_that_is_likely_next(make: Make) -> No
     ]
     for _ in range(5):
         # All of it accepted, and the draft's own next token drawn: the answer is there when it is asked for.
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.2)
         texts = {i: [*text, *expected(text, 5)] for i, text in texts.items()}
         num_calls, began_s = way.num_calls, time.monotonic()
         assert await ask(proposer, *(wish(i, text) for i, text in texts.items())) == [
             expected(text, 4) for text in texts.values()
         ]
-        assert time.monotonic() - began_s < 0.02
+        assert time.monotonic() - began_s < 0.1
         await asyncio.sleep(0.005)
         assert way.num_calls == num_calls + 1
     # One goes on otherwise, after two that were right; a third sequence comes; the other one rests.
