@@ -5,15 +5,15 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from deployments.actor_options import DRAFT
 from deployments.draft_channel import DraftThread
 from deployments.draft_plan import DraftPlan, draft_plan
-from deployments.remote_proposer import DraftOffer, refusal
+from deployments.remote_proposer import DraftOffer
 from deployments.replica_process import Surroundings, prepare_process
 from deployments.replica_switch import ReplicaSwitch, SwitchCommand
 from deployments.switch_part import NO_WISH, PartState, Wish, wished_source
@@ -21,13 +21,14 @@ from deployments.wish_call import latest_wish
 from serve_app.config import AppConfig
 from serve_app.engine.speculation.draft_border import MakeSwitch
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted, DraftModel
-from serve_app.engine.speculation.text_map import TextMappedDraft
 from serve_app.engine.stats import DraftStats
-from serve_app.errors import EngineFailed, ModelFileError
+from serve_app.errors import EngineFailed
 from serve_app.loaders.model_files import resolve
 from serve_app.metrics import Snapshot, draft_snapshot, process_snapshot
-from serve_app.text.tokenizer import open_tokenizer
-from serve_app.text.vocabulary_digest import vocabulary_digest, vocabulary_of
+from serve_app.text.vocabulary_digest import vocabulary_digest
+
+if TYPE_CHECKING:
+    from serve_app.engine.speculation.build_draft import BuiltDraft
 
 log = logging.getLogger(__name__)
 
@@ -101,31 +102,13 @@ class DraftServer:
             self._thread.stop()
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltDraft:
-    """vocabulary: what the model's ids mean. make_switch: how its weights can be changed. stats: what it has done."""
-
-    model: DraftModel
-    vocabulary: list[bytes]
-    make_switch: MakeSwitch | None
-    stats: Callable[[], DraftStats]
-
-
-def build_model(plan: DraftPlan) -> BuiltDraft:
-    """The draft model of a plan. Imports torch. Raises ModelFileError, for a tokenizer other than the target's too, and
-    LaunchError."""
-    files = resolve(plan.source)
-    tokenizer = open_tokenizer(files.tokenizer_source, encodes=plan.maps_text)
-    target = open_tokenizer(resolve(plan.target).tokenizer_source, encodes=plan.maps_text)
-    mine, theirs = vocabulary_of(tokenizer), vocabulary_of(target)
-    if mine != theirs and not plan.maps_text:
-        raise ModelFileError(refusal(theirs, mine))
+def build_model(plan: DraftPlan) -> "BuiltDraft":
+    """The draft model of a plan. Imports torch. Raises as build_draft does."""
     # Imported here: the driver and the targets read this module too, which need nothing of it.
-    from serve_app.engine.speculation.build_drafter import build_drafter
+    from serve_app.engine.speculation.build_draft import build_draft
 
-    drafter = build_drafter(files, plan.engine, works_ahead=plan.works_ahead, num_ids=len(mine))
-    model = TextMappedDraft(drafter, tokenizer, target) if mine != theirs else drafter
-    return BuiltDraft(model, mine, drafter.make_switch, drafter.stats)
+    source, target = resolve(plan.source), resolve(plan.target)
+    return build_draft(source, target, plan.engine, maps_text=plan.maps_text, works_ahead=plan.works_ahead)
 
 
 @serve.deployment(name=DRAFT)

@@ -4,12 +4,9 @@ from dataclasses import dataclass, replace
 
 from deployments.actor_options import draft_has_cores, draft_shares_gpu, draft_threads, target_engine
 from serve_app.config import AppConfig
+from serve_app.engine.speculation.draft_config import draft_config
 from serve_app.gpu_info import wants_gpu
 from serve_app.options import EngineConfig, ModelSource
-
-# Tokens that a draft on a GPU keeps of each request that runs; those of the others are computed again when they are
-# asked for. A pool as an engine's would take the memory that the target's needs.
-_TOKENS_PER_REQUEST = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +29,12 @@ def draft_plan(config: AppConfig, *, is_private: bool) -> DraftPlan:
     there the draft does not work ahead, which would slow the target down.
     """
     assert config.speculation.draft is not None
-    engine = replace(
-        target_engine(config, is_private=is_private),
-        num_threads=draft_threads(config, is_private=is_private),
-        pool_mb=None,
-        pool_fraction=None,
-        pool_tokens=None,
-    )
+    target = target_engine(config, is_private=is_private)
+    is_on_gpu = wants_gpu(target.device, is_private=is_private)
+    engine = draft_config(target, is_on_gpu=is_on_gpu)
+    engine = replace(engine, num_threads=draft_threads(config, is_private=is_private))
     works_ahead = has_cores = draft_has_cores(config, is_private=is_private)
-    if wants_gpu(engine.device, is_private=is_private):
-        engine = replace(engine, pool_tokens=config.engine.max_seqs * _TOKENS_PER_REQUEST)
+    if is_on_gpu:
         works_ahead = not draft_shares_gpu(config, is_private=is_private)
     return DraftPlan(
         config.speculation.draft.to_source(),

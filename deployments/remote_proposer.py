@@ -15,7 +15,7 @@ from deployments.draft_link import CallLink, ChannelLink, DraftLink, LinkLost
 from serve_app.engine.speculation.draft_call import Draft, DraftCall, Drafted, SampledTokens
 from serve_app.engine.speculation.proposer import DraftWish, no_work
 from serve_app.metrics import EXCHANGE_S
-from serve_app.text.vocabulary_digest import first_difference, vocabulary_digest
+from serve_app.text.vocabulary_digest import refusal, vocabulary_digest
 
 log = logging.getLogger(__name__)
 
@@ -241,15 +241,3 @@ class RemoteProposer:
 
     async def _call(self, calls: Sequence[DraftCall], ended: Sequence[int], limit_s: float) -> list[Drafted]:
         return await self._draft.propose(self._client, calls, ended, limit_s)
-
-
-def refusal(target: Sequence[bytes], draft: Sequence[bytes]) -> str:
-    """A sentence about two vocabularies that differ."""
-    number = first_difference(target, draft)
-    assert number is not None
-    mine, others = (repr(tokens[number].decode(errors="replace")) if number < len(tokens) else "no token"
-                    for tokens in (target, draft))  # fmt: skip
-    return (
-        f"The draft model has another tokenizer: id {number} is {mine} to the target and {others} to the draft. "
-        "--draft-vocab text lets it propose by way of the text."
-    )

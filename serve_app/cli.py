@@ -124,16 +124,20 @@ def _callback(command: Command, kind: Kind | None, is_speculative: bool) -> Call
     def callback(**values: Any) -> Invocation:
         values.pop("version")
         groups = {
-            group: group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+            group: group(
+                **{f.name: values[name] for f in fields(group) if (name := _parameter_name(group, f.name)) in values}
+            )
             for group in GROUPS[command]
         }
         return _invocation(command, kind, is_speculative, groups)
 
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        inspect.Parameter(
+            _parameter_name(group, name), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        )
         for group in GROUPS[command]
         for name, default, annotation in _parameters(group, kind)
-        if not (group is ModelOptions and name in WITHOUT.get(command, {}))
+        if (group, name) not in WITHOUT.get(command, {})
     ]
     parameters.append(
         inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_VERSION_OPTION)
@@ -141,6 +145,11 @@ def _callback(command: Command, kind: Kind | None, is_speculative: bool) -> Call
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return callback
+
+
+def _parameter_name(group: type, name: str) -> str:
+    """Of an option: two groups may have fields of one name."""
+    return f"{group.__name__}_{name}"
 
 
 def _parameters(group: type, kind: Kind | None) -> Iterator[tuple[str, Any, Any]]:

@@ -73,19 +73,30 @@ _SERVER = (
 GROUPS: dict[Command, tuple[type, ...]] = {
     "serve": _SERVER,
     "config": _SERVER,
-    "chat": (ModelOptions, InSituOptions, EngineOptions, ChatOptions, ChatLogOptions),
+    "chat": (
+        ModelOptions,
+        InSituOptions,
+        SpeculativeOptions,
+        DraftOptions,
+        EngineOptions,
+        ChatOptions,
+        ChatLogOptions,
+    ),
     "doctor": (DoctorOptions,),
     "quantize": (ModelOptions, QuantizeOptions, LogOptions),
     "quality": (ModelOptions, EngineOptions, QualityOptions, ChatLogOptions),
 }
 
 
-# Options of a command's groups that it does not have, and why: field → sentence.
-WITHOUT: dict[Command, dict[str, str]] = {
+# Options of a command's groups that it does not have, and why: group and field → sentence.
+WITHOUT: dict[Command, dict[tuple[type, str], str]] = {
     "quantize": {
-        "dtype": "the weights are read as they are, and --isq says what they become",
-        "max_seq_len": "the file keeps the length that the model was made for",
-    }
+        (ModelOptions, "dtype"): "the weights are read as they are, and --isq says what they become",
+        (ModelOptions, "max_seq_len"): "the file keeps the length that the model was made for",
+    },
+    "chat": {
+        (SpeculativeOptions, "deadline_ms"): "draft model and model take turns in one process",
+    },
 }
 
 
@@ -134,8 +145,8 @@ def take_apart(argv: Sequence[str]) -> Words:
             raise LaunchError(f"The model kind {word} is not part of this version, which serves {_SERVED}.")
         else:
             raise LaunchError(_unexpected(word, kind or ("speculative" if is_speculative else None)))
-    for option, why in WITHOUT.get(command or "serve", {}).items():
-        given = next((name for name in option_names(ModelOptions)[option] if name in options), None)
+    for (group, option), why in WITHOUT.get(command or "serve", {}).items():
+        given = next((name for name in option_names(group)[option] if name in options), None)
         if given is not None:
             raise LaunchError(f"The command {command} does not have {given}: {why}.")
     if command == "doctor" and (kind is not None or is_speculative):

@@ -98,6 +98,10 @@ def test_chat_and_doctor_have_options_of_their_own() -> None:
     chat = parsed("chat --temperature 0 --top-k 5 --max-tokens 7 --system hello --seed 3 plain -m x")
     assert (chat.chat.temperature, chat.chat.top_k, chat.chat.max_tokens, chat.chat.system) == (0.0, 5, 7, "hello")
     assert chat.config.engine.seed == 3
+    chat = parsed("chat speculative -m x -d y -n 3")
+    assert chat.config.speculation.to_options() == SpeculationOptions(use="auto", max_tokens=3)
+    assert chat.config.speculation.draft is not None
+    assert parsed("chat -m x --speculation ngram").config.speculation.use == "ngram"
     assert parsed("doctor --json").as_json
     assert not parsed("doctor").as_json
 
@@ -277,8 +281,9 @@ def test_names_that_other_programs_use(alias: str) -> None:
         ("speculative speculative -m x -d y", "may follow the kind speculative"),
         ("gguf speculative -m x -d y", "may follow the kind gguf"),
         ("speculative serve -m x -d y", "may follow the kind speculative"),
-        ("chat speculative -m x -d y", "The command chat uses no draft model"),
-        ("chat -m x -d y", "-d"),
+        ("quality speculative -m x -d y", "The command quality uses no draft model"),
+        ("quality -m x -d y", "-d"),
+        ("chat -m x -d y --draft-deadline-ms 5", "The command chat does not have --draft-deadline-ms"),
         ("doctor speculative", "leave out speculative"),
         ("-m x -d y --speculation off", "A draft model (-d) is for --speculation auto or draft"),
         ("-m x -d y --speculation eagle", "'eagle' is not one of"),
@@ -322,12 +327,15 @@ def test_a_wrong_token_source_is_not_repeated(capsys: pytest.CaptureFixture[str]
     assert "hunter2" not in capsys.readouterr().err
 
 
+NOT_OF = {"quantize": ("--dtype", "--max-seq-len"), "chat": ("--draft-deadline-ms",)}
+
+
 @pytest.mark.parametrize(
     ("command", "kind"),
     [
         ("doctor", ""),
         *((c, k) for c in COMMANDS if c != "doctor" for k in ("", *KINDS) if k != "speculative"),
-        *((c, k) for c in ("serve", "config") for k in ("speculative", "speculative gguf")),
+        *((c, k) for c in ("serve", "config", "chat") for k in ("speculative", "speculative gguf")),
     ],
 )
 def test_help_explains_every_option(
@@ -339,7 +347,7 @@ def test_help_explains_every_option(
     for group in GROUPS[command]:
         for names in option_names(group).values():
             is_hidden = kind.removeprefix("speculative ") in HIDDEN.get(names[0], ())
-            is_hidden |= command == "quantize" and names[0] in ("--dtype", "--max-seq-len")
+            is_hidden |= names[0] in NOT_OF.get(command, ())
             assert (f" {names[0]} " in text) != is_hidden
     if command in ("serve", "config"):
         assert "[default: 1234]" in text

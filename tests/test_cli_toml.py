@@ -161,7 +161,7 @@ DRAFT = MODEL + "[speculative]\ngamma = 4\n[speculative.draft_model]\n"
         (DRAFT + "model_id = 'D'", "-n 3", "gamma in [speculative] says what --num-draft-tokens says too."),
         (DRAFT + "model_id = 'D'", "-d E", "model_id in [speculative.draft_model] says what --draft-model-id says"),
         (MODEL + "organization = 'moqe'", "--isq Q4K --isq-organization pure", "what --isq-organization says too."),
-        (DRAFT + "model_id = 'D'", "chat", "in [speculative.draft_model] is not for this command."),
+        (DRAFT + "model_id = 'D'", "quality", "in [speculative.draft_model] is not for this command."),
         (MODEL + "in_situ_quant = 'Q4K'", "quality", "in_situ_quant in [model] is not for this command."),
         (MODEL, "-m M", "The option -m does not go with the kind toml"),
         (MODEL, "-f other.toml", "The kind toml needs one file"),

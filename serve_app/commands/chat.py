@@ -4,7 +4,7 @@ import itertools
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TextIO
@@ -25,16 +25,27 @@ PROMPT = "> "
 
 def run(config: AppConfig, options: ChatOptions) -> int:
     """Loads the model and talks until /exit or the end of the input."""
-    from serve_app.engine.build import build_engine
+    from serve_app.engine.speculation.local_engine import local_engine
     from serve_app.loaders.model_files import resolve
     from serve_app.text.chat_template import open_chat_template
 
     notices = Console(stderr=True, highlight=False, markup=False)
     files = resolve(config.model.to_source())
+    speculation = config.speculation
+    draft = None if speculation.draft is None else resolve(speculation.draft.to_source())
     events: Events = SimpleQueue()
-    with loading(notices, files.model_name, quantises=files.isq is not None) as progress:
-        engine = build_engine(files, config.engine.to_config(), events.put, progress=progress)
-    try:
+    with ExitStack() as stack:
+        with loading(notices, files.model_name, quantises=files.isq is not None) as progress:
+            engine = stack.enter_context(
+                local_engine(
+                    files,
+                    config.engine.to_config(),
+                    events.put,
+                    speculation.to_options(),
+                    draft,
+                    progress=progress,
+                )
+            )
         tokenizer = engine.parts.tokenizer
         template = open_chat_template(files, tokenizer)
         engine.start()
@@ -50,8 +61,6 @@ def run(config: AppConfig, options: ChatOptions) -> int:
         # In a terminal Ctrl-C never ends the program, also when it comes between an answer and the next question.
         with on_interrupt(signal.SIG_IGN) if sys.stdin.isatty() else nullcontext():
             chat.talk(questions(sys.stdin, notices))
-    finally:
-        engine.stop()
     return 0
 
 

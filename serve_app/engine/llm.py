@@ -2,19 +2,20 @@
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import cast
 
 import torch
 
-from serve_app.engine.build import build_engine
 from serve_app.engine.model_runner import ModelRunner
-from serve_app.errors import QueueFull
-from serve_app.loaders.model_files import ModelFiles
+from serve_app.engine.speculation.local_engine import local_engine
+from serve_app.errors import LaunchError, QueueFull
+from serve_app.loaders.model_files import ModelFiles, resolve
 from serve_app.messages import Finish, FinishReason, GenerateRequest, TokenDelta, TokenLogprob
 from serve_app.models.base import CausalLM
-from serve_app.options import DType, EngineConfig, ModelSource, SamplingParams
+from serve_app.options import DType, EngineConfig, ModelSource, SamplingParams, SpeculationOptions
 
 Prompt = str | Sequence[int]
 
@@ -72,15 +73,33 @@ class LLM:
         tokenizer: str | None = None,
         max_seq_len: int | None = None,
         config: EngineConfig | None = None,
+        speculation: SpeculationOptions | None = None,
+        draft: str | ModelSource | ModelFiles | None = None,
     ) -> None:
         """model: a hub id, folder or file, a whole ModelSource or its files (the other model options are then unused),
-        or None for the embedded model. Raises ModelFileError when it cannot be loaded.
+        or None for the embedded model. draft: a smaller one that proposes tokens to it. speculation: how tokens are
+        proposed; None: as pays where there is a draft, else not at all.
+
+        Raises ModelFileError when a model cannot be loaded, LaunchError for options that do not go together.
         """
         if not isinstance(model, ModelSource | ModelFiles):
             model = ModelSource(
                 model=model, dtype=dtype, files=tuple(files), tokenizer=tokenizer, max_seq_len=max_seq_len
             )
-        self.engine = build_engine(model, config or EngineConfig(), lambda deltas: None)
+        if isinstance(draft, str):
+            draft = ModelSource(model=draft)
+        speculation = speculation or SpeculationOptions(use="off" if draft is None else "auto")
+        _check_draft(speculation, has_draft=draft is not None)
+        self._resources = ExitStack()
+        self.engine = self._resources.enter_context(
+            local_engine(
+                _files(model),
+                config or EngineConfig(),
+                lambda deltas: None,
+                speculation,
+                None if draft is None else _files(draft),
+            )
+        )
         self.tokenizer = self.engine.parts.tokenizer
         self.tokenizer.build_encoder()
         self._num_requests = 0
@@ -127,7 +146,7 @@ class LLM:
 
     def close(self) -> None:
         """Frees everything. The object is unusable afterwards."""
-        self.engine.stop()
+        self._resources.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -159,6 +178,17 @@ class LLM:
                 engine.abort(request_id)
             engine.step()
             raise
+
+
+def _files(model: ModelSource | ModelFiles) -> ModelFiles:
+    return resolve(model) if isinstance(model, ModelSource) else model
+
+
+def _check_draft(speculation: SpeculationOptions, *, has_draft: bool) -> None:
+    if has_draft and speculation.use not in ("auto", "draft"):
+        raise LaunchError(f"speculation.use is {speculation.use!r}, which asks no draft model: leave draft out")
+    if not has_draft and speculation.use == "draft":
+        raise LaunchError("speculation.use is 'draft', but no draft model is given: name one with draft")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

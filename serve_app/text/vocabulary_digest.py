@@ -32,3 +32,15 @@ def first_difference(mine: Sequence[bytes], others: Sequence[bytes]) -> int | No
     """The first id that stands for something else, or for nothing, in one of two lists."""
     pairs = enumerate(zip_longest(mine, others))
     return next((i for i, (a, b) in pairs if a != b), None)
+
+
+def refusal(target: Sequence[bytes], draft: Sequence[bytes]) -> str:
+    """A sentence about two vocabularies that differ."""
+    number = first_difference(target, draft)
+    assert number is not None
+    mine, others = (repr(tokens[number].decode(errors="replace")) if number < len(tokens) else "no token"
+                    for tokens in (target, draft))  # fmt: skip
+    return (
+        f"The draft model has another tokenizer: id {number} is {mine} to the target and {others} to the draft. "
+        "--draft-vocab text lets it propose by way of the text."
+    )

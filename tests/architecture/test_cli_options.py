@@ -30,7 +30,7 @@ DRAFT = """--draft-arch --draft-dtype --draft-file --draft-gqa --draft-isq --dra
 EXPECTED: dict[Command, tuple[str, ...]] = {
     "serve": (MODEL, ISQ, SPECULATION, DRAFT, ENGINE, HTTP, RAY, LOG),
     "config": (MODEL, ISQ, SPECULATION, DRAFT, ENGINE, HTTP, RAY, LOG),
-    "chat": (MODEL, ISQ, ENGINE, CHAT, LOG),
+    "chat": (MODEL, ISQ, SPECULATION, DRAFT, ENGINE, CHAT, LOG),
     "doctor": (DOCTOR,),
     "quantize": (MODEL, QUANTIZE, LOG),
     "quality": (MODEL, ENGINE, QUALITY, LOG),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -202,9 +203,13 @@ def test_lines_of_a_pipe_and_their_continuation() -> None:
     assert list(lines) == ["one", "two \nand more", "last"]
 
 
-def test_the_embedded_model_talks_through_a_pipe() -> None:
+MODELS = Path(__file__).parents[1] / "data" / "models"
+
+
+def talked(*options: str) -> str:
+    """What the program answers to one line of a pipe."""
     done = subprocess.run(
-        [sys.executable, "-m", "serve_app", "chat", "--temperature", "0", "--max-tokens", "16"],
+        [sys.executable, "-m", "serve_app", "chat", "--temperature", "0", "--max-tokens", "16", *options],
         input="Once upon a time\n/exit\n",
         capture_output=True,
         text=True,
@@ -212,8 +217,17 @@ def test_the_embedded_model_talks_through_a_pipe() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(", there was a little girl named Lily.")
-    assert "ray" not in done.stderr
+    assert done.stderr.splitlines() == []
+    return done.stdout
+
+
+def test_the_embedded_model_talks_through_a_pipe() -> None:
+    assert talked().startswith(", there was a little girl named Lily.")
+
+
+def test_a_draft_model_changes_no_answer() -> None:
+    model, draft = (str(MODELS / name / "hf") for name in ("stories260K", "stories40K-draft"))
+    assert talked("speculative", "-m", model, "-d", draft) == talked("-m", model)
 
 
 def test_a_model_that_is_not_there_ends_with_one_sentence() -> None:

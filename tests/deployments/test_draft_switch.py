@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from deployments import requantizer
-from deployments.draft import BuiltDraft, DraftServer, build_model
+from deployments.draft import DraftServer, build_model
 from deployments.draft_plan import DraftPlan
 from deployments.requantizer import Requantizer, SwitchCalls
 from deployments.switch_part import PartState, Wish
 from serve_app.api.backend import IsqJob
 from serve_app.engine import model_switch, switch_plan
+from serve_app.engine.speculation.build_draft import BuiltDraft
 from serve_app.engine.speculation.draft_call import DraftCall, Drafted
 from serve_app.engine.speculation.drafter import Drafter
 from serve_app.engine.speculation.text_map import TextMappedDraft

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from serve_app.engine.llm import LLM
-from serve_app.errors import ContextTooLong, ModelFileError
-from serve_app.options import EngineConfig, SamplingParams
+from serve_app.errors import ContextTooLong, LaunchError, ModelFileError
+from serve_app.options import EngineConfig, ModelSource, SamplingParams, Speculate, SpeculationOptions
 
 MODEL = Path(__file__).parents[1] / "data" / "models" / "stories260K" / "stories260K-F32.gguf"
+DRAFT = MODEL.parents[1] / "stories40K-draft" / "hf"
+OTHER_TOKENIZER = MODEL.parents[2] / "tokenizers" / "llama2"
 SAMPLED = SamplingParams(temperature=1.0, seed=11, max_tokens=40, ignore_eos=True)
 
 
@@ -115,3 +117,35 @@ def test_close_gives_the_memory_back() -> None:
     arena = llm.engine.parts.kv
     llm.close()
     assert arena.k == []
+
+
+@pytest.mark.parametrize(("use", "draft"), [("draft", str(DRAFT)), ("suffix", None)])
+def test_speculation_changes_no_text(llm: LLM, use: Speculate, draft: str | None) -> None:
+    prompts = ["Once upon a time", "The cat"]
+    speculation = SpeculationOptions(use=use, max_tokens=4, is_fixed=True)
+    with LLM(
+        str(MODEL), dtype="f32", config=EngineConfig(block_size=16), speculation=speculation, draft=draft
+    ) as speculating:
+        for _ in range(2):  # the index knows what it has read
+            texts = [generation.token_ids for generation in speculating.generate(prompts, SAMPLED)]
+            assert texts == [generation.token_ids for generation in llm.generate(prompts, SAMPLED)]
+        counts = speculating.engine.stats().speculation
+    assert counts is not None
+    assert counts.accepted[use] > 10
+
+
+def test_a_draft_alone_is_asked_as_pays() -> None:
+    with LLM(str(MODEL), draft=str(DRAFT)) as llm:
+        llm.generate("Once", SAMPLED)
+        counts = llm.engine.stats().speculation
+    assert counts is not None
+    assert sum(counts.gamma.values()) > 0
+
+
+def test_a_draft_and_a_way_to_propose_that_do_not_go_together() -> None:
+    with pytest.raises(LaunchError, match="'ngram', which asks no draft model"):
+        LLM(str(MODEL), speculation=SpeculationOptions(use="ngram"), draft=str(DRAFT))
+    with pytest.raises(LaunchError, match="no draft model is given"):
+        LLM(str(MODEL), speculation=SpeculationOptions(use="draft"))
+    with pytest.raises(ModelFileError, match="another tokenizer"):
+        LLM(str(MODEL), draft=ModelSource(model=str(DRAFT), tokenizer=str(OTHER_TOKENIZER)))

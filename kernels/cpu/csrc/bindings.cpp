@@ -94,6 +94,8 @@ void bind_waiting(nb::module_& m);
 
 NB_MODULE(_native, m) {
     m.attr("ABI") = 5;
+    // What lives until Python ends (an engine freezes its objects) ends with the process; nobody's terminal is told of it.
+    nb::set_leak_warnings(false);
     take_iq_grids();
     bind_probe(m);
     bind_packed(m);
