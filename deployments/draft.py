@@ -60,7 +60,8 @@ class DraftServer:
         self._stats = stats
         self._thread = DraftThread(model, directory, spins=spins)
         # One that is alone sees every job from its beginning.
-        self._switch = ReplicaSwitch(None if make_switch is None else make_switch(self._thread), replica_id, wish)
+        switch = None if make_switch is None else make_switch(self._thread)
+        self._switch = ReplicaSwitch(switch, replica_id, node_id, wish)
         self._is_stopped = False
         self._thread.start()
 

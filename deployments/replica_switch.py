@@ -5,7 +5,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import CancelledError
 from typing import Any, Literal, TypeVar
 
@@ -35,13 +35,19 @@ class ReplicaSwitch:
     """
 
     def __init__(
-        self, switch: WeightSwitch | None, replica_id: str, wish: Wish, ask_wish: AskWish | None = None
+        self,
+        switch: WeightSwitch | None,
+        replica_id: str,
+        node_id: str,
+        wish: Wish,
+        ask_wish: AskWish | None = None,
     ) -> None:
         """ask_wish: for the latest wish that any replica knows."""
         # Differs from the wish while weights are exchanged: where that fails and nobody leads, it holds again.
         self._wish_before = self.wish = wish
         self._switch = switch
         self._replica_id = replica_id
+        self._node_id = node_id
         self._ask_wish = ask_wish
         self._job_id: str | None = None
         self._plan: SwitchPlan | None = None
@@ -68,6 +74,7 @@ class ReplicaSwitch:
         plan, is_mine = self._plan, self._job_id is not None
         return PartState(
             self._replica_id,
+            self._node_id,
             self.isq_type,
             self.wish,
             self._job_id,
@@ -78,17 +85,19 @@ class ReplicaSwitch:
             self._error,
         )
 
-    async def reserve(self, job_id: str, isq_type: str) -> PartState:
-        """Takes part in a job. Raises InvalidRequest and Conflict, as WeightSwitch.plan, and Conflict where there is
-        another job."""
+    async def reserve(self, job_id: str, isq_type: str, num_on_nodes: Mapping[str, int]) -> PartState:
+        """Takes part in a job. num_on_nodes: how many do so, by node.
+
+        Raises InvalidRequest and Conflict, as WeightSwitch.plan, and Conflict where there is another job."""
         if self._switch is None:
             raise Conflict("The weights of this replica cannot be made anew.")
         if self._job_id is not None:
             raise Conflict(f"Another job changes the weights already: {self._job_id}.")
         self._job_id, self._error, self._progress = job_id, None, 0.0
         self._heard_s = time.monotonic()
+        num_sharing = num_on_nodes.get(self._node_id, 1)
         try:
-            plan = await in_thread(lambda: self._weights.plan(isq_type))
+            plan = await in_thread(lambda: self._weights.plan(isq_type, num_sharing))
         except BaseException:
             if self._job_id == job_id:
                 self._end()

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,7 +74,10 @@ class Requantizer:
         if calls is None:
             raise NotFound(f"No {target} model is configured.", param="target")
         job_id = f"reisq-{uuid.uuid4().hex}"
-        answers = await calls.each("reserve", job_id, isq_type)
+        states = await calls.each("state")
+        # Each of those on one node gets its share of that node's memory.
+        num_on_nodes = Counter(state.node_id for state in states if isinstance(state, PartState))
+        answers = await calls.each("reserve", job_id, isq_type, dict(num_on_nodes))
         parts = [answer for answer in answers if isinstance(answer, PartState)]
         errors = [answer for answer in answers if not isinstance(answer, PartState)]
         if errors or not parts:

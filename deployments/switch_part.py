@@ -29,13 +29,15 @@ NO_WISH = Wish()
 
 @dataclass(frozen=True, slots=True)
 class PartState:
-    """How far one replica is. isq_type: of the weights in use; job_id None: it has no part in any job.
+    """How far one replica is. isq_type: of the weights in use; job_id None: it has no part in any job. node_id: whose
+    memory it shares with other replicas there.
 
     in_place: it can make the new weights only in the place of the old ones. progress: of the preparation, 0 to 1.
     error: why its step is failed.
     """
 
     replica_id: str
+    node_id: str
     isq_type: str
     wish: Wish
     job_id: str | None = None

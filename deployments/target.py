@@ -100,7 +100,7 @@ class TargetServer:
         self._handle_streams = HandleStreams(loop, pause=pause, resume=resume)
         self.draft = None if draft is None else _remote_proposer(config, replica_id, node_id, draft, is_private)
         self._engine.speculate(config.speculation.to_options(), self.draft)
-        self._switch = ReplicaSwitch(self._engine.switch, replica_id, wish, ask_wish)
+        self._switch = ReplicaSwitch(self._engine.switch, replica_id, node_id, wish, ask_wish)
         if ask_wish is not None:
             self._switch.keep_catching_up()
         self._report: asyncio.Task[None] | None = None

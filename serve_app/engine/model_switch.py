@@ -55,10 +55,10 @@ class ModelSwitch:
         """See WeightSwitch."""
         return type_name(self._isq)
 
-    def plan(self, isq_type: str | int) -> SwitchPlan:
+    def plan(self, isq_type: str | int, num_sharing: int = 1) -> SwitchPlan:
         """See WeightSwitch."""
         isq = find_isq(isq_type, self._files.isq)
-        return make_plan(isq, self._files, self._stamp, self._isq, self._host.device)
+        return make_plan(isq, self._files, self._stamp, self._isq, self._host.device, num_sharing)
 
     def prepare(self, plan: SwitchPlan, progress: Progress) -> None:
         """See WeightSwitch."""

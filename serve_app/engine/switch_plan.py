@@ -59,9 +59,14 @@ def stamp(files: ModelFiles) -> Stamp:
 
 
 def make_plan(
-    isq: IsqOptions | None, files: ModelFiles, seen: Stamp, current: IsqOptions | None, device: str
+    isq: IsqOptions | None,
+    files: ModelFiles,
+    seen: Stamp,
+    current: IsqOptions | None,
+    device: str,
+    num_sharing: int = 1,
 ) -> SwitchPlan:
-    """seen: of the files as the model in use was loaded from them; current: its types.
+    """seen: of the files as the model in use was loaded from them; current: its types. num_sharing: see WeightSwitch.
 
     Raises Conflict where the files are gone or others, and where memory does not suffice, with the bytes.
     """
@@ -70,20 +75,22 @@ def make_plan(
     wanted, in_use = weight_bytes(files, isq), weight_bytes(files, current)
     calibration = _calibration_bytes(files, isq)
     needed = wanted.kept + wanted.working + MARGIN_BYTES
-    free = free_bytes(device)
+    free, host = free_bytes(device), free_memory_bytes() // num_sharing
+    each = "" if num_sharing == 1 else f" for each of {num_sharing} replicas"
     if gpu_memory(device) is None:
+        free //= num_sharing
         # The text is read before, and what that took is given back.
         needed = max(needed, calibration + MARGIN_BYTES)
-    elif calibration and calibration + MARGIN_BYTES > (host := free_memory_bytes()):
+    elif calibration and calibration + MARGIN_BYTES > host:
         raise Conflict(
             f"The calibration text is read on the CPU, which needs {calibration + MARGIN_BYTES} bytes; {host} bytes "
-            "are free there."
+            f"are free there{each}."
         )
     most = free + in_use.kept
     if needed > most:
         raise Conflict(
-            f"The weights as {name} need {needed} bytes while they are made; {free} bytes are free, {most} would be "
-            "without the weights in use."
+            f"The weights as {name} need {needed} bytes while they are made; {free} bytes are free{each}, {most} would "
+            "be without the weights in use."
         )
     return SwitchPlan(name, type_name(current), isq, needed > free, needed, free, wanted.source)
 

@@ -18,7 +18,8 @@ class SwitchPlan:
     """How weights of a type can be made.
 
     isq_type, from_type: the names of that type and of the one in use. in_place: the weights in use must go before those
-    are made, so what runs must end first. needed, free: bytes, while they are made. source: bytes that are read.
+    are made, so what runs must end first. needed, free: bytes, while they are
+    made, free of this process's share. source: bytes that are read.
     """
 
     isq_type: str
@@ -40,8 +41,10 @@ class WeightSwitch(Protocol):
     def isq_type(self) -> str:
         """The type of the weights in use."""
 
-    def plan(self, isq_type: str | int) -> SwitchPlan:
-        """Raises InvalidRequest, with the list of types, for a bad one; Conflict where the model's files are gone or
+    def plan(self, isq_type: str | int, num_sharing: int = 1) -> SwitchPlan:
+        """num_sharing: how many processes make weights at the same time in this machine's memory, this one included.
+
+        Raises InvalidRequest, with the list of types, for a bad one; Conflict where the model's files are gone or
         others, or memory does not suffice, with the bytes."""
 
     def prepare(self, plan: SwitchPlan, progress: Progress) -> None:

@@ -30,6 +30,7 @@ class FakeSwitch:
             gate.set()
         self.calls: list[str] = []
         self.in_place = False
+        self.num_sharing = 0
         self._old: str | None = None
         self._new: str | None = None
         self._is_stopped = threading.Event()
@@ -44,7 +45,8 @@ class FakeSwitch:
             if self._is_stopped.is_set():
                 raise CancelledError
 
-    def plan(self, isq_type: str | int) -> SwitchPlan:
+    def plan(self, isq_type: str | int, num_sharing: int = 1) -> SwitchPlan:
+        self.num_sharing = num_sharing
         self._begin("plan")
         self.gates["plan"].wait()
         if isq_type == "bogus":

@@ -238,7 +238,7 @@ async def test_a_failure_leaves_the_old_ones(
 async def test_exchanged_weights_go_back(serve: Callable[..., Served], old: list[Drafted], new: list[Drafted]) -> None:
     served = serve()
     await served.tell()
-    for command, *args in (("reserve", NEW), ("start",), ("commit", "swap", Wish(1, NEW))):
+    for command, *args in (("reserve", NEW, {}), ("start",), ("commit", "swap", Wish(1, NEW))):
         await served.server.re_isq(command, "job", *args)  # type: ignore[arg-type]
         async with asyncio.timeout(20):
             while (await served.server.re_isq("state", "job")).step.endswith("ing"):
@@ -305,7 +305,7 @@ async def test_what_is_refused(serve: Callable[..., Served], tmp_path: Path) -> 
         await served.change(NEW)
     server = DraftServer(CountingModel(), [b"a"], "node")
     with pytest.raises(Conflict, match="cannot be made anew"):
-        await server.re_isq("reserve", "job", NEW)
+        await server.re_isq("reserve", "job", NEW, {})
     await asyncio.to_thread(server.stop)
 
 

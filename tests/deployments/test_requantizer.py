@@ -38,7 +38,8 @@ class Cluster(SwitchCalls):
         return Requantizer({"target": self}, self.metrics)
 
     def target(self, name: str, wish: Wish = Wish()) -> ReplicaSwitch:  # noqa: B008
-        return ReplicaSwitch(self.switches[name], name, wish, self.latest)
+        node_id = "node 1" if name == "t1" else "node 0"
+        return ReplicaSwitch(self.switches[name], name, node_id, wish, self.latest)
 
     async def latest(self) -> Wish:
         wishes = [target.wish for name, target in self.targets.items() if name not in self.dead]
@@ -112,6 +113,14 @@ async def test_all_follow(cluster: Cluster) -> None:
     assert (await run(cluster, "Q8_0")).state == "done"
     assert cluster.requantizer.wishes["target"] == Wish(2, "Q8_0")
     assert [job.isq_type for job in cluster.requantizer.jobs] == ["Q8_0", "Q4_0"]
+
+
+async def test_those_on_one_node_share_its_memory(cluster: Cluster) -> None:
+    await run(cluster)
+    assert [switch.num_sharing for switch in cluster.switches.values()] == [2, 1, 2]
+    del cluster.targets["t2"]
+    await run(cluster, "Q8_0")
+    assert [switch.num_sharing for switch in cluster.switches.values()] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("where", ["prepare", "switch"])
@@ -252,7 +261,7 @@ async def test_targets_give_up_when_the_ingress_is_gone(cluster: Cluster) -> Non
 async def test_a_commit_that_reached_some_reaches_the_others_by_them(cluster: Cluster) -> None:
     """The ingress dies in the midst of saying it: who was told goes on, and the others follow."""
     ingress = cluster.requantizer
-    await cluster.each("reserve", "job", "Q4_0")
+    await cluster.each("reserve", "job", "Q4_0", {})
     await cluster.each("start", "job")
     await until(lambda: cluster.steps == {"prepared"})
     await cluster._one("t0", "commit", "job", "drain", Wish(1, "Q4_0"))
@@ -266,7 +275,7 @@ async def test_a_commit_that_reached_some_reaches_the_others_by_them(cluster: Cl
 async def test_what_failed_with_nobody_leading_is_no_wish_any_more(cluster: Cluster) -> None:
     cluster.switches["t0"].failures["switch"] = RuntimeError("no luck")
     target = cluster.targets["t0"]
-    await target.reserve("job", "Q4_0")
+    await target.reserve("job", "Q4_0", {})
     await target.start("job")
     await until(lambda: target._step == "prepared")
     await target.commit("job", "drain", Wish(1, "Q4_0"))
@@ -278,7 +287,7 @@ async def test_what_failed_with_nobody_leading_is_no_wish_any_more(cluster: Clus
 async def test_a_job_that_is_cancelled_while_it_is_planned(cluster: Cluster) -> None:
     switch, target = cluster.switches["t0"], cluster.targets["t0"]
     switch.gates["plan"].clear()
-    reserving = asyncio.create_task(target.reserve("job", "Q4_0"))
+    reserving = asyncio.create_task(target.reserve("job", "Q4_0", {}))
     await until(lambda: switch.calls == ["plan"])
     await target.cancel("job", Wish())
     switch.gates["plan"].set()
@@ -320,9 +329,9 @@ async def test_the_end_of_the_server_ends_the_job(cluster: Cluster) -> None:
 
 
 async def test_an_engine_without_files_takes_no_part() -> None:
-    target = ReplicaSwitch(None, "t", Wish())
+    target = ReplicaSwitch(None, "t", "node", Wish())
     with pytest.raises(Conflict, match="cannot be made anew"):
-        await target.reserve("job", "Q4_0")
+        await target.reserve("job", "Q4_0", {})
     assert (await target.state()).isq_type == "none"
 
 

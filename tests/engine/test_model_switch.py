@@ -536,6 +536,22 @@ def test_a_calibration_text_is_read_once_for_each_making(
         plain.close()
 
 
+def test_replicas_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(source=ModelSource())
+    try:
+        needed = served.switch.plan("Q8_0").needed
+        monkeypatch.setattr(switch_plan, "free_bytes", lambda device: 3 * needed - 1)
+        assert not served.switch.plan("Q8_0", 2).in_place
+        assert served.switch.plan("Q8_0", 3).in_place
+        with pytest.raises(Conflict, match=rf"; {(3 * needed - 1) // 4} bytes are free for each of 4 replicas, "):
+            served.switch.plan("Q8_0", 4)
+        # A GPU's memory is the replica's own.
+        monkeypatch.setattr(switch_plan, "gpu_memory", lambda device: (1, 1))
+        assert not served.switch.plan("Q8_0", 4).in_place
+    finally:
+        served.close()
+
+
 def test_a_calibration_takes_memory_too(calibration_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served(source=ModelSource(isq=IsqOptions(type="Q4_K", calibration_file=str(calibration_text))))
     try:
