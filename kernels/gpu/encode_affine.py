@@ -81,6 +81,6 @@ def search_affine(
         number += 1.0
     out += lane
     tl.store(out, tl.where(is_flat, 0.0, scale), mask=keep)
-    tl.store(out + num_lanes, tl.where(is_flat, -least, -minimum), mask=keep)
+    tl.store(out + num_lanes, -1.0 * tl.where(is_flat, least, minimum), mask=keep)
     tl.store(out + 2 * num_lanes, tl.where(is_flat, 0.0, best_inverse), mask=keep)
     tl.store(out + 3 * num_lanes, best_base, mask=keep)

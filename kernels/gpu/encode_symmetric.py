@@ -47,7 +47,7 @@ def search_symmetric(
     best = scale * sum_qx
     number = tl.full((LANES,), -9.0, tl.float32)
     for _ in range(18):
-        inverse = tl.div_rn(-(TOP + tenth * number), value)
+        inverse = tl.div_rn(-1.0 * (TOP + tenth * number), value)
         sum_qx, sum_qq = _symmetric_sums(x, w, inverse, keep, num_lanes, N, TOP, LANES)
         is_better = (sum_qq > 0) & (sum_qx * sum_qx > best * sum_qq)
         scale = tl.where(is_better, tl.div_rn(sum_qx, sum_qq), scale)

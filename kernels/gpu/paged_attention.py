@@ -27,7 +27,7 @@ def _tanh(x):
     series = x * (1.0 + square * (-0.3333333333333333 + square * (0.13333333333333333 + square * series)))
     decay = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -1.0 * far, far))
 
 
 @triton.jit

@@ -113,7 +113,7 @@ def run_numbers(
     if FORM.second == 0:
         minimum = scale * FORM.offset
     elif FORM.second == 1:
-        minimum = -second
+        minimum = -1.0 * second
     elif FORM.second == 3:
         minimum = second * scale
     return scale, minimum

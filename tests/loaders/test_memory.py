@@ -16,7 +16,7 @@ from kernels.formats import BY_NAME
 from serve_app.loaders.weight_files import EMBEDDED_MODEL
 
 HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 1024, 2816, 16, 4, 4096
-PROCESS_MB = 600.0
+PROCESS_MB = 600.0 if torch.version.cuda is None else 700.0  # a build for GPUs has larger libraries
 SCRATCH_MB = 24.0  # a converted tensor, a decoded tile, the allocator's slack
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
