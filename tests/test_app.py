@@ -188,6 +188,24 @@ def test_a_taken_port_ends_the_start_before_anything_runs():
             app.run(AppConfig(http=HttpConfig(port=port)))
 
 
+def test_the_port_is_kept_for_as_long_as_the_server_runs(monkeypatch):
+    port = free_port()
+
+    class Runs:
+        def __init__(self, *_: object) -> None: ...
+
+        def run(self) -> int:
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", port))
+            return 7
+
+    monkeypatch.setattr(app, "_Server", Runs)
+    monkeypatch.setattr(app, "HeaderCheck", Runs)
+    assert app.run(AppConfig(http=HttpConfig(port=port))) == 7
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+
+
 def test_a_bad_file_ends_the_start_before_anything_runs(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF but no more")
     model = ModelConfig(kind="gguf", model=str(tmp_path), files=("bad.gguf",))

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from serve_app import cli
 from serve_app.commands import chat
 from serve_app.commands.answer import Events
 from serve_app.commands.chat import Chat
 from serve_app.commands.conversation import Conversation
+from serve_app.engine.speculation.local_proposer import LocalProposer
 from serve_app.errors import EngineFailed, QueueFull, ServeError
 from serve_app.messages import Finish, GenerateRequest, TokenDelta, Usage
 from serve_app.options import SamplingParams
@@ -206,10 +208,9 @@ def test_lines_of_a_pipe_and_their_continuation() -> None:
 MODELS = Path(__file__).parents[1] / "data" / "models"
 
 
-def talked(*options: str) -> str:
-    """What the program answers to one line of a pipe."""
+def test_the_embedded_model_talks_through_a_pipe() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "serve_app", "chat", "--temperature", "0", "--max-tokens", "16", *options],
+        [sys.executable, "-m", "serve_app", "chat", "--temperature", "0", "--max-tokens", "16"],
         input="Once upon a time\n/exit\n",
         capture_output=True,
         text=True,
@@ -217,17 +218,33 @@ def talked(*options: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(", there was a little girl named Lily.")
     assert done.stderr.splitlines() == []
-    return done.stdout
 
 
-def test_the_embedded_model_talks_through_a_pipe() -> None:
-    assert talked().startswith(", there was a little girl named Lily.")
-
-
-def test_a_draft_model_changes_no_answer() -> None:
+def test_a_draft_model_is_asked_and_changes_no_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, draft = (str(MODELS / name / "hf") for name in ("stories260K", "stories40K-draft"))
-    assert talked("speculative", "-m", model, "-d", draft) == talked("-m", model)
+    num_drafted = 0
+    propose = LocalProposer.propose
+
+    def spy(self: LocalProposer, wishes: Any, *rest: Any) -> Any:
+        nonlocal num_drafted
+        drafts = propose(self, wishes, *rest)
+        num_drafted += sum(map(len, drafts))
+        return drafts
+
+    monkeypatch.setattr(LocalProposer, "propose", spy)
+    said = []
+    for options in (["speculative", "-d", draft, "--fixed-draft-tokens"], []):
+        invocation = cli.parse(["chat", "--temperature", "0", "--max-tokens", "16", "-m", model, *options])
+        assert invocation is not None
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
+        assert chat.run(invocation.config, invocation.chat) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+    assert num_drafted > 5
 
 
 def test_a_model_that_is_not_there_ends_with_one_sentence() -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from serve_app.engine.engine import Engine
 from serve_app.engine.llm import LLM
+from serve_app.engine.speculation.local_proposer import LocalProposer
+from serve_app.engine.speculation.proposer import Proposer
 from serve_app.errors import ContextTooLong, LaunchError, ModelFileError
 from serve_app.options import EngineConfig, ModelSource, SamplingParams, Speculate, SpeculationOptions
 
@@ -134,12 +137,20 @@ def test_speculation_changes_no_text(llm: LLM, use: Speculate, draft: str | None
     assert counts.accepted[use] > 10
 
 
-def test_a_draft_alone_is_asked_as_pays() -> None:
+def test_a_draft_alone_is_asked_as_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, type]] = []
+    speculate = Engine.speculate
+
+    def spy(engine: Engine, options: SpeculationOptions, draft: Proposer | None = None) -> None:
+        told.append((options.use, type(draft)))
+        speculate(engine, options, draft)
+
+    monkeypatch.setattr(Engine, "speculate", spy)
     with LLM(str(MODEL), draft=str(DRAFT)) as llm:
-        llm.generate("Once", SAMPLED)
-        counts = llm.engine.stats().speculation
-    assert counts is not None
-    assert sum(counts.gamma.values()) > 0
+        assert len(llm.generate("Once", SAMPLED)[0].token_ids) == 40
+    with LLM(str(MODEL)):
+        pass
+    assert told == [("auto", LocalProposer), ("off", type(None))]
 
 
 def test_a_draft_and_a_way_to_propose_that_do_not_go_together() -> None:
