@@ -75,13 +75,13 @@ def make_plan(
     wanted, in_use = weight_bytes(files, isq), weight_bytes(files, current)
     calibration = _calibration_bytes(files, isq)
     needed = wanted.kept + wanted.working + MARGIN_BYTES
-    free, host = free_bytes(device), free_memory_bytes() // num_sharing
+    free = free_bytes(device)
     each = "" if num_sharing == 1 else f" for each of {num_sharing} replicas"
     if gpu_memory(device) is None:
         free //= num_sharing
         # The text is read before, and what that took is given back.
         needed = max(needed, calibration + MARGIN_BYTES)
-    elif calibration and calibration + MARGIN_BYTES > host:
+    elif calibration and calibration + MARGIN_BYTES > (host := free_memory_bytes() // num_sharing):
         raise Conflict(
             f"The calibration text is read on the CPU, which needs {calibration + MARGIN_BYTES} bytes; {host} bytes "
             f"are free there{each}."

@@ -18,8 +18,8 @@ class SwitchPlan:
     """How weights of a type can be made.
 
     isq_type, from_type: the names of that type and of the one in use. in_place: the weights in use must go before those
-    are made, so what runs must end first. needed, free: bytes, while they are
-    made, free of this process's share. source: bytes that are read.
+    are made, so what runs must end first. needed: bytes, while they are made. free: this process's share of the memory.
+    source: bytes that are read.
     """
 
     isq_type: str
